@@ -1,0 +1,300 @@
+"""Every setting of the project: its type, its default and what it means, in one place.
+
+One dataclass for each group of ``conf/``; the root classes (``TrainingRun``, ``Generation``, ``Evaluation``,
+``ShardBuild``, ``Report``, ``Plan``) name the groups that an entry point takes. ``docs/configuration.md`` is generated from this file,
+``validation.py`` holds the rules that need more than one field.
+"""
+
+from dataclasses import MISSING, dataclass, field
+from typing import Any
+
+
+def setting(default: Any, text: str) -> Any:
+    """A dataclass field that carries its own documentation; lists and dicts get a fresh copy an instance."""
+    metadata = {"text": text}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def group(cls: type, text: str) -> Any:
+    """A nested group of settings."""
+    return field(default_factory=cls, metadata={"text": text})
+
+
+@dataclass
+class ModelConfig:
+    """The trunk: a Llama-style decoder (RMSNorm, RoPE, grouped-query attention, SwiGLU)."""
+
+    vocab_size: int | None = setting(None, "Rows of the embedding. null: the vocabulary of the dataset's tokenizer.")
+    layers: int = setting(6, "Blocks of the trunk; the MTP modules are extra.")
+    hidden: int = setting(256, "Width of the residual stream.")
+    heads: int = setting(8, "Query heads.")
+    kv_heads: int = setting(4, "Key/value heads (grouped-query attention); divides `heads`.")
+    head_dim: int | None = setting(None, "Width of one head. null: hidden / heads.")
+    mlp: int = setting(704, "Inner width of the SwiGLU feed-forward layer.")
+    norm_eps: float = setting(1e-5, "Epsilon of every RMSNorm, inside the root.")
+    rope_theta: float = setting(10000.0, "Base of the rotary position embedding.")
+    tie_embeddings: bool = setting(True, "The output head is the embedding matrix; false: a matrix of its own.")
+    init_std: float = setting(0.02, "Standard deviation of initial weights; output projections of blocks are scaled by 1/sqrt(2 layers).")
+    document_mask: bool = setting(True, "Attention never crosses from one document into another of the same row.")
+
+
+@dataclass
+class MTPConfig:
+    """The Multi-Token Prediction heads, and how their losses join the main one.
+
+    `concat`, `h0` and `recycle` are the contract: recorded in every checkpoint, a wrong choice shows only as lower acceptance.
+    """
+
+    kind: str = setting("sequential", "none | sequential (DeepSeek-V3, arXiv 2412.19437 eq. 21-25).")
+    depth: int = setting(2, "D: how many tokens beyond the next one are predicted.")
+    concat: str = setting("embedding_first", "Order in the input of W_k: embedding_first (released weights) | hidden_first (the paper's formula).")
+    h0: str = setting("post_norm", "Trunk state given to depth 1: post_norm (after the final norm) | pre_norm.")
+    recycle: str = setting("post_norm", "State of depth k given to depth k+1: post_norm (after norm_k) | pre_norm.")
+    loss_weight: float = setting(0.3, "Lambda, the weight of the MTP losses from the first token on.")
+    loss_weight_points: list[list[float]] = setting([], "Later values of lambda as [tokens seen, value] pairs, ascending; each holds from there on.")
+    normalize: str = setting("mean", "mean: lambda / D * sum_k w_k L_k | sum: lambda * sum_k w_k L_k.")
+    depth_weights: list[float] = setting([], "w_1 .. w_D. Empty: all 1.")
+
+
+@dataclass
+class ParallelConfig:
+    """The layout. World size = pipeline x data x tensor; tensor ranks are neighbours, pipeline ranks farthest apart."""
+
+    pipeline: int = setting(1, "PP: pipeline ranks.")
+    tensor: int = setting(1, "TP: ranks that split every matrix.")
+    data: int = setting(1, "DP: replicas; the optimizer is sharded over them by ZeRO.")
+    schedule: str = setting("zbv", "Pipeline schedule: 1f1b (one chunk a rank, embedding replica) | zbv (zero-bubble V) | dualpipev (DualPipe V).")
+    placement: list[int] = setting([], "Trunk layers of each chunk, first to last. Empty: as even as possible.")
+    timeout_minutes: float = setting(10.0, "A collective that waits longer than this ends the job.")
+
+
+@dataclass
+class ZeroConfig:
+    """DeepSpeed ZeRO."""
+
+    stage: int = setting(1, "0: replicated optimizer | 1: optimizer sharded over replicas | 2: gradients too | 3: parameters too.")
+    reduce_bucket_size: int = setting(50_000_000, "Elements reduced in one collective.")
+    allgather_bucket_size: int = setting(50_000_000, "Elements gathered in one collective.")
+
+
+@dataclass
+class DataConfig:
+    """Which shards are read and in which order."""
+
+    path: str = setting("", "Folder made by data/build_shards.py (it holds dataset.json).")
+    lanes: int = setting(8, "Logical streams, fixed for a run whatever its layout: divides train.global_batch, is a multiple of parallel.data.")
+    block_samples: int = setting(256, "Documents shuffled together; a block is one contiguous read.")
+    prefetch: int = setting(2, "Global batches prepared ahead in a background thread. 0: none.")
+
+
+@dataclass
+class TokenizerConfig:
+    """The tokenizer."""
+
+    kind: str = setting("bpe", "For building shards: bpe (train a byte-level BPE) | bytes (256 byte values) | file (use `path`).")
+    path: str = setting("", "A tokenizer.json. Training: empty takes the dataset's own; a file given here must be the one that made the shards.")
+    vocab_size: int = setting(4096, "Entries of a trained BPE, special tokens included.")
+    train_bytes: int = setting(16_000_000, "At most so much text is read to train a BPE.")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW. Weight decay acts on matrices only (not on norms, biases or the embedding)."""
+
+    lr: float = setting(1e-3, "Peak learning rate.")
+    beta1: float = setting(0.9, "Decay of the first moment.")
+    beta2: float = setting(0.95, "Decay of the second moment.")
+    eps: float = setting(1e-8, "Added to the root of the second moment.")
+    weight_decay: float = setting(0.1, "Decoupled weight decay of matrices.")
+    clip: float = setting(1.0, "Largest global gradient norm. 0: no clipping.")
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over tokens trained."""
+
+    kind: str = setting("cosine", "cosine | wsd (warm-up, stable, linear decay) | constant; each after a linear warm-up.")
+    warmup_tokens: int = setting(0, "Tokens of linear warm-up from 0.")
+    decay_tokens: int | None = setting(None, "wsd: tokens of the final decay. null: a fifth of the run.")
+    min_ratio: float = setting(0.1, "Learning rate at the end, as a share of the peak.")
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    global_batch: int = setting(32, "Sequences in one optimizer step, over all replicas.")
+    micro_batch: int = setting(4, "Sequences in one forward pass of one replica.")
+    sequence_length: int = setting(256, "S: positions trained in a row; a row holds S + 1 + D tokens.")
+    steps: int | None = setting(None, "Optimizer steps of the whole run; give this or `tokens`.")
+    tokens: int | None = setting(None, "Trained positions of the whole run; rounded up to whole steps.")
+    dtype: str = setting("bfloat16", "bfloat16 (with float32 masters, accumulation and reduction) | float32.")
+    deterministic: bool = setting(True, "Deterministic kernels and a fixed number of threads: what bit-identical resume promises.")
+    nonfinite: str = setting("stop", "A step with a non-finite loss or gradient: stop | skip (the weights and the learning rate stay).")
+    nonfinite_limit: int = setting(5, "With skip: so many skipped steps in a row end the run.")
+    log_every_steps: int = setting(1, "Steps between tracked metrics.")
+    log_every_minutes: float = setting(0.0, "Also after so many minutes. 0: never.")
+    progress: bool = setting(True, "A progress bar on rank 0 where the output is a terminal, else a line now and then.")
+
+
+@dataclass
+class ValidationConfig:
+    """Held-out loss during training, under the training layout."""
+
+    every_steps: int = setting(0, "Steps between validations. 0: only at the end.")
+    every_minutes: float = setting(0.0, "Also after so many minutes. 0: never.")
+    sequences: int = setting(64, "Rows of the validation split read each time, always the same; a multiple of train.global_batch is best.")
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    every_steps: int = setting(0, "Steps between checkpoints. 0: only at the end and when asked to stop.")
+    every_minutes: float = setting(0.0, "Also after so many minutes. 0: never.")
+    keep_last: int = setting(2, "Newest checkpoints kept. 0: all.")
+    keep_every_steps: int = setting(0, "Checkpoints whose step is a multiple of this are kept for ever. 0: none.")
+
+
+@dataclass
+class TrackerConfig:
+    """Where metrics go. metrics.jsonl in the run folder is always written and is the truth."""
+
+    wandb: str = setting("offline", "offline | online | disabled. A missing or failing wandb never stops a job.")
+    project: str = setting("mtp_dist", "wandb project.")
+    entity: str | None = setting(None, "wandb entity.")
+    name: str | None = setting(None, "wandb run name. null: the run folder's name.")
+    tags: list[str] = setting([], "wandb tags.")
+    tensorboard: bool = setting(False, "Also write TensorBoard events (needs the tensorboard package).")
+
+
+@dataclass
+class LaunchConfig:
+    """How processes are started."""
+
+    nodes: int = setting(1, "Machines.")
+    processes_per_node: int | None = setting(None, "Processes on each machine, one an accelerator. null: world size / nodes.")
+    threads: int = setting(0, "CPU threads of each process. 0: cores / processes of the node.")
+    master_addr: str = setting("127.0.0.1", "Several nodes by torchrun: address of the first one.")
+    master_port: int = setting(0, "Port of the rendezvous. 0: a free one (one node), 29400 (several).")
+    node_rank: int = setting(0, "Several nodes by torchrun: which one this is.")
+    device: str = setting("auto", "auto | cpu | cuda.")
+    # Slurm (launch/slurm.py)
+    partition: str | None = setting(None, "Slurm partition.")
+    account: str | None = setting(None, "Slurm account.")
+    qos: str | None = setting(None, "Slurm quality of service.")
+    time: str = setting("24:00:00", "Slurm time limit.")
+    gpus_per_node: int | None = setting(None, "GPUs asked for on each node. null: none.")
+    cpus_per_task: int | None = setting(None, "CPU cores of each process. null: not asked for.")
+    mem: str | None = setting(None, "Memory of each node, as Slurm takes it.")
+    job_name: str | None = setting(None, "Slurm job name. null: the run folder's name.")
+    signal_seconds: int = setting(120, "Seconds before the time limit at which the job saves, stops and is put in the queue again.")
+    requeue: bool = setting(True, "Put a job that was preempted, timed out or lost a node in the queue again.")
+    max_restarts: int = setting(20, "Requeues after which the job stays down.")
+    directives: list[str] = setting([], "More #SBATCH lines, as --option=value.")
+    setup: list[str] = setting([], "Shell lines run on the first node before the job (modules, environment).")
+
+
+@dataclass
+class DecodeConfig:
+    """How tokens are drawn from a trained model."""
+
+    mode: str = setting("speculative", "plain (one token a forward) | speculative (draft, verify in one forward, accept) | both (compare).")
+    max_new_tokens: int = setting(128, "Tokens generated at most for each prompt.")
+    draft: int | None = setting(None, "Gamma, tokens drafted a round; above D the last module is recycled. null: D.")
+    temperature: float = setting(0.0, "0: greedy. Else softmax temperature.")
+    top_k: int = setting(0, "Sample among the k most likely tokens. 0: all.")
+    top_p: float = setting(1.0, "Sample among the likeliest tokens that hold this probability.")
+    stop_at_eos: bool = setting(True, "End a text at the end-of-document token.")
+    dtype: str = setting("float32", "float32 | bfloat16 | float64.")
+    threads: int = setting(0, "CPU threads. 0: torch's own choice.")
+
+
+@dataclass
+class TrainingRun:
+    """`python -m mtp_dist.train`."""
+
+    run_dir: str = setting("", "Folder of the run: configuration, metrics, checkpoints. Started again in it, the job resumes.")
+    seed: int = setting(1234, "Seed of weights and data order.")
+    model: ModelConfig = group(ModelConfig, "The trunk.")
+    mtp: MTPConfig = group(MTPConfig, "The MTP heads.")
+    parallel: ParallelConfig = group(ParallelConfig, "The layout.")
+    zero: ZeroConfig = group(ZeroConfig, "The sharded optimizer.")
+    data: DataConfig = group(DataConfig, "The shards.")
+    tokenizer: TokenizerConfig = group(TokenizerConfig, "The tokenizer.")
+    optim: OptimConfig = group(OptimConfig, "AdamW.")
+    schedule: ScheduleConfig = group(ScheduleConfig, "Learning rate over tokens.")
+    train: TrainConfig = group(TrainConfig, "The loop.")
+    validation: ValidationConfig = group(ValidationConfig, "Held-out loss during training.")
+    checkpoint: CheckpointConfig = group(CheckpointConfig, "Checkpoints.")
+    tracker: TrackerConfig = group(TrackerConfig, "Metrics.")
+    launch: LaunchConfig = group(LaunchConfig, "Processes.")
+
+
+@dataclass
+class Generation:
+    """`python -m mtp_dist.generate`."""
+
+    checkpoint: str = setting("", "A checkpoint folder, or a run folder (its newest checkpoint).")
+    prompt: str = setting("", "Text to continue.")
+    prompt_file: str = setting("", "A text file of prompts separated by lines of three dashes; used instead of `prompt`.")
+    seed: int = setting(0, "Seed of sampling.")
+    output: str = setting("", "Also write the results as JSON to this file.")
+    decode: DecodeConfig = group(DecodeConfig, "Decoding.")
+
+
+@dataclass
+class Evaluation:
+    """`python -m mtp_dist.evaluate`. Model, heads and data come from the checkpoint; the layout may be another one."""
+
+    checkpoint: str = setting("", "A checkpoint folder, or a run folder (its newest checkpoint).")
+    data: str = setting("", "Dataset folder. Empty: the one that the checkpoint was trained on.")
+    split: str = setting("validation", "Which split of the dataset.")
+    sequences: int = setting(64, "Rows read.")
+    micro_batch: int = setting(4, "Sequences in one forward pass of one replica.")
+    output: str = setting("", "Also write the results as JSON to this file.")
+    dtype: str | None = setting(None, "float32 | bfloat16. null: the checkpoint's.")
+    parallel: ParallelConfig = group(ParallelConfig, "The layout.")
+    launch: LaunchConfig = group(LaunchConfig, "Processes.")
+
+
+@dataclass
+class ShardBuild:
+    """`python data/build_shards.py`."""
+
+    source: str = setting("python_stdlib", "python_stdlib | text | jsonl | parquet | hf (a datasets folder on disk).")
+    input: list[str] = setting([], "Files, folders or glob patterns of the source; python_stdlib needs none.")
+    out: str = setting("", "Dataset folder to make.")
+    field: str = setting("text", "jsonl, parquet, hf: the field that holds the text.")
+    separator: str = setting("", "text: documents are separated by this string. Empty: one document a file.")
+    validation_share: float = setting(0.05, "Share of documents held out, chosen by a hash of each document's name.")
+    shard_mb: float = setting(64.0, "Size of a shard in MiB, about.")
+    limit_mb: float = setting(0.0, "Stop after so many MiB of text. 0: all of it.")
+    workers: int = setting(0, "Tokenizing processes. 0: one a core.")
+    tokenizer: TokenizerConfig = group(TokenizerConfig, "The tokenizer to train or use.")
+
+
+@dataclass
+class Report:
+    """`python -m mtp_dist.report`."""
+
+    run_dir: str = setting("", "Folder of the run.")
+    output: str = setting("", "Folder for the plots. Empty: <run_dir>/report.")
+
+
+@dataclass
+class Plan(TrainingRun):
+    """`python -m mtp_dist.plan`: what a training configuration would do, without doing it."""
+
+    world_memory_gib: float = setting(80.0, "Memory of one device, for the fit check.")
+
+
+def describe(cls: type) -> dict[str, tuple[Any, Any, str]]:
+    """Field name -> (type, default, text) of one schema class."""
+    rows = {}
+    for name, item in cls.__dataclass_fields__.items():  # type: ignore[attr-defined]
+        default = item.default if item.default is not MISSING else item.default_factory()
+        rows[name] = (item.type, default, item.metadata.get("text", ""))
+    return rows

@@ -1,0 +1,8 @@
+"""The one exception that a user causes and can mend."""
+
+
+class UserError(Exception):
+    """Bad input: one line that names the setting, its value, what is allowed and what to do.
+
+    Entry points print it as ``error: ...`` and exit with status 2, without a traceback.
+    """
