@@ -1,0 +1,131 @@
+"""The shell of every entry point: ``--help``, ``--cfg``, ``key=value`` overrides, and errors as one line.
+
+Contract: exit status 0 done, 2 bad input (``error: ...`` on the standard error), 130 interrupted; else what the command returned.
+Nothing here imports torch: help and bad settings are answered at once.
+"""
+
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any, NoReturn, TypeVar, cast
+
+import yaml  # type: ignore[import-untyped]
+
+from mtp_dist import __version__
+from mtp_dist.config.compose import compose, config_groups, type_name
+from mtp_dist.config.folder import groups
+from mtp_dist.config.schema import describe
+from mtp_dist.errors import UserError
+
+T = TypeVar("T")
+
+
+def application(
+    config_name: str,
+    schema: type[T],
+    run: Callable[[T], int | None],
+    *,
+    argv: Sequence[str] | None = None,
+    examples: Sequence[str] = (),
+    epilog: str = "",
+) -> NoReturn:
+    """Compose ``conf/<config_name>.yaml`` from the command line, call ``run`` with it, and exit with what it returns.
+
+    ``argv``: arguments without the program's name; None takes the process's own. ``examples``: command lines shown by ``--help``.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    sys.exit(guarded(lambda: _answer(config_name, schema, run, arguments, examples, epilog)))
+
+
+def guarded(action: Callable[[], int | None]) -> int:
+    """Call ``action`` and return the exit status of the process: the user's errors in one line, no traceback."""
+    try:
+        return action() or 0
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has left. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def help_text(config_name: str, schema: type, examples: Sequence[str] = (), epilog: str = "") -> str:
+    """The whole answer to ``--help``."""
+    command, summary = _introduction(schema)
+    parts = [f"usage: {command} [--help] [--cfg] [--version] [key=value ...]"]
+    if summary:
+        parts.append(summary)
+    if examples:
+        parts.append("examples:\n" + "\n".join(f"  {line}" for line in examples))
+    chosen = config_groups(config_name)
+    if chosen:
+        options = groups()
+        rows = [f"  {name}={'|'.join(options.get(name, []))}   ({first or 'null'})" for name, first in chosen.items()]
+        parts.append("groups (conf/GROUP/OPTION.yaml):\n" + "\n".join(rows))
+    parts.append("settings (key=default):\n" + "\n".join(_rows(compose(config_name, schema, []), "")))
+    parts.append("--cfg prints the composed settings and stops.")
+    if epilog:
+        parts.append(epilog)
+    return "\n\n".join(parts) + "\n"
+
+
+def _answer(
+    config_name: str, schema: type[T], run: Callable[[T], int | None], arguments: list[str], examples: Sequence[str], epilog: str
+) -> int | None:
+    flags = [word for word in arguments if word.startswith("-")]
+    overrides = [word for word in arguments if not word.startswith("-")]
+    if "--help" in flags or "-h" in flags:
+        sys.stdout.write(help_text(config_name, schema, examples, epilog))
+        sys.stdout.flush()
+        return 0
+    if "--version" in flags:
+        print(f"mtp_dist {__version__}")
+        return 0
+    for flag in flags:
+        if flag != "--cfg":
+            raise UserError(f"{flag} is not an option; there are --help, --cfg and --version, and settings are written key=value")
+    config = compose(config_name, schema, overrides)
+    if flags:
+        yaml.safe_dump(asdict(cast(Any, config)), sys.stdout, sort_keys=False, allow_unicode=True, width=1000)
+        sys.stdout.flush()
+        return 0
+    return run(config)
+
+
+def _introduction(schema: type) -> tuple[str, str]:
+    """The command and the sentences after it, from a schema's docstring of the form "`command`: what it does"."""
+    text = " ".join((schema.__doc__ or "").split())
+    match = re.match(r"`([^`]+)`[.:]?\s*(.*)", text)
+    if match is None:
+        return sys.argv[0], text
+    summary = match[2]
+    return match[1], summary[:1].upper() + summary[1:]
+
+
+def _rows(config: Any, prefix: str) -> list[str]:
+    """Two lines a setting, with the values of ``config``; a group's settings follow the single ones."""
+    rows: list[str] = []
+    members = describe(type(config))
+    for name, (kind, _, text) in members.items():
+        if not is_dataclass(kind):
+            rows.append(f"  {prefix}{name}={shown(getattr(config, name))}  [{type_name(kind)}]")
+            rows.extend(textwrap.wrap(text, width=116, initial_indent="      ", subsequent_indent="      "))
+    for name, (kind, _, text) in members.items():
+        if is_dataclass(kind):
+            rows.extend(["", f" {prefix}{name}: {text}", *_rows(getattr(config, name), f"{prefix}{name}.")])
+    return rows
+
+
+def shown(default: Any) -> str:
+    """A default as one would type it."""
+    if default is None:
+        return "null"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return str(default)

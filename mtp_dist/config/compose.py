@@ -1,0 +1,274 @@
+"""From ``conf/*.yaml`` and ``key=value`` overrides to one typed configuration, and to and from ``resolved.yaml``.
+
+Contract: what comes out is an instance of the schema dataclass, with no key that the schema lacks and no value of another type.
+Whatever a user can get wrong here is one UserError of one line. Text settings are taken as they were typed:
+``prompt=a, b: ${c}`` needs no quotes beyond the shell's. Composition itself is Hydra's compose API (https://hydra.cc/docs/advanced/compose_api/).
+"""
+
+import difflib
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml  # type: ignore[import-untyped]
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mtp_dist.config.folder import conf_folder, groups
+from mtp_dist.errors import UserError
+
+T = TypeVar("T")
+
+_OVERRIDE = re.compile(r"(?P<prefix>\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@-]*)(?P<equals>=)?(?P<value>.*)", re.DOTALL)
+
+
+def compose(config_name: str, schema: type[T], overrides: list[str]) -> T:
+    """``conf/<config_name>.yaml`` with ``key=value`` overrides, as an instance of ``schema``. Raises UserError."""
+    kinds = settings(schema)
+    choices = config_groups(config_name)
+    texts: dict[str, str] = {}
+    rest: list[str] = []
+    for override in overrides:
+        key, value = _checked(override, kinds, choices, schema)
+        if key in kinds and _takes_text(kinds[key], value):
+            texts[key] = _unquoted(value)
+        else:
+            rest.append(override)
+    config = _composed(config_name, schema, rest, kinds)
+    for key, value in texts.items():
+        OmegaConf.update(config, key, _escaped(value))
+    return _typed(config, schema, f"conf/{config_name}.yaml")
+
+
+def save(config: Any, path: str | os.PathLike[str]) -> None:
+    """Write a configuration as YAML; a reader sees the old file or the whole new one, never a part."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        yaml.safe_dump(asdict(config), file, sort_keys=False, allow_unicode=True, width=1000)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, target)
+
+
+def load(path: str | os.PathLike[str], schema: type[T]) -> T:
+    """Read what ``save`` wrote; a setting that the file lacks takes its default. UserError for what the schema refuses."""
+    try:
+        raw = OmegaConf.load(Path(path))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {_one_line(error)}") from None
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from None
+    if not isinstance(raw, DictConfig):
+        raise UserError(f"{path} does not hold settings (a mapping of names to values)")
+    content = _escape_all(OmegaConf.to_container(raw, resolve=False))
+    _refuse_unknown(content, schema, str(path))
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(schema), content)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_reason(error, settings(schema))}") from None
+    assert isinstance(config, DictConfig)
+    return _typed(config, schema, str(path))
+
+
+def differences(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    """Leaf settings whose values differ, in the schema's order: (dotted key, value in ``old``, value in ``new``)."""
+    return [(key, value(old, key), value(new, key)) for key in settings(type(new)) if value(old, key) != value(new, key)]
+
+
+def value(config: Any, key: str) -> Any:
+    """The value of a dotted key."""
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def settings(schema: type) -> dict[str, Any]:
+    """Every leaf setting of a schema: dotted key -> annotated type."""
+    return dict(_leaves(schema, ""))
+
+
+def config_groups(config_name: str) -> dict[str, str | None]:
+    """The groups that ``conf/<config_name>.yaml`` takes, in its order: group -> the option that it starts with."""
+    content = yaml.safe_load((conf_folder() / f"{config_name}.yaml").read_text(encoding="utf-8"))
+    found: dict[str, str | None] = {}
+    for entry in content["defaults"]:
+        if isinstance(entry, dict):
+            ((name, option),) = entry.items()
+            found[name.removeprefix("optional ")] = option
+    return found
+
+
+def type_name(kind: Any) -> str:
+    """A type as users read it: ``int``, ``text``, ``int or null``, ``list of int``."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is list:
+        return f"list of {type_name(arguments[0])}"
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("null" if item is type(None) else type_name(item) for item in arguments)
+    return {str: "text", int: "int", float: "number", bool: "true or false"}.get(kind, str(kind))
+
+
+def suggestion(word: str, known: list[str]) -> str:
+    """``; did you mean X?`` where some known word is near, else nothing."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _leaves(schema: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, kind in typing.get_type_hints(schema).items():
+        if is_dataclass(kind):
+            yield from _leaves(typing.cast(type, kind), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", kind
+
+
+def _checked(override: str, kinds: dict[str, Any], choices: dict[str, str | None], schema: type) -> tuple[str, str]:
+    """Key and value of an override whose key exists; UserError for one that adds, deletes or does not exist."""
+    match = _OVERRIDE.fullmatch(override)
+    if match is None or not match["equals"]:
+        raise UserError(f"{override!r} is not an override; write key=value (see --help)")
+    key, prefix = match["key"], match["prefix"]
+    branches = {".".join(name.split(".")[:depth]) for name in kinds for depth in range(1, name.count(".") + 1)}
+    if key not in kinds and key not in branches and key not in choices:
+        raise UserError(f"{key} is not a setting of {schema.__name__}{_near_key(key, [*kinds, *choices])}")
+    if prefix == "~":
+        raise UserError(f"{override}: a setting cannot be removed; give it a value: {key}=VALUE")
+    if prefix:
+        raise UserError(f"{override}: settings are fixed, none can be added; write {key}={match['value']}")
+    if key in choices and key not in kinds:
+        _refuse_option(key, match["value"], key in branches)
+    elif key in branches:
+        raise UserError(f"{override}: {key} is a group of settings; set one of them: {key}.{_first_field(key, kinds)}=VALUE")
+    return key, match["value"]
+
+
+def _near_key(key: str, known: list[str]) -> str:
+    """Suggest by the whole dotted key first, then by its last part (``dim`` or ``moddel.layers`` or ``layers``)."""
+    whole = suggestion(key, known)
+    if whole:
+        return whole
+    last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+    near = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.75)
+    return f"; did you mean {last[near[0]]}?" if near else "; --help lists them all"
+
+
+def _refuse_option(group: str, option: str, has_settings: bool) -> None:
+    options = groups().get(group, [])
+    if option in options or (group == "experiment" and option == "null"):
+        return
+    also = f"; single settings are {group}.NAME=VALUE" if has_settings else ""
+    raise UserError(f"{group}={option}: conf/{group}/ has {', '.join(options)}{suggestion(option, options) or also}")
+
+
+def _first_field(key: str, kinds: dict[str, Any]) -> str:
+    return next(name.removeprefix(f"{key}.") for name in kinds if name.startswith(f"{key}."))
+
+
+def _takes_text(kind: Any, value: str) -> bool:
+    return kind is str or (str in typing.get_args(kind) and type(None) in typing.get_args(kind) and value != "null")
+
+
+def _unquoted(value: str) -> str:
+    quoted = len(value) >= 2 and value[0] == value[-1] and value[0] in "'\""
+    return value[1:-1] if quoted else value
+
+
+def _escaped(text: str) -> str:
+    """The text such that OmegaConf reads it literally: ``${`` would be an interpolation."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def _escape_all(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _escape_all(item) for key, item in content.items()}
+    if isinstance(content, list):
+        return [_escape_all(item) for item in content]
+    return _escaped(content) if isinstance(content, str) else content
+
+
+def _composed(config_name: str, schema: type, overrides: list[str], kinds: dict[str, Any]) -> DictConfig:
+    ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
+    # A caller's own Hydra application, or a composition cut short, would make initialize_config_dir refuse.
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(conf_folder()), job_name="mtp_dist", version_base="1.3"):
+            return hydra_compose(config_name, overrides)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(_culprit(error, overrides, kinds) or f"conf/{config_name}.yaml: {_reason(error, kinds)}") from None
+
+
+def _culprit(error: BaseException, overrides: list[str], kinds: dict[str, Any]) -> str | None:
+    """The message for the one override that the error speaks of, or None."""
+    for override in overrides:
+        if override in str(error) or not _parses(override):
+            key = override.partition("=")[0]
+            if key in kinds:
+                return f"{override}: {key} takes {type_name(kinds[key])}"
+            return f"{override}: {_one_line(error)}"
+    return None
+
+
+def _parses(override: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
+
+
+def _typed(config: DictConfig, schema: type[T], origin: str) -> T:
+    """The dataclass instance. Hydra opens a structured config to ``+key=value``, so unknown keys are looked for once more."""
+    content = OmegaConf.to_container(config, resolve=False)
+    _refuse_unknown(content, schema, origin)
+    try:
+        instance = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{origin}: {_reason(error, settings(schema))}") from None
+    assert isinstance(instance, schema)
+    return instance
+
+
+def _refuse_unknown(content: Any, schema: type, origin: str, prefix: str = "") -> None:
+    if not isinstance(content, dict):
+        raise UserError(f"{origin}: {prefix.rstrip('.')} must be a group of settings, not {content!r}")
+    hints = typing.get_type_hints(schema)
+    for name, item in content.items():
+        key = f"{prefix}{name}"
+        if name not in hints:
+            near = suggestion(str(name), list(hints))
+            raise UserError(f"{origin}: {key} is not a setting{near}")
+        if is_dataclass(hints[name]):
+            _refuse_unknown(item, typing.cast(type, hints[name]), origin, f"{key}.")
+
+
+def _reason(error: BaseException, kinds: dict[str, Any]) -> str:
+    """What is wrong, in one line: the setting and the type it takes where the error knows the setting."""
+    cause: BaseException | None = error
+    while cause is not None:
+        key = getattr(cause, "full_key", None)
+        if key and (root := re.sub(r"\[.*", "", key)) in kinds:
+            return f"{key} takes {type_name(kinds[root])} ({_one_line(cause)})"
+        if key:
+            return f"{key}: {_one_line(cause)}"
+        cause = cause.__cause__
+    return _one_line(error)
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
