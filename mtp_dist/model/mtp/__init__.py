@@ -1,0 +1,19 @@
+"""The family of Multi-Token Prediction heads behind one interface.
+
+A kind of head turns the trunk's output into the hidden state of each depth; projection, loss, layout and decoding are shared, so that
+only the state transition differs from kind to kind. Every kind is a module with
+
+    forward(before_norm [B, S, d], after_norm [B, S, d], embedded [B, S-1+D, d], turn, mask) -> D states [B, S, d]
+
+where `before_norm` and `after_norm` are the trunk's output around its final norm, `embedded` is Emb(t[1]) .. Emb(t[S+D-1]) (depth k
+reads k-1 .. k-1+S of it), and each state is ready for the shared output head.
+"""
+
+from ...config.schema import ModelConfig, MTPConfig
+from ..tensor_group import TensorGroup
+from .sequential import SequentialHeads
+
+
+def build_heads(model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> SequentialHeads | None:
+    """The heads that `mtp.kind` names, None for none."""
+    return SequentialHeads(model, mtp, group) if mtp.kind == "sequential" else None

@@ -1,0 +1,109 @@
+"""A chunk: a contiguous slice of the model's layer list, what one pipeline stage runs.
+
+The first chunk looks tokens up, the last one holds the final norm, the MTP heads and the output head. A model in one process is one chunk that is
+both. Parameter names are global: chunk 3's layer 7 is `layers.7` in every layout.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..config.schema import ModelConfig, MTPConfig
+from .embedding import Embedding
+from .head_loss import STATISTICS, head_loss
+from .mtp import build_heads
+from .parameter import parameter
+from .targets import targets
+from .tensor_group import ALONE, TensorGroup
+from .trunk import Block, RMSNorm, document_mask, rotation
+from .weight_gradients import WeightGradients, hand_out
+
+
+class OutputHead(nn.Module):
+    """An output matrix of its own, for models that do not tie it to the embedding. Same shape and split as the embedding."""
+
+    def __init__(self, model: ModelConfig, group: TensorGroup) -> None:
+        super().__init__()
+        assert model.vocab_size is not None
+        self.weight = parameter((model.vocab_size, model.hidden), split=0, std=model.init_std, group=group)
+
+
+class Chunk(nn.Module):
+    """Layers `layers` of the trunk; `first` adds the embedding before them, `last` the final norm, MTP heads and output head after them.
+
+    `embedding` hands in an embedding built elsewhere: in a V placement the first and the last chunk are neighbours on one rank and share it.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        mtp: MTPConfig,
+        layers: range,
+        *,
+        first: bool = True,
+        last: bool = True,
+        group: TensorGroup = ALONE,
+        embedding: Embedding | None = None,
+    ) -> None:
+        super().__init__()
+        assert model.vocab_size is not None
+        assert model.head_dim is not None
+        self.model, self.depth, self.group, self.first, self.last = model, mtp.depth, group, first, last
+        needs_embedding = first or (last and (model.tie_embeddings or mtp.depth > 0))
+        self.embedding: Embedding | None = None
+        if needs_embedding:
+            self.embedding = embedding or Embedding(model.vocab_size, model.hidden, std=model.init_std, group=group)
+        self.layers = nn.ModuleDict({str(i): Block(model, group) for i in layers})
+        self.norm = RMSNorm(model.hidden, model.norm_eps, group) if last else None
+        self.mtp = build_heads(model, mtp, group) if last else None
+        self.head = OutputHead(model, group) if last and not model.tie_embeddings else None
+        self.weight_gradients: WeightGradients | None = None
+        self.forward_calls = 0
+
+    def defer_weight_gradients(self) -> WeightGradients:
+        """From now on weight gradients wait in the returned queue after each backward pass."""
+        queue = WeightGradients()
+        hand_out(self, queue)
+        return queue
+
+    def output_weight(self) -> nn.Parameter:
+        """[V/R, d]: the matrix that turns states into logits. Only on the last chunk."""
+        if self.head is not None:
+            return self.head.weight
+        assert self.embedding is not None
+        return self.embedding.weight
+
+    def forward(self, hidden: Tensor | None = None, *, tokens: Tensor, documents: Tensor, scale: Tensor) -> Tensor:
+        """tokens int64 and documents int [B, S+1+D], scale float32 [B, 1+D] (see ``head_loss``).
+
+        hidden [B, S, d] (None on the first chunk) -> hidden [B, S, d], or on the last chunk float32 [1 + 4 (1+D)]: the loss to
+        differentiate, then ``STATISTICS`` of each depth.
+        """
+        self.forward_calls += 1
+        positions = tokens.shape[1] - 1 - self.depth
+        if self.first:
+            assert self.embedding is not None
+            hidden = self.embedding(tokens[:, :positions])
+        assert hidden is not None
+        assert self.model.head_dim is not None
+        turn = rotation(torch.arange(positions, device=hidden.device), self.model.head_dim, self.model.rope_theta)
+        mask = document_mask(documents[:, :positions]) if self.model.document_mask else None
+        for block in self.layers.values():
+            hidden = block(hidden, turn, mask)
+        assert hidden is not None
+        if not self.last:
+            return hidden
+        assert self.norm is not None
+        normed = self.norm(hidden)
+        states = [normed]
+        if self.mtp is not None:
+            assert self.embedding is not None
+            embedded = self.embedding(tokens[:, 1 : positions + self.depth])
+            states += self.mtp(hidden, normed, embedded, turn, mask)
+        loss, statistics = head_loss(
+            states, self.output_weight(), targets(tokens, documents, self.depth), scale, self.group, self.weight_gradients
+        )
+        return torch.cat((loss.view(1), statistics.flatten()))
+
+    def result_size(self) -> int:
+        """Elements of what the last chunk returns."""
+        return 1 + len(STATISTICS) * (1 + self.depth)

@@ -1,0 +1,57 @@
+"""The token embedding, split over the tensor-parallel group by vocabulary rows."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .parameter import parameter
+from .tensor_group import TensorGroup
+from .weight_gradients import WeightGradients, gradient_of
+
+
+class Embedding(nn.Module):
+    """tokens int64 [..] -> [.., hidden]. Rank r of R holds rows r V/R .. (r+1) V/R - 1."""
+
+    def __init__(self, vocabulary: int, hidden: int, *, std: float, group: TensorGroup) -> None:
+        super().__init__()
+        self.weight = parameter((vocabulary, hidden), split=0, std=std, group=group)
+        self.weight_gradients: WeightGradients | None = None
+        self.group = group
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = self.weight.shape[0]
+        local = tokens - self.group.rank * rows
+        elsewhere = (local < 0) | (local >= rows)
+        local = local.masked_fill(elsewhere, 0)
+        if self.weight_gradients is None or not torch.is_grad_enabled():
+            found = F.embedding(local, self.weight)
+        else:
+            found = _DeferredEmbedding.apply(self.weight, local, elsewhere, self.weight_gradients)
+        return self.group.leave(found.masked_fill(elsewhere.unsqueeze(-1), 0)) if self.group.size > 1 else found
+
+
+class _DeferredEmbedding(torch.autograd.Function):
+    """Adds row gradients straight into the accumulation buffer: autograd's would build a dense V x d matrix in the weight's dtype
+    for every look-up, and sum a frequent token's gradients in bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: nn.Parameter, tokens: Tensor, elsewhere: Tensor, queue: WeightGradients) -> Tensor:
+        ctx.save_for_backward(weight, tokens, elsewhere)
+        ctx.queue = queue
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:
+        weight, tokens, elsewhere = ctx.saved_tensors
+        grad = grads[0]
+
+        def add_rows() -> None:
+            buffer = gradient_of(weight)
+            rows = grad.masked_fill(elsewhere.unsqueeze(-1), 0).flatten(0, -2).to(buffer.dtype)
+            buffer.index_add_(0, tokens.flatten(), rows)
+
+        if ctx.needs_input_grad[0]:
+            ctx.queue.add(add_rows)
+        return None, None, None, None

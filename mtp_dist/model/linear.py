@@ -1,0 +1,50 @@
+"""Linear layers without bias: whole, column-parallel or row-parallel (arXiv 1909.08053), with optional deferred weight gradient."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .parameter import parameter
+from .tensor_group import TensorGroup
+from .weight_gradients import WeightGradients, accumulate
+
+
+class Linear(nn.Module):
+    """y [.., outputs] = x [.., inputs] Wᵀ.
+
+    `split` 0 (column-parallel): this rank computes its slice of the outputs. `split` 1 (row-parallel): it holds a slice of the inputs,
+    the sums are all-reduced. None: each rank of the group computes the whole.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, std: float, group: TensorGroup, split: int | None = None) -> None:
+        super().__init__()
+        self.weight = parameter((outputs, inputs), split=split, std=std, group=group)
+        self.weight_gradients: WeightGradients | None = None
+        self.group, self.split = group, split
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.split == 0:
+            x = self.group.enter(x)
+        if self.weight_gradients is None or not torch.is_grad_enabled():
+            y = F.linear(x, self.weight)
+        else:
+            y = _DeferredLinear.apply(x, self.weight, self.weight_gradients)
+        return self.group.leave(y) if self.split == 1 else y
+
+
+class _DeferredLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, queue: WeightGradients) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.queue = queue
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0]
+        if ctx.needs_input_grad[1]:
+            ctx.queue.add(lambda: accumulate(weight, grad.flatten(0, -2).T @ x.flatten(0, -2)))
+        return (grad @ weight if ctx.needs_input_grad[0] else None), None, None

@@ -1,0 +1,60 @@
+"""Sequential causal MTP modules of DeepSeek-V3 (arXiv 2412.19437, section 2.2, equations 21-25).
+
+Depth k at position i: x = W_k [norm(Emb(t[i+k])) ; norm(h^{k-1}_i)], h^k = Block_k(x), causal over i; then norm_k and the shared head
+predict t[i+k+1]. Three choices differ between public sources and are settings recorded in every checkpoint: `mtp.concat` (which half
+comes first), `mtp.h0` and `mtp.recycle` (whether a state is handed on before or after its norm).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ...config.schema import ModelConfig, MTPConfig
+from ..linear import Linear
+from ..tensor_group import TensorGroup
+from ..trunk import Block, KeyValueCache, RMSNorm
+
+
+class SequentialModule(nn.Module):
+    """One depth: `projection` is W_k, `block` Block_k, `norm` norm_k of the definitions above."""
+
+    def __init__(self, model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> None:
+        super().__init__()
+        d = model.hidden
+        self.embedding_norm = RMSNorm(d, model.norm_eps, group)
+        self.hidden_norm = RMSNorm(d, model.norm_eps, group)
+        self.projection = Linear(2 * d, d, std=model.init_std, group=group)
+        self.block = Block(model, group)
+        self.norm = RMSNorm(d, model.norm_eps, group)
+        self.embedding_first = mtp.concat == "embedding_first"
+        self.recycle_normed = mtp.recycle == "post_norm"
+
+    def forward(
+        self, hidden: Tensor, embedded: Tensor, turn: Tensor, mask: Tensor | None, cache: KeyValueCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """hidden h^{k-1} and embedded Emb(t[i+k]), both [B, n, d] -> (state for the head, state for depth k+1), both [B, n, d]."""
+        parts = (self.embedding_norm(embedded), self.hidden_norm(hidden))
+        x = self.projection(torch.cat(parts if self.embedding_first else parts[::-1], dim=-1))
+        x = self.block(x, turn, mask, cache)
+        normed = self.norm(x)
+        return normed, normed if self.recycle_normed else x
+
+
+class SequentialHeads(nn.ModuleDict):
+    """D modules keyed "1" .. "D"."""
+
+    def __init__(self, model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> None:
+        super().__init__({str(k): SequentialModule(model, mtp, group) for k in range(1, mtp.depth + 1)})
+        self.first_normed = mtp.h0 == "post_norm"
+
+    def first(self, before_norm: Tensor, after_norm: Tensor) -> Tensor:
+        """h⁰, the trunk state that depth 1 reads."""
+        return after_norm if self.first_normed else before_norm
+
+    def forward(self, before_norm: Tensor, after_norm: Tensor, embedded: Tensor, turn: Tensor, mask: Tensor | None) -> list[Tensor]:
+        """Trunk output before and after its final norm [B, S, d], embedded [B, S-1+D, d] of t[1] .. t[S+D-1] -> D states [B, S, d]."""
+        positions = before_norm.shape[1]
+        hidden, states = self.first(before_norm, after_norm), []
+        for k, module in enumerate(self.values(), start=1):
+            state, hidden = module(hidden, embedded[:, k - 1 : k - 1 + positions], turn, mask)
+            states.append(state)
+        return states

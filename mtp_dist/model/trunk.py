@@ -1,0 +1,116 @@
+"""The trunk's parts: RMSNorm, rotary positions, grouped-query attention, SwiGLU, and the block made of them (Llama's arrangement).
+
+Shapes: B rows, S positions, d hidden width, H query heads, K key/value heads, c head width. Under tensor parallelism H, K and the
+feed-forward width are this rank's share.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config.schema import ModelConfig
+from .linear import Linear
+from .parameter import parameter
+from .tensor_group import ALONE, TensorGroup
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * weight over the last dimension (arXiv 1910.07467)."""
+
+    def __init__(self, hidden: int, eps: float, group: TensorGroup) -> None:
+        super().__init__()
+        self.weight = parameter((hidden,), split=None, std=None, group=group)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class KeyValueCache(Protocol):
+    """Where a decoder keeps one attention layer's keys and values."""
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append [B, K, n, c] at the end; returns all keys and values [B, K, total, c]."""
+        ...
+
+
+def rotation(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+    """cos and sin of the rotary embedding (arXiv 2104.09864, half-split pairs as in Llama's released code).
+
+    positions int64 [.., n] -> float32 [2, .., n, head_dim].
+    """
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angle = positions.unsqueeze(-1).float() * frequency
+    angle = torch.cat((angle, angle), dim=-1)
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Apply ``rotation`` [2, n, c] (or [2, B, 1, n, c]) to x [B, H, n, c], in float32, returned in x's dtype."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    left, right = wide.chunk(2, dim=-1)
+    return (wide * turn[0] + torch.cat((-right, left), dim=-1) * turn[1]).to(x.dtype)
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """documents int [B, S] -> bool [B, 1, S, S]: True where position i may attend to j: j <= i in the same document."""
+    same = documents.unsqueeze(2) == documents.unsqueeze(1)
+    return same.tril().unsqueeze(1)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245)."""
+
+    def __init__(self, config: ModelConfig, group: TensorGroup = ALONE) -> None:
+        super().__init__()
+        assert config.head_dim is not None
+        d, c, std = config.hidden, config.head_dim, config.init_std
+        self.head_dim = c
+        self.query = Linear(d, config.heads * c, std=std, group=group, split=0)
+        self.key = Linear(d, config.kv_heads * c, std=std, group=group, split=0)
+        self.value = Linear(d, config.kv_heads * c, std=std, group=group, split=0)
+        self.output = Linear(config.heads * c, d, std=std * (2 * config.layers) ** -0.5, group=group, split=1)
+
+    def forward(self, x: Tensor, turn: Tensor, mask: Tensor | None, cache: KeyValueCache | None = None) -> Tensor:
+        """x [B, n, d] -> [B, n, d]. mask: bool, broadcast to [B, H, n, total]; None is plainly causal,
+        or with a cache: every new position sees everything."""
+        query, key, value = (
+            layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        query, key = rotate(query, turn), rotate(key, turn)
+        if cache is not None:
+            key, value = cache.extend(key, value)
+        causal = mask is None and cache is None
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=True)
+        return self.output(attended.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, group: TensorGroup = ALONE) -> None:
+        super().__init__()
+        d, f, std = config.hidden, config.mlp, config.init_std
+        self.gate = Linear(d, f, std=std, group=group, split=0)
+        self.up = Linear(d, f, std=std, group=group, split=0)
+        self.down = Linear(f, d, std=std * (2 * config.layers) ** -0.5, group=group, split=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """One pre-norm decoder layer. [B, n, d] -> [B, n, d]."""
+
+    def __init__(self, config: ModelConfig, group: TensorGroup = ALONE) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden, config.norm_eps, group)
+        self.attention = Attention(config, group)
+        self.mlp_norm = RMSNorm(config.hidden, config.norm_eps, group)
+        self.mlp = FeedForward(config, group)
+
+    def forward(self, x: Tensor, turn: Tensor, mask: Tensor | None, cache: KeyValueCache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), turn, mask, cache)
+        return x + self.mlp(self.mlp_norm(x))
