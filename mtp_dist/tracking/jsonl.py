@@ -1,0 +1,115 @@
+"""metrics.jsonl: one JSON object a line, ``{"step": 7, "loss/total": 3.2, ...}``; the truth about a run.
+
+Contract: steps ascend strictly, so each appears exactly once however often a run was killed and resumed. Opening the file at
+``resume_step`` N cuts every record with a step above N (those steps are about to be trained again) and whatever a kill left half
+written. JSON has no NaN: a non-finite value is written as "NaN", "Infinity" or "-Infinity", which ``float()`` takes back.
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+SYNC_SECONDS = 5.0
+
+log = logging.getLogger(__name__)
+
+
+def encode(value: float) -> float | str:
+    """A finite number as it is, a non-finite one as the word that ``float()`` reads."""
+    number = float(value)
+    if math.isfinite(number):
+        return value
+    return "NaN" if math.isnan(number) else ("Infinity" if number > 0 else "-Infinity")
+
+
+def _decode(line: bytes) -> dict[str, Any] | None:
+    """One record, or None for a line that is not a whole one."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return None
+    return {name: float(value) if isinstance(value, str) else value for name, value in record.items()}
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All whole records in file order; ``step`` is an int, everything else a number. A missing file is an empty list."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as stream:
+        return [record for line in stream if line.endswith(b"\n") and (record := _decode(line)) is not None]
+
+
+class MetricsFile:
+    """The open file of one run; ``last_step`` is the step of its last record, -1 where it has none."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self.path = path
+        self.last_step = _cut(path, resume_step)
+        self._stream = path.open("a", encoding="utf-8")
+        self._synced = time.monotonic()
+
+    def append(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one record and flush it; the disk is told to keep it every few seconds. ValueError for a step logged before."""
+        if step <= self.last_step:
+            raise ValueError(f"step {step} is logged already: {self.path} ends at {self.last_step}, and a step has one record")
+        record = {"step": step} | {name: encode(value) for name, value in metrics.items()}
+        self._stream.write(json.dumps(record, allow_nan=False) + "\n")
+        self._stream.flush()
+        self.last_step = step
+        if time.monotonic() - self._synced >= SYNC_SECONDS:
+            self._sync()
+
+    def _sync(self) -> None:
+        os.fsync(self._stream.fileno())
+        self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Flush to the disk and close; a second call does nothing."""
+        if not self._stream.closed:
+            self._sync()
+            self._stream.close()
+
+
+def _cut(path: Path, resume_step: int) -> int:
+    """Leave the records up to ``resume_step``; the file is rewritten only where something has to go. Returns the last step, or -1."""
+    if not path.is_file():
+        return -1
+    kept: list[bytes] = []
+    last, lost, whole = -1, 0, True
+    with path.open("rb") as stream:
+        for line in stream:
+            record = _decode(line) if line.endswith(b"\n") else None
+            if record is not None and last < record["step"] <= resume_step:
+                kept.append(line)
+                last = record["step"]
+            else:
+                whole = False
+                lost += record is None
+    if not whole:
+        _replace(path, b"".join(kept))
+    if lost:
+        log.warning("%s: %d unfinished line(s) of an interrupted run were removed", path, lost)
+    return last
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Swap the file's content in one rename, so that a kill leaves the old file or the new one."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,59 @@
+"""Every metric of a training run: its name and what it measures.
+
+The names are the contract between the trainer, the trackers, ``mtp_dist.report`` and whoever reads metrics.jsonl. A name that
+ends in ``_`` below is completed with a depth, 1 .. D: ``loss/depth_`` stands for loss/depth_1, loss/depth_2, ...
+Losses are means over valid targets of the whole global batch, in nats; accuracies are shares of valid targets between 0 and 1.
+"""
+
+LOSS_TOTAL = "loss/total"
+LOSS_MAIN = "loss/main"
+LOSS_DEPTH = "loss/depth_"
+ACCURACY_MAIN = "accuracy/main"
+ACCURACY_DEPTH = "accuracy/depth_"
+ACCURACY_CONDITIONAL_DEPTH = "accuracy_conditional/depth_"
+VALIDATION_LOSS_TOTAL = "validation/loss_total"
+VALIDATION_LOSS_MAIN = "validation/loss_main"
+VALIDATION_LOSS_DEPTH = "validation/loss_depth_"
+VALIDATION_ACCURACY_MAIN = "validation/accuracy_main"
+VALIDATION_ACCURACY_DEPTH = "validation/accuracy_depth_"
+VALIDATION_ACCURACY_CONDITIONAL_DEPTH = "validation/accuracy_conditional_depth_"
+LEARNING_RATE = "optim/lr"
+GRADIENT_NORM = "optim/gradient_norm"
+LOSS_WEIGHT = "mtp/loss_weight"
+TOKENS_SEEN = "data/tokens_seen"
+EPOCH = "data/epoch"
+TOKENS_PER_SECOND = "speed/tokens_per_second"
+STEP_TIME = "time/step"
+DATA_WAIT = "time/data_wait"
+MEMORY_RSS = "memory/rss_gib"
+MEMORY_DEVICE_PEAK = "memory/device_peak_gib"
+
+MEANING = {
+    LOSS_TOTAL: "The differentiated loss: main + lambda-weighted depths.",
+    LOSS_MAIN: "Cross-entropy of the next token.",
+    LOSS_DEPTH: "Cross-entropy of the token k beyond the next one.",
+    ACCURACY_MAIN: "Share of next tokens whose argmax is right.",
+    ACCURACY_DEPTH: "Share of targets of depth k whose argmax is right.",
+    ACCURACY_CONDITIONAL_DEPTH: "The same, where the trunk and all shallower depths are right: a forecast of acceptance.",
+    VALIDATION_LOSS_TOTAL: "loss/total on the held-out split.",
+    VALIDATION_LOSS_MAIN: "loss/main on the held-out split.",
+    VALIDATION_LOSS_DEPTH: "loss/depth_k on the held-out split.",
+    VALIDATION_ACCURACY_MAIN: "accuracy/main on the held-out split.",
+    VALIDATION_ACCURACY_DEPTH: "accuracy/depth_k on the held-out split.",
+    VALIDATION_ACCURACY_CONDITIONAL_DEPTH: "accuracy_conditional/depth_k on the held-out split.",
+    LEARNING_RATE: "Learning rate of the step.",
+    GRADIENT_NORM: "Global gradient norm before clipping.",
+    LOSS_WEIGHT: "Lambda of the step.",
+    TOKENS_SEEN: "Positions trained since the start of the run, resumes included.",
+    EPOCH: "Passes over the training split, as a fraction.",
+    TOKENS_PER_SECOND: "Trained positions a second over all replicas.",
+    STEP_TIME: "Seconds of a step, data included.",
+    DATA_WAIT: "Seconds of a step spent waiting for data.",
+    MEMORY_RSS: "Resident memory of rank 0, GiB (CPU runs).",
+    MEMORY_DEVICE_PEAK: "Peak allocated device memory of rank 0, GiB (CUDA runs).",
+}
+
+
+def of_depth(prefix: str, depth: int) -> str:
+    """Metric name of one depth (1 .. D): ``of_depth(LOSS_DEPTH, 2) == "loss/depth_2"``."""
+    return f"{prefix}{depth}"
