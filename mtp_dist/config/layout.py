@@ -1,0 +1,54 @@
+"""Arithmetic of a run that follows from its settings alone: processes, chunks, micro-batches, steps.
+
+Pure functions of a configuration that passed ``validation.validate``.
+"""
+
+import math
+
+from mtp_dist.config.schema import ParallelConfig, TrainingRun
+
+V_SCHEDULES = ("zbv", "dualpipev")
+SCHEDULES = ("1f1b", *V_SCHEDULES)
+
+
+def world_size(parallel: ParallelConfig) -> int:
+    """Processes of the whole job."""
+    return parallel.pipeline * parallel.data * parallel.tensor
+
+
+def chunks(parallel: ParallelConfig) -> int:
+    """Parts of the trunk: two a pipeline rank in a V placement, one otherwise, one without a pipeline."""
+    if parallel.pipeline > 1 and parallel.schedule in V_SCHEDULES:
+        return 2 * parallel.pipeline
+    return parallel.pipeline
+
+
+def micro_batches(config: TrainingRun) -> int:
+    """M: forward passes of each replica in one optimizer step."""
+    return config.train.global_batch // (config.parallel.data * config.train.micro_batch)
+
+
+def fewest_micro_batches(parallel: ParallelConfig) -> int:
+    """The least M that torch's schedule takes: ZBV fills empty slots itself, 1F1B and DualPipeV refuse fewer than their chunks."""
+    if parallel.pipeline > 1 and parallel.schedule in ("1f1b", "dualpipev"):
+        return chunks(parallel)
+    return 1
+
+
+def tokens_per_step(config: TrainingRun) -> int:
+    """Positions trained in one optimizer step."""
+    return config.train.global_batch * config.train.sequence_length
+
+
+def total_steps(config: TrainingRun) -> int:
+    """Optimizer steps of the whole run, from ``train.steps`` or else ``train.tokens``."""
+    if config.train.steps is not None:
+        return config.train.steps
+    if config.train.tokens is None:
+        raise ValueError("neither train.steps nor train.tokens")
+    return math.ceil(config.train.tokens / tokens_per_step(config))
+
+
+def processes_per_node(config: TrainingRun) -> int:
+    """Processes on each machine."""
+    return config.launch.processes_per_node or world_size(config.parallel) // config.launch.nodes

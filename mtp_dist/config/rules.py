@@ -1,0 +1,55 @@
+"""Checks of single values, worded alike everywhere: the setting, its value, what is allowed."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from mtp_dist.config.compose import suggestion
+from mtp_dist.errors import UserError
+
+
+def one_of(key: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise UserError unless the value is one of the allowed words."""
+    if value not in allowed:
+        raise UserError(f"{key}={value} is not one of {alternatives(allowed)}{suggestion(value, list(allowed))}")
+
+
+def at_least(key: str, value: float | None, least: float) -> None:
+    """Raise UserError for a number below ``least``; None (not set) passes."""
+    if value is not None and not value >= least:
+        raise UserError(f"{key}={value} must be at least {least}")
+
+
+def above(key: str, value: float | None, bound: float) -> None:
+    """Raise UserError for a number that is not greater than ``bound``; None (not set) passes."""
+    if value is not None and not value > bound:
+        raise UserError(f"{key}={value} must be greater than {bound}")
+
+
+def between(key: str, value: float, least: float, most: float) -> None:
+    """Raise UserError for a number outside [least, most]."""
+    if not least <= value <= most:
+        raise UserError(f"{key}={value} must be from {least} to {most}")
+
+
+def finite(key: str, value: float) -> None:
+    """Raise UserError for nan and the infinities."""
+    if not math.isfinite(value):
+        raise UserError(f"{key}={value} must be a finite number")
+
+
+def given(key: str, value: str, example: str) -> None:
+    """Raise UserError for an empty text that has no sensible default."""
+    if not value:
+        raise UserError(f"{key} is empty; give it: {key}={example}")
+
+
+def alternatives(values: Iterable[object]) -> str:
+    """``1, 2 or 4``."""
+    words = [str(item) for item in values]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def divisors(number: int) -> list[int]:
+    """Every divisor, ascending."""
+    low = [item for item in range(1, math.isqrt(number) + 1) if number % item == 0]
+    return sorted({*low, *(number // item for item in low)})
