@@ -1,0 +1,65 @@
+"""The folder in which a dataset is built: beside its final place, renamed when complete, never mistaken for a dataset."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mtp_dist.errors import UserError
+
+MARKER = "UNFINISHED"
+
+
+@contextmanager
+def building_folder(out: Path) -> Iterator[Path]:
+    """An empty folder to write into; it becomes `out` when the block ends without an error.
+
+    What an interrupted build has left is removed first. Raises UserError where another build writes there, or a folder of
+    that name was not made by a build.
+    """
+    folder = out.with_name(out.name + ".building")
+    if folder.exists() and not (folder / MARKER).is_file():
+        raise UserError(f"{folder} is in the way and was not made by a build; move it, or choose another out=")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / MARKER).open("w") as marker:
+        try:
+            # Held until the process ends, however it ends.
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another build is writing {folder}; wait for it, or choose another out=") from error
+        _empty(folder)
+        yield folder
+        (folder / MARKER).unlink()
+        sync_folder(folder)
+        folder.rename(out)
+        sync_folder(out.parent)
+
+
+def check_free(folder: Path, needed: int) -> None:
+    """Raises UserError where the disk of `folder` has less than `needed` bytes left."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"out={folder} needs about {needed / 2**20:.0f} MiB of disk, {free / 2**20:.0f} MiB are free; "
+            "free some, choose another out=, or set limit_mb"
+        )
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != MARKER:
+            entry.unlink()
