@@ -29,15 +29,19 @@ def application(
     run: Callable[[T], int | None],
     *,
     argv: Sequence[str] | None = None,
+    command: str | None = None,
     examples: Sequence[str] = (),
     epilog: str = "",
+    shortcut: Callable[[list[str]], T | None] | None = None,
 ) -> NoReturn:
     """Compose ``conf/<config_name>.yaml`` from the command line, call ``run`` with it, and exit with what it returns.
 
-    ``argv``: arguments without the program's name; None takes the process's own. ``examples``: command lines shown by ``--help``.
+    ``argv``: arguments without the program's name; None takes the process's own. ``command``, ``examples``, ``epilog``: shown by
+    ``--help``; the command is otherwise the one in the schema's docstring. ``shortcut``: gives a configuration for some overrides
+    without composing, or None.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    sys.exit(guarded(lambda: _answer(config_name, schema, run, arguments, examples, epilog)))
+    sys.exit(guarded(lambda: _answer(config_name, schema, run, shortcut, arguments, (command, examples, epilog))))
 
 
 def guarded(action: Callable[[], int | None]) -> int:
@@ -55,10 +59,12 @@ def guarded(action: Callable[[], int | None]) -> int:
         return 0
 
 
-def help_text(config_name: str, schema: type, examples: Sequence[str] = (), epilog: str = "") -> str:
+def help_text(
+    config_name: str, schema: type, command: str | None = None, examples: Sequence[str] = (), epilog: str = ""
+) -> str:
     """The whole answer to ``--help``."""
-    command, summary = _introduction(schema)
-    parts = [f"usage: {command} [--help] [--cfg] [--version] [key=value ...]"]
+    documented, summary = _introduction(schema)
+    parts = [f"usage: {command or documented} [--help] [--cfg] [--version] [key=value ...]"]
     if summary:
         parts.append(summary)
     if examples:
@@ -76,12 +82,17 @@ def help_text(config_name: str, schema: type, examples: Sequence[str] = (), epil
 
 
 def _answer(
-    config_name: str, schema: type[T], run: Callable[[T], int | None], arguments: list[str], examples: Sequence[str], epilog: str
+    config_name: str,
+    schema: type[T],
+    run: Callable[[T], int | None],
+    shortcut: Callable[[list[str]], T | None] | None,
+    arguments: list[str],
+    shown_by_help: tuple[str | None, Sequence[str], str],
 ) -> int | None:
     flags = [word for word in arguments if word.startswith("-")]
     overrides = [word for word in arguments if not word.startswith("-")]
     if "--help" in flags or "-h" in flags:
-        sys.stdout.write(help_text(config_name, schema, examples, epilog))
+        sys.stdout.write(help_text(config_name, schema, *shown_by_help))
         sys.stdout.flush()
         return 0
     if "--version" in flags:
@@ -90,7 +101,8 @@ def _answer(
     for flag in flags:
         if flag != "--cfg":
             raise UserError(f"{flag} is not an option; there are --help, --cfg and --version, and settings are written key=value")
-    config = compose(config_name, schema, overrides)
+    ready = shortcut(overrides) if shortcut else None
+    config = compose(config_name, schema, overrides) if ready is None else ready
     if flags:
         yaml.safe_dump(asdict(cast(Any, config)), sys.stdout, sort_keys=False, allow_unicode=True, width=1000)
         sys.stdout.flush()

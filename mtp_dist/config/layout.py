@@ -16,11 +16,14 @@ def world_size(parallel: ParallelConfig) -> int:
     return parallel.pipeline * parallel.data * parallel.tensor
 
 
+def is_v(parallel: ParallelConfig) -> bool:
+    """Whether first and last chunk share a rank; one rank alone is no pipeline."""
+    return parallel.pipeline > 1 and parallel.schedule in V_SCHEDULES
+
+
 def chunks(parallel: ParallelConfig) -> int:
     """Parts of the trunk: two a pipeline rank in a V placement, one otherwise, one without a pipeline."""
-    if parallel.pipeline > 1 and parallel.schedule in V_SCHEDULES:
-        return 2 * parallel.pipeline
-    return parallel.pipeline
+    return 2 * parallel.pipeline if is_v(parallel) else parallel.pipeline
 
 
 def micro_batches(config: TrainingRun) -> int:
@@ -29,7 +32,7 @@ def micro_batches(config: TrainingRun) -> int:
 
 
 def fewest_micro_batches(parallel: ParallelConfig) -> int:
-    """The least M that torch's schedule takes: ZBV fills empty slots itself, 1F1B and DualPipeV refuse fewer than their chunks."""
+    """The least M that torch takes: ZBV fills empty slots itself, 1F1B and DualPipeV refuse fewer than their chunks."""
     if parallel.pipeline > 1 and parallel.schedule in ("1f1b", "dualpipev"):
         return chunks(parallel)
     return 1

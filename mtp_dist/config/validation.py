@@ -85,8 +85,8 @@ def validate_model(model: ModelConfig, vocabulary: int | None) -> None:
         choices = alternatives(divisors(model.heads))
         raise UserError(f"model.kv_heads={model.kv_heads} does not divide model.heads={model.heads}; choose {choices}")
     if model.head_dim is None and model.hidden % model.heads:
-        choices = [number for number in divisors(model.hidden) if number % model.kv_heads == 0]
-        way_out = f"choose {alternatives(choices)}, or set model.head_dim" if choices else "set model.head_dim"
+        fitting = [number for number in divisors(model.hidden) if number % model.kv_heads == 0]
+        way_out = f"choose {alternatives(fitting)}, or set model.head_dim" if fitting else "set model.head_dim"
         raise UserError(f"model.heads={model.heads} does not divide model.hidden={model.hidden}; {way_out}")
     if head_dim(model) % 2:
         origin = "" if model.head_dim is not None else f" (model.hidden={model.hidden} / model.heads={model.heads})"
@@ -255,9 +255,9 @@ def _validate_batches(config: TrainingRun) -> None:
     parallel, least = config.parallel, fewest_micro_batches(config.parallel)
     if micro_batches(config) < least:
         raise UserError(
-            f"train.global_batch={batch} / ({product}) = {micro_batches(config)} micro-batches, but parallel.schedule={parallel.schedule} "
-            f"with parallel.pipeline={parallel.pipeline} needs at least {least}; choose train.global_batch={unit * least} or more, "
-            "or a smaller train.micro_batch"
+            f"train.global_batch={batch} / ({product}) = {micro_batches(config)} micro-batches, but "
+            f"parallel.schedule={parallel.schedule} with parallel.pipeline={parallel.pipeline} needs at least {least}; "
+            f"choose train.global_batch={unit * least} or more, or a smaller train.micro_batch"
         )
 
 

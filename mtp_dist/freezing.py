@@ -1,0 +1,179 @@
+"""A run's settings, frozen: checked once, written to ``<run_dir>/resolved.yaml``, and read by every process.
+
+``prepare`` is the step that all launchers share; it runs in one process, before any other starts. ``frozen`` is what a process of
+the job calls. Nothing here imports torch, so bad input is answered at once.
+
+A run folder belongs to one model on one stream of data; a changed setting that makes another of either is refused (``IDENTITY``).
+Any other setting may change from one start to the next; the earlier file stays as ``resolved.<n>.yaml``.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mtp_dist.config import versions
+from mtp_dist.config.compose import differences, load, save
+from mtp_dist.config.layout import world_size
+from mtp_dist.config.schema import TrainingRun
+from mtp_dist.config.validation import resolve, validate
+from mtp_dist.data.dataset import Dataset, file_sha256
+from mtp_dist.errors import UserError
+
+# A trailing dot stands for the whole group.
+IDENTITY = (
+    "seed",
+    "model.",
+    "mtp.",
+    "tokenizer.path",
+    "data.path",
+    "data.lanes",
+    "data.block_samples",
+    "train.sequence_length",
+)
+# How losses are weighted is training policy: it changes neither the parameters nor the rows that are read.
+NOT_IDENTITY = ("mtp.loss_weight", "mtp.loss_weight_points", "mtp.normalize", "mtp.depth_weights")
+PATHS = ("data.path", "tokenizer.path")
+
+
+def resolved_file(run_dir: str | os.PathLike[str]) -> Path:
+    """Where a run's frozen settings are."""
+    return Path(run_dir) / "resolved.yaml"
+
+
+def prepare(config: TrainingRun) -> TrainingRun:
+    """Check a composed configuration and its dataset, freeze it in its run folder, and return it with derived settings filled.
+
+    Of several nodes only the first writes (the others wait for it in the rendezvous), so the file says ``launch.node_rank: 0``
+    and the returned configuration says this node's. Raises UserError.
+    """
+    versions.check()
+    validate(config, None)
+    dataset = _dataset(config)
+    validate(config, dataset.vocab_size)
+    full = resolve(config, dataset.vocab_size)
+    if full.launch.node_rank == 0:
+        freeze(full)
+    return full
+
+
+def freeze(config: TrainingRun) -> Path:
+    """Write ``resolved.yaml`` unless the same is there; keep one that differs, refuse one of another model or data."""
+    path = resolved_file(config.run_dir)
+    if path.exists():
+        old = load(path, TrainingRun)
+        changed = [(key, was, now) for key, was, now in differences(old, config) if not _same_place(key, was, now)]
+        for key, was, now in changed:
+            if _is_identity(key) and not _moved(key, was):
+                raise UserError(
+                    f"{key}={_shown(now)}, but the run in {config.run_dir} has {key}={_shown(was)}; "
+                    f"choose a new run_dir, or keep {key}={_shown(was)}"
+                )
+        if not changed:
+            return path
+        os.replace(path, _next_name(path))
+    try:
+        save(config, path)
+    except OSError as error:
+        raise UserError(f"run_dir={config.run_dir} cannot be written: {error.strerror}") from None
+    return path
+
+
+def under_launcher(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is one process of a job that torchrun or srun started."""
+    return "RANK" in environment or ("SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment)
+
+
+def frozen(argv: list[str], environment: Mapping[str, str] = os.environ) -> TrainingRun:
+    """The frozen settings, in a process of the job: ``argv`` is ``run_dir=FOLDER`` and nothing else. Raises UserError."""
+    run_dir = _only_run_dir(argv)
+    if run_dir is None:
+        typed = " ".join(argv)
+        raise UserError(
+            f"under torchrun and srun mtp_dist.train takes only run_dir=FOLDER, not {typed!r}; settings are frozen before: "
+            f"run `python -m mtp_dist.train {typed or 'run_dir=FOLDER key=value'}` without torchrun (it starts torchrun itself)"
+        )
+    path = resolved_file(run_dir)
+    if not path.exists():
+        command = f"python -m mtp_dist.train run_dir={run_dir} key=value"
+        raise UserError(f"{path} does not exist; run `{command}` without torchrun first")
+    config = load(path, TrainingRun)
+    # The folder may have been moved since.
+    config.run_dir = run_dir
+    _check_world(config, environment)
+    return config
+
+
+def continued(argv: list[str]) -> TrainingRun | None:
+    """The frozen settings of a run that exists, when ``run_dir=FOLDER`` is all that was typed: continue as it was. Else None."""
+    run_dir = _only_run_dir(argv)
+    if run_dir is None or not resolved_file(run_dir).exists():
+        return None
+    config = load(resolved_file(run_dir), TrainingRun)
+    config.run_dir = run_dir
+    if config.train.tokens is not None:
+        # The steps were derived from the tokens, and will be again.
+        config.train.steps = None
+    return config
+
+
+def _only_run_dir(argv: list[str]) -> str | None:
+    if len(argv) != 1 or not argv[0].startswith("run_dir="):
+        return None
+    return argv[0].removeprefix("run_dir=") or None
+
+
+def _check_world(config: TrainingRun, environment: Mapping[str, str]) -> None:
+    name = "WORLD_SIZE" if "RANK" in environment else "SLURM_STEP_NUM_TASKS"
+    started, needed = environment.get(name), world_size(config.parallel)
+    if started is not None and started != str(needed):
+        parallel = config.parallel
+        raise UserError(
+            f"{name}={started} processes were started, but {resolved_file(config.run_dir)} says parallel.pipeline x data x "
+            f"tensor = {parallel.pipeline} x {parallel.data} x {parallel.tensor} = {needed}; start {needed}"
+        )
+
+
+def _dataset(config: TrainingRun) -> Dataset:
+    """The dataset, complete, and made by the tokenizer that was given (if one was). Raises UserError."""
+    dataset = Dataset.open(config.data.path)
+    dataset.split("train")
+    if config.tokenizer.path:
+        path = Path(config.tokenizer.path)
+        if not path.is_file():
+            raise UserError(f"tokenizer.path={path} does not exist; leave it empty to take the dataset's own")
+        if (found := file_sha256(path)) != dataset.tokenizer_sha256:
+            raise UserError(
+                f"tokenizer.path={path} (sha256 {found[:12]}) is not the tokenizer that made data.path={config.data.path} "
+                f"(sha256 {dataset.tokenizer_sha256[:12]}); leave tokenizer.path empty to take the dataset's own"
+            )
+    return dataset
+
+
+def _is_identity(key: str) -> bool:
+    if key in NOT_IDENTITY:
+        return False
+    return any(key.startswith(name) if name.endswith(".") else key == name for name in IDENTITY)
+
+
+def _same_place(key: str, old: Any, new: Any) -> bool:
+    """Two spellings of one path are no difference."""
+    return key in (*PATHS, "run_dir") and bool(old) and bool(new) and os.path.realpath(old) == os.path.realpath(new)
+
+
+def _moved(key: str, old: str) -> bool:
+    """The dataset lies elsewhere now; a checkpoint's data position is only restored where its content is the same."""
+    return key == "data.path" and not os.path.exists(old)
+
+
+def _next_name(path: Path) -> Path:
+    number = 1
+    while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    return kept
+
+
+def _shown(item: Any) -> str:
+    return "null" if item is None else str(item).replace(" ", "")
+
+

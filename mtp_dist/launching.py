@@ -1,0 +1,143 @@
+"""From a frozen run to processes on this machine, by torchrun.
+
+``torchrun_command`` and ``process_environment`` are pure; ``start`` runs the command as a child, so that a signal can be answered
+well: torchrun itself would kill its processes 30 seconds after it, which may be less than a checkpoint takes. Here the first
+SIGTERM or SIGINT goes straight to the processes, as SIGTERM (save and stop); a second one goes to torchrun, which ends them. A
+SIGUSR1 goes to the processes. Source: https://docs.pytorch.org/docs/stable/elastic/run.html
+"""
+
+import ctypes
+import importlib.metadata
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from types import FrameType
+
+import psutil
+
+from mtp_dist.config.layout import processes_per_node
+from mtp_dist.config.schema import TrainingRun
+from mtp_dist.errors import UserError
+
+RENDEZVOUS_PORT = 29400
+# SIGTERM when the parent dies: a job must not live on without the one who passes it its signals.
+_PR_SET_PDEATHSIG = 1
+
+
+def torchrun_command(config: TrainingRun, module: str, arguments: list[str]) -> list[str]:
+    """The command that starts this node's processes, each running ``python -m module arguments``.
+
+    One node: a rendezvous of its own on a free port, or ``launch.master_port``. Several nodes: the static rendezvous, which takes
+    the nodes in the order of ``launch.node_rank``; every node runs the same command with its own rank.
+    """
+    launch = config.launch
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes_per_node(config)}"]
+    if launch.nodes == 1 and launch.master_port == 0:
+        # Without --local-addr the machine's own name must resolve, which is not so on many laptops and in many containers.
+        command += ["--standalone", "--local-addr=127.0.0.1"]
+    else:
+        command += [
+            f"--nnodes={launch.nodes}",
+            f"--node-rank={launch.node_rank}",
+            f"--master-addr={launch.master_addr}",
+            f"--master-port={launch.master_port or RENDEZVOUS_PORT}",
+        ]
+    return [*command, "-m", module, *arguments]
+
+
+def process_environment(config: TrainingRun, cores: int, cuda_devices: int, outer: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the processes of one node: ``outer`` with the threads and the accelerator of ``launch``.
+
+    ``cores``: CPU cores that this node may use. ``cuda_devices``: GPUs that torch sees. Raises UserError when they do not fit.
+    """
+    environment = dict(outer)
+    processes = processes_per_node(config)
+    if config.launch.threads:
+        environment["OMP_NUM_THREADS"] = str(config.launch.threads)
+    else:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    device = config.launch.device
+    if device == "cuda" and not cuda_devices:
+        raise UserError("launch.device=cuda, but torch sees no GPU here; choose launch.device=cpu (or auto)")
+    if device == "cpu" or not cuda_devices:
+        environment["DS_ACCELERATOR"] = "cpu"
+    elif processes > cuda_devices:
+        raise UserError(
+            f"{processes} processes on this node, but it has {cuda_devices} GPU(s) and each process needs one; "
+            "choose a smaller layout, more launch.nodes, or launch.device=cpu"
+        )
+    return environment
+
+
+def start(config: TrainingRun, module: str = "mtp_dist.train") -> int:
+    """Run this node's share of a prepared run, and return torchrun's exit status (128 + n when signal n ended it)."""
+    command = torchrun_command(config, module, [f"run_dir={config.run_dir}"])
+    devices = 0 if config.launch.device == "cpu" else _cuda_devices()
+    return run_child(command, process_environment(config, _cores(), devices, os.environ))
+
+
+def run_child(command: list[str], environment: Mapping[str, str]) -> int:
+    """Run torchrun as a child of this process, passing on signals as the module says, and return its exit status."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    # A session of its own: else Ctrl-C would reach the processes twice, from the terminal and from here.
+    child = subprocess.Popen(
+        command,
+        env=dict(environment),
+        start_new_session=True,
+        preexec_fn=lambda: _die_with_parent(libc),
+    )
+    asked = 0
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 1 and _signal_processes(child.pid, signal.SIGTERM):
+            print("stopping: the processes save and stop; once more to end them at once", file=sys.stderr, flush=True)
+        else:
+            child.send_signal(signal.SIGTERM)
+
+    def notify(number: int, frame: FrameType | None) -> None:
+        _signal_processes(child.pid, signal.SIGUSR1)
+
+    handlers = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGUSR1: notify}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        status = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 128 - status if status < 0 else status
+
+
+def _signal_processes(torchrun: int, number: signal.Signals) -> bool:
+    """Send a signal to each process that torchrun has started; False when there is none yet."""
+    try:
+        processes = psutil.Process(torchrun).children()
+    except psutil.NoSuchProcess:
+        return False
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+    return bool(processes)
+
+
+def _die_with_parent(libc: ctypes.CDLL) -> None:
+    if hasattr(libc, "prctl"):
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cuda_devices() -> int:
+    if importlib.metadata.version("torch").endswith("+cpu"):
+        return 0
+    # Imported here: every check of settings comes before, and must not wait for torch.
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
