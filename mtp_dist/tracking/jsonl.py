@@ -79,7 +79,7 @@ class MetricsFile:
 
 
 def _cut(path: Path, resume_step: int) -> int:
-    """Leave the records up to ``resume_step``; the file is rewritten only where something has to go. Returns the last step, or -1."""
+    """Leave the records up to ``resume_step``; rewritten only where something has to go. Returns the last step, or -1."""
     if not path.is_file():
         return -1
     kept: list[bytes] = []

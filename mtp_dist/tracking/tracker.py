@@ -1,7 +1,7 @@
 """Where a run's metrics go: metrics.jsonl always, wandb and TensorBoard beside it.
 
-``Tracker.log(step, metrics)`` once a step, with all of that step's metrics (``tracking/names.py`` has their names); ``close()`` at
-the end. The run id belongs in the checkpoint and comes back as ``run_id`` at a resume, so that wandb keeps one run.
+``Tracker.log(step, metrics)`` once a step, with all of that step's metrics (``tracking/names.py`` has their names);
+``close()`` at the end. The run id belongs in the checkpoint and comes back as ``run_id`` at a resume: wandb keeps one run.
 """
 
 import secrets

@@ -1,9 +1,9 @@
 """A wandb run, offline by default, that stays one run over any number of restarts.
 
 wandb (0.31) counts offline steps from 0 in each start and a kill loses rows that it had buffered. So each row names its step,
-the rows already in the run folder are read back at a resume (``wandb leet inspect``, the tool's own reader), a row that wandb has is
-not sent twice, and a row that it lost is sent again from metrics.jsonl. Everything that wandb keeps lies in ``<run_dir>/wandb``
-(its service holds a temporary folder for its socket while it runs); ``wandb sync <run_dir>/wandb/offline-run-*`` uploads it later.
+the rows already in the run folder are read back at a resume (``wandb leet inspect``, the tool's own reader), a row that wandb has
+is not sent twice, and a row that it lost is sent again from metrics.jsonl. All that wandb keeps lies in ``<run_dir>/wandb`` (its
+service holds a temporary folder for its socket while it runs); ``wandb sync <run_dir>/wandb/offline-run-*`` uploads it later.
 """
 
 import json
