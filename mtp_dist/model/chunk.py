@@ -7,15 +7,15 @@ both. Parameter names are global: chunk 3's layer 7 is `layers.7` in every layou
 import torch
 from torch import Tensor, nn
 
-from ..config.schema import ModelConfig, MTPConfig
-from .embedding import Embedding
-from .head_loss import STATISTICS, head_loss
-from .mtp import build_heads
-from .parameter import parameter
-from .targets import targets
-from .tensor_group import ALONE, TensorGroup
-from .trunk import Block, RMSNorm, document_mask, rotation
-from .weight_gradients import WeightGradients, hand_out
+from mtp_dist.config.schema import ModelConfig, MTPConfig
+from mtp_dist.model.embedding import Embedding
+from mtp_dist.model.head_loss import STATISTICS, head_loss
+from mtp_dist.model.mtp import build_heads
+from mtp_dist.model.parameter import parameter
+from mtp_dist.model.targets import targets
+from mtp_dist.model.tensor_group import ALONE, TensorGroup
+from mtp_dist.model.trunk import Block, RMSNorm, document_mask, rotation
+from mtp_dist.model.weight_gradients import WeightGradients, hand_out
 
 
 class OutputHead(nn.Module):
@@ -59,11 +59,10 @@ class Chunk(nn.Module):
         self.weight_gradients: WeightGradients | None = None
         self.forward_calls = 0
 
-    def defer_weight_gradients(self) -> WeightGradients:
-        """From now on weight gradients wait in the returned queue after each backward pass."""
-        queue = WeightGradients()
+    def defer_weight_gradients(self, queue: WeightGradients) -> None:
+        """From now on weight gradients wait in the queue after each backward pass."""
+        self.weight_gradients = queue
         hand_out(self, queue)
-        return queue
 
     def output_weight(self) -> nn.Parameter:
         """[V/R, d]: the matrix that turns states into logits. Only on the last chunk."""

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parameter import parameter
-from .tensor_group import TensorGroup
-from .weight_gradients import WeightGradients, gradient_of
+from mtp_dist.model.parameter import parameter
+from mtp_dist.model.tensor_group import TensorGroup
+from mtp_dist.model.weight_gradients import WeightGradients, gradient_of
 
 
 class Embedding(nn.Module):

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .targets import IGNORE
-from .tensor_group import TensorGroup
-from .weight_gradients import WeightGradients, accumulate
+from mtp_dist.model.targets import IGNORE
+from mtp_dist.model.tensor_group import TensorGroup
+from mtp_dist.model.weight_gradients import WeightGradients, accumulate
 
 STATISTICS = ("loss_sum", "correct", "prefix_correct", "prefix_valid")
 """Columns of the second result of ``head_loss``, sums over this micro-batch: unweighted loss; targets predicted right (top 1); targets right

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .tensor_group import ALONE, TensorGroup
+from mtp_dist.model.tensor_group import ALONE, TensorGroup
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.schema import ModelConfig
-from .linear import Linear
-from .parameter import parameter
-from .tensor_group import ALONE, TensorGroup
+from mtp_dist.config.schema import ModelConfig
+from mtp_dist.model.linear import Linear
+from mtp_dist.model.parameter import parameter
+from mtp_dist.model.tensor_group import ALONE, TensorGroup
 
 
 class RMSNorm(nn.Module):

@@ -9,9 +9,9 @@ where `before_norm` and `after_norm` are the trunk's output around its final nor
 reads k-1 .. k-1+S of it), and each state is ready for the shared output head.
 """
 
-from ...config.schema import ModelConfig, MTPConfig
-from ..tensor_group import TensorGroup
-from .sequential import SequentialHeads
+from mtp_dist.config.schema import ModelConfig, MTPConfig
+from mtp_dist.model.mtp.sequential import SequentialHeads
+from mtp_dist.model.tensor_group import TensorGroup
 
 
 def build_heads(model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> SequentialHeads | None:

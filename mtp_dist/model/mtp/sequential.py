@@ -8,10 +8,10 @@ comes first), `mtp.h0` and `mtp.recycle` (whether a state is handed on before or
 import torch
 from torch import Tensor, nn
 
-from ...config.schema import ModelConfig, MTPConfig
-from ..linear import Linear
-from ..tensor_group import TensorGroup
-from ..trunk import Block, KeyValueCache, RMSNorm
+from mtp_dist.config.schema import ModelConfig, MTPConfig
+from mtp_dist.model.linear import Linear
+from mtp_dist.model.tensor_group import TensorGroup
+from mtp_dist.model.trunk import Block, KeyValueCache, RMSNorm
 
 
 class SequentialModule(nn.Module):

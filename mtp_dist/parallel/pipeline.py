@@ -1,0 +1,123 @@
+"""One step's forward and backward passes through the pipeline, and the forward-only walk that evaluates.
+
+The schedules are torch's (``torch.distributed.pipelining``), driving plain chunks. Three things are fixed here because each was silent
+when wrong: stages get static shapes (else torch runs every chunk on garbage to infer them, and deferred weight gradients leak in); gradients
+are not rescaled by the schedule (the loss is already normalised by global counts); weight gradients go through ``dw_builder``
+(torch's own split of backward fails where the shared embedding reaches the loss by several paths).
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleDualPipeV, ScheduleZBVZeroBubble
+
+from mtp_dist.config import layout
+from mtp_dist.model.weight_gradients import WeightGradients
+from mtp_dist.parallel.mesh import Mesh
+from mtp_dist.parallel.placement import chunks_of_rank, rank_of_chunk
+
+SCHEDULES: dict[str, Any] = {"1f1b": Schedule1F1B, "zbv": ScheduleZBVZeroBubble, "dualpipev": ScheduleDualPipeV}
+
+
+class Pipeline:
+    """Runs the chunks of this rank in concert with the other pipeline ranks.
+
+    `chunks` accept (hidden, **rows) with rows split along dimension 0 into micro-batches, and return hidden [B, S, d], the last chunk a
+    vector whose element 0 is the loss to differentiate.
+    """
+
+    def __init__(self, chunks: nn.ModuleList, mesh: Mesh, micro_batches: int, edge: tuple[int, int, int], dtype: torch.dtype) -> None:
+        """`edge`: shape [B, S, d] of what travels between chunks, in `dtype`."""
+        self.chunks, self.mesh, self.micro_batches, self.edge, self.dtype = chunks, mesh, micro_batches, edge, dtype
+        self.numbers = chunks_of_rank(mesh.parallel, mesh.pipeline_rank)
+        self.count = layout.chunks(mesh.parallel)
+        # One queue for all chunks of the rank: they may share the embedding, and torch takes it right after each backward.
+        self.queue = WeightGradients()
+        for chunk in chunks:
+            chunk.defer_weight_gradients(self.queue)  # type: ignore[operator]
+        self.results: list[Tensor] = []
+        self.schedule = self._build_schedule() if self.count > 1 else None
+
+    @property
+    def has_last(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.count - 1 in self.numbers
+
+    def _build_schedule(self) -> Any:
+        mesh = self.mesh
+        edge = torch.empty(self.edge, dtype=self.dtype, device=mesh.device, requires_grad=True)
+        stages = []
+        for chunk, number in zip(self.chunks, self.numbers, strict=True):
+            last = number == self.count - 1
+            result = torch.empty(chunk.result_size(), device=mesh.device) if last else edge  # type: ignore[operator]
+            stages.append(
+                PipelineStage(
+                    chunk, number, self.count, mesh.device, group=mesh.pipeline, dw_builder=self.queue.take,
+                    input_args=() if number == 0 else edge, output_args=result,
+                )
+            )
+        kind = SCHEDULES[mesh.parallel.schedule]
+        return kind(stages if len(stages) > 1 else stages[0], self.micro_batches, self._collect, scale_grads=False)
+
+    def _collect(self, result: Tensor, _target: Tensor) -> Tensor:
+        self.results.append(result.detach())
+        return result[0]
+
+    def step(self, rows: dict[str, Tensor]) -> Tensor | None:
+        """Forward and backward of all micro-batches; gradients are added to the parameters.
+
+        rows: tensors [rows of this replica, ..], the same on every rank of the replica. Returns the sum of the last chunk's results over
+        micro-batches where this rank holds it, else None.
+        """
+        self.results = []
+        if self.schedule is None:
+            for part in _split(rows, self.micro_batches):
+                self._collect(self.chunks[0](**part), part["tokens"]).backward()
+                self.queue.take()()
+        else:
+            target = {"target": rows["tokens"]} if self.has_last else {}
+            self.schedule.step(**rows, **target, return_outputs=False)
+        return torch.stack(self.results).sum(0) if self.has_last else None
+
+    @torch.no_grad()
+    def evaluate(self, rows: dict[str, Tensor], micro_batches: int) -> Tensor | None:
+        """Forward only: every chunk of this rank in ascending order over all micro-batches, sends not waited for until the end.
+
+        The V schedules of torch cannot evaluate. No gradient, optimizer or random state is touched. Returns as ``step``.
+        """
+        parts = _split(rows, micro_batches)
+        edge = (parts[0]["tokens"].shape[0], *self.edge[1:])
+        sending: list[tuple[dist.Work | None, Tensor]] = []
+        carried: list[Tensor] = []
+        results: list[Tensor] = []
+        for chunk, number in zip(self.chunks, self.numbers, strict=True):
+            before = rank_of_chunk(self.mesh.parallel, number - 1) if number > 0 else None
+            after = rank_of_chunk(self.mesh.parallel, number + 1) if number + 1 < self.count else None
+            handed, carried = carried, []
+            for i, part in enumerate(parts):
+                hidden = None
+                if before is not None and before == self.mesh.pipeline_rank:
+                    hidden = handed[i]
+                elif before is not None:
+                    hidden = torch.empty(edge, dtype=self.dtype, device=self.mesh.device)
+                    dist.recv(hidden, self.mesh.pipeline_peer(before), group=self.mesh.pipeline)
+                out = chunk(hidden, **part)
+                if after is None:
+                    results.append(out)
+                elif after == self.mesh.pipeline_rank:
+                    carried.append(out)
+                else:
+                    out = out.contiguous()
+                    sending.append((dist.isend(out, self.mesh.pipeline_peer(after), group=self.mesh.pipeline), out))
+        for work, _ in sending:
+            if work is not None:
+                work.wait()
+        return torch.stack(results).sum(0) if results else None
+
+
+def _split(rows: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
+    split = {name: tensor.tensor_split(parts) for name, tensor in rows.items()}
+    return [{name: pieces[i] for name, pieces in split.items()} for i in range(parts)]

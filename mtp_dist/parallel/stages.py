@@ -1,0 +1,36 @@
+"""The chunks of this rank, built from the settings with this rank's slice of every parameter."""
+
+import torch
+from torch import nn
+
+from mtp_dist.config import layout
+from mtp_dist.config.schema import ModelConfig, MTPConfig
+from mtp_dist.model.chunk import Chunk
+from mtp_dist.model.embedding import Embedding
+from mtp_dist.parallel.mesh import Mesh
+from mtp_dist.parallel.placement import chunks_of_rank, layers_of_chunks
+
+
+def build_chunks(model: ModelConfig, mtp: MTPConfig, mesh: Mesh) -> nn.ModuleList:
+    """This rank's chunks on the meta device, ascending. In a V placement the first and the last share one embedding module."""
+    layers = layers_of_chunks(mesh.parallel, model.layers)
+    count = layout.chunks(mesh.parallel)
+    embedding: Embedding | None = None
+    chunks = nn.ModuleList()
+    with torch.device("meta"):
+        for number in chunks_of_rank(mesh.parallel, mesh.pipeline_rank):
+            chunk = Chunk(
+                model, mtp, layers[number], first=number == 0, last=number == count - 1, group=mesh.tensor, embedding=embedding
+            )
+            embedding = embedding or chunk.embedding
+            chunks.append(chunk)
+    return chunks
+
+
+def global_parameters(chunks: nn.ModuleList) -> dict[str, nn.Parameter]:
+    """Global name -> parameter of all chunks of this rank; a shared one appears once."""
+    found: dict[str, nn.Parameter] = {}
+    for chunk in chunks:
+        for name, p in chunk.named_parameters():
+            found.setdefault(name, p)
+    return found

@@ -1,0 +1,35 @@
+"""What is minimised: L = L_main + lambda(tokens) / D * sum_k w_k L_k, and how it becomes weights of single targets.
+
+Each L_k is a sum over its valid targets divided by the number of valid targets in the whole global batch, so the value does not depend on the
+layout. Pure functions.
+"""
+
+import torch
+from torch import Tensor
+
+from mtp_dist.config.schema import MTPConfig
+
+
+def loss_weight(mtp: MTPConfig, tokens_seen: int) -> float:
+    """Lambda after so many trained positions: `loss_weight`, then the last reached point of `loss_weight_points`."""
+    value = mtp.loss_weight
+    for tokens, later in mtp.loss_weight_points:
+        if tokens_seen >= tokens:
+            value = later
+    return value
+
+
+def coefficients(mtp: MTPConfig, tokens_seen: int) -> list[float]:
+    """Weights of L_main, L_1 .. L_D in the total."""
+    weights = list(mtp.depth_weights) or [1.0] * mtp.depth
+    factor = loss_weight(mtp, tokens_seen) / (mtp.depth if mtp.normalize == "mean" and mtp.depth else 1)
+    return [1.0, *(factor * w for w in weights)]
+
+
+def target_scale(parts: list[float], counts: Tensor, replicas: int) -> Tensor:
+    """float32 [1+D]: weight of one valid target at each depth. `counts` [1+D] are global; a depth without valid targets gets 0.
+
+    Multiplied by the number of replicas because ZeRO averages gradients over them.
+    """
+    wanted = torch.tensor(parts, dtype=torch.float64, device=counts.device) * replicas
+    return torch.where(counts > 0, wanted / counts.clamp(min=1), 0.0).float()

@@ -1,0 +1,70 @@
+"""One optimizer step under any layout: prologue (rows, counts) -> pipeline schedule -> epilogue (sums, reduce, norm, AdamW)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtp_dist.config.layout import micro_batches
+from mtp_dist.config.schema import TrainingRun
+from mtp_dist.data.batch import Batch
+from mtp_dist.model.parameter import initialize
+from mtp_dist.parallel.engine import Engine, StepOutcome
+from mtp_dist.parallel.mesh import Mesh
+from mtp_dist.parallel.pipeline import Pipeline
+from mtp_dist.parallel.stages import build_chunks
+from mtp_dist.training.exchange import global_counts, share
+from mtp_dist.training.objective import target_scale
+from mtp_dist.training.statistics import Totals, gather
+
+
+@dataclass
+class Workload:
+    """The model of one rank, ready to run: its chunks in a pipeline, its optimizer."""
+
+    config: TrainingRun
+    mesh: Mesh
+    pipeline: Pipeline
+    engine: Engine
+
+    def gradients(self, batch: Batch | None, parts: list[float]) -> Totals:
+        """Forward and backward of this replica's rows (`batch` on its reader, else None). `parts`: weights of L_main, L_1 .. L_D.
+
+        Gradients are added to the parameters, not yet reduced. Collective.
+        """
+        train, mesh = self.config.train, self.mesh
+        shape = (train.global_batch // mesh.parallel.data, train.sequence_length + 1 + self.config.mtp.depth)
+        tokens, documents = share(batch, shape, mesh)
+        counts = global_counts(tokens, documents, self.config.mtp.depth, mesh)
+        scale = target_scale(parts, counts, mesh.parallel.data)
+        return gather(self.pipeline.step(_rows(tokens, documents, scale)), counts, mesh)
+
+    def step(self, batch: Batch | None, parts: list[float], lr: float) -> tuple[Totals, StepOutcome]:
+        """A whole optimizer step. Collective."""
+        totals = self.gradients(batch, parts)
+        return totals, self.engine.step(lr)
+
+    def evaluate(self, batch: Batch | None, rows: int, micro_batch: int) -> Totals:
+        """Forward only, on `rows` rows a replica (a multiple of `micro_batch`). Touches nothing that training reads. Collective."""
+        tokens, documents = share(batch, (rows, self.config.train.sequence_length + 1 + self.config.mtp.depth), self.mesh)
+        counts = global_counts(tokens, documents, self.config.mtp.depth, self.mesh)
+        scale = torch.zeros(len(counts), device=tokens.device)
+        return gather(self.pipeline.evaluate(_rows(tokens, documents, scale), rows // micro_batch), counts, self.mesh)
+
+
+def _rows(tokens: Tensor, documents: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    return {"tokens": tokens, "documents": documents, "scale": scale.expand(len(tokens), -1)}
+
+
+def build(config: TrainingRun, mesh: Mesh) -> Workload:
+    """Build this rank's part of the model with its initial weights, its pipeline and its optimizer. Collective."""
+    dtype = getattr(torch, config.train.dtype)
+    chunks = build_chunks(config.model, config.mtp, mesh)
+    for chunk in chunks:
+        initialize(chunk, config.seed)
+    chunks.to(mesh.device)
+    engine = Engine(chunks, mesh, config.optim, config.zero, dtype)
+    if dtype != torch.float32:
+        engine.write_initial_masters(config.seed)
+    edge = (config.train.micro_batch, config.train.sequence_length, config.model.hidden)
+    return Workload(config, mesh, Pipeline(chunks, mesh, micro_batches(config), edge, dtype), engine)

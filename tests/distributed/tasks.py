@@ -1,0 +1,111 @@
+"""What pools run under a layout, and the same on one process without any of the parallel code."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mtp_dist.config.schema import TrainingRun
+from mtp_dist.model.chunk import Chunk
+from mtp_dist.model.parameter import initialize
+from mtp_dist.model.targets import targets, valid_counts
+from mtp_dist.parallel.mesh import Mesh, build_mesh
+from mtp_dist.training.objective import coefficients, target_scale
+from mtp_dist.training.step import Workload, build
+from tests.distributed.layouts import configuration, global_batch, replica_batch
+
+STEPS = 3
+
+
+def _own_rows(config: TrainingRun, mesh: Mesh, step: int) -> Any:
+    return replica_batch(config, step, mesh.data_rank) if mesh.is_reader else None
+
+
+def _slices(workload: Workload, values: dict[str, Tensor]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], Tensor]]:
+    """name -> (global shape, start of this rank's slice, values)."""
+    found = {}
+    for name, p in workload.engine.parameters.items():
+        found[name] = (p.spec.shape, p.spec.start, values[name].detach().clone())
+    return found
+
+
+def _reduced_gradients(workload: Workload) -> dict[str, Tensor]:
+    """What the epilogue will make of the gradients, computed here on copies: tied sum, then mean over replicas."""
+    found = {}
+    for name, p in workload.engine.parameters.items():
+        gradient = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        if p is workload.engine.replica_of_first:
+            dist.all_reduce(gradient, group=workload.mesh.tied)
+        dist.all_reduce(gradient, group=workload.mesh.replicas)
+        found[name] = gradient / workload.mesh.parallel.data
+    return found
+
+
+def parity(layout: str) -> dict[str, Any]:
+    """Losses and norms of three steps, the first step's gradients, the weights after the last, and an evaluation."""
+    config = configuration(layout)
+    mesh = build_mesh(config.parallel, torch.device("cpu"))
+    workload = build(config, mesh)
+    parts = coefficients(config.mtp, 0)
+    losses, means, norms, gradients = [], [], [], {}
+    rows = config.train.global_batch // config.parallel.data
+    held_out = workload.evaluate(_own_rows(config, mesh, 77), rows, config.train.micro_batch)
+    for chunk in workload.pipeline.chunks:
+        chunk.forward_calls = 0
+    calls: list[int] = []
+    for step in range(STEPS):
+        totals = workload.gradients(_own_rows(config, mesh, step), parts)
+        if step == 0:
+            gradients = _slices(workload, _reduced_gradients(workload))
+            calls = [chunk.forward_calls for chunk in workload.pipeline.chunks]
+        outcome = workload.engine.step(config.optim.lr)
+        losses.append(totals.loss)
+        means.append(totals.means())
+        norms.append(outcome.gradient_norm)
+    weights = _slices(workload, dict(workload.engine.parameters))
+    return {
+        "losses": losses, "means": means, "norms": norms, "gradients": gradients, "weights": weights,
+        "forward_calls": calls, "micro_batches": workload.pipeline.micro_batches, "held_out": held_out.means(),
+    }
+
+
+def reference(layout: str) -> dict[str, Any]:
+    """The same three steps by plain autograd on one whole model and the whole global batch, torch's own AdamW and clipping."""
+    config = configuration(layout)
+    with torch.device("meta"):
+        model = Chunk(config.model, config.mtp, range(config.model.layers))
+    initialize(model, config.seed)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=config.optim.lr, betas=(config.optim.beta1, config.optim.beta2), eps=config.optim.eps,
+    )
+    parts = coefficients(config.mtp, 0)
+    losses, means, norms, gradients = [], [], [], {}
+    held_out = _reference_result(model, config, 77, parts)[1]
+    for step in range(STEPS):
+        loss, mean = _reference_result(model, config, step, parts)
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip).item())
+        optimizer.step()
+        losses.append(loss.item())
+        means.append(mean)
+    return {
+        "losses": losses, "means": means, "norms": norms, "gradients": gradients, "held_out": held_out,
+        "weights": {name: p.detach() for name, p in model.named_parameters()},
+    }
+
+
+def _reference_result(model: Chunk, config: TrainingRun, step: int, parts: list[float]) -> tuple[Tensor, dict[str, list[float]]]:
+    from mtp_dist.training.statistics import Totals
+
+    batch = global_batch(config, step)
+    counts = valid_counts(targets(batch.tokens, batch.documents, config.mtp.depth))
+    scale = target_scale(parts, counts, replicas=1).expand(len(batch), -1)
+    out = model(tokens=batch.tokens, documents=batch.documents, scale=scale)
+    return out[0], Totals(out[0].item(), out[1:].detach().view(len(counts), -1).double(), counts).means()
