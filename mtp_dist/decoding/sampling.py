@@ -1,0 +1,57 @@
+"""From logits to the next token: temperature, top-k and top-p as one pure function, and a seeded draw."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config.schema import DecodeConfig
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a distribution is made of logits. Temperature 0 is greedy decoding and has no distribution."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    @staticmethod
+    def of(config: DecodeConfig) -> "Sampling":
+        return Sampling(config.temperature, config.top_k, config.top_p)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """logits [.., V] -> probabilities [.., V] of the same dtype; see the function of this name."""
+        return probabilities(logits, self.temperature, self.top_k, self.top_p)
+
+
+def probabilities(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """softmax(logits / temperature) over the last dimension, cut and scaled to sum 1 again.
+
+    First the `top_k` likeliest tokens are kept (0: all), then of those the fewest likeliest that hold at least the probability `top_p`
+    (nucleus sampling, arXiv 1904.09751; always one or more). Of equally likely tokens the lower number goes first.
+    """
+    # The largest logit becomes 0 first: a tiny temperature must not overflow.
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if 0 < top_k < logits.shape[-1] or top_p < 1:
+        logits, order = logits.sort(dim=-1, descending=True, stable=True)
+        if 0 < top_k < logits.shape[-1]:
+            logits[..., top_k:] = float("-inf")
+        ranked = logits.softmax(-1)
+        if top_p < 1:
+            before = ranked.cumsum(-1) - ranked
+            # The first token survives any rounding.
+            ranked[..., 1:][before[..., 1:] >= top_p] = 0
+            ranked /= ranked.sum(-1, keepdim=True)
+        return torch.zeros_like(ranked).scatter_(-1, order, ranked)
+    return logits.softmax(-1)
+
+
+def draw(distribution: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One token int64 [..] for each distribution [.., V]; weights need not sum to 1."""
+    flat = distribution.reshape(-1, distribution.shape[-1])
+    return torch.multinomial(flat, 1, generator=generator).view(distribution.shape[:-1])

@@ -1,0 +1,60 @@
+"""Which drafted tokens are accepted, and what follows them. Lossless: the text is distributed as if the trunk alone had written it.
+
+Pure functions of the trunk's distributions p, the drafter's q and the drafts; every drafter shares them.
+Sources: speculative decoding, arXiv 2211.17192 (algorithm 1) and 2302.01318 (algorithm 2).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .sampling import draw
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """accepted int64 [B]: how many drafts, from the first on, are kept; token int64 [B]: the trunk's own token after them."""
+
+    accepted: Tensor
+    token: Tensor
+
+
+def verify_greedy(drafts: Tensor, logits: Tensor) -> Verdict:
+    """drafts int64 [B, γ], trunk logits [B, γ+1, V]: the longest prefix that equals the trunk's argmax, then the argmax."""
+    best = logits.argmax(-1)
+    count = leading(best[:, :-1] == drafts)
+    return Verdict(count, best.gather(1, count.unsqueeze(1)).squeeze(1))
+
+
+def verify_sampled(drafts: Tensor, p: Tensor, q: Tensor | None, generator: torch.Generator | None) -> Verdict:
+    """drafts int64 [B, γ] drawn from q [B, γ, V] (None: chosen without chance); the trunk's p [B, γ+1, V].
+
+    Each draft is accepted with probability min(1, p/q). The first rejected one is replaced by a draw from max(0, p - q), scaled; if none
+    is rejected, one more token is drawn from the last p.
+    """
+    if q is None:
+        q = torch.zeros_like(p[:, :-1]).scatter_(-1, drafts.unsqueeze(-1), 1)
+    chance = torch.rand(drafts.shape, generator=generator, dtype=p.dtype, device=p.device)
+    accepted = chance < acceptance(drafts, p[:, :-1], q)
+    after = torch.cat((residual(p[:, :-1], q), p[:, -1:]), dim=1)
+    count = leading(accepted)
+    return Verdict(count, draw(after[torch.arange(len(count), device=p.device), count], generator))
+
+
+def acceptance(drafts: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """[B, γ]: p/q of each draft, the chance to accept it (1 or more: always)."""
+    index = drafts.unsqueeze(-1)
+    return (p.gather(-1, index) / q.gather(-1, index)).squeeze(-1)
+
+
+def residual(p: Tensor, q: Tensor) -> Tensor:
+    """[B, γ, V]: what p has more than q; the weights of the token that replaces a rejected draft."""
+    rest = (p - q).clamp(min=0)
+    # Where rounding leaves nothing, p and q are the same distribution.
+    return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+
+
+def leading(right: Tensor) -> Tensor:
+    """bool [B, γ] -> int64 [B]: how many are true before the first that is not."""
+    return right.long().cumprod(1).sum(1)
