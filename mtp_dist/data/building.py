@@ -99,6 +99,10 @@ def _check(config: ShardBuild) -> None:
         raise UserError(f"workers={config.workers} must not be negative; 0 means one a core")
     if config.tokenizer.kind not in ("bpe", "bytes", "file"):
         raise UserError(f"tokenizer.kind={config.tokenizer.kind} is unknown; choose bpe, bytes or file")
+    if config.tokenizer.kind == "file" and not config.tokenizer.path:
+        raise UserError("tokenizer.kind=file needs tokenizer.path, a tokenizer.json")
+    if config.tokenizer.kind == "bpe" and config.tokenizer.train_bytes < 1:
+        raise UserError(f"tokenizer.train_bytes={config.tokenizer.train_bytes} must be at least 1")
 
 
 def _complete(out: Path, settings: dict[str, Any]) -> bool:
@@ -212,8 +216,6 @@ def _write_manifest(folder: Path, settings: dict[str, Any], splits: dict[str, An
     with (folder / MANIFEST).open("w") as file:
         json.dump(manifest, file, indent=1)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _bar(what: str, total: int) -> tqdm:

@@ -66,8 +66,17 @@ class Dataset:
         """
         path = Path(path)
         manifest = read_manifest(path)
+        try:
+            dataset = cls._described(path, manifest)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise _damaged(path, error) from error
+        dataset._check_files()
+        return dataset
+
+    @classmethod
+    def _described(cls, path: Path, manifest: Mapping[str, Any]) -> "Dataset":
         tokenizer = manifest["tokenizer"]
-        dataset = cls(
+        return cls(
             path=path,
             tokenizer_path=path / tokenizer["file"],
             tokenizer_sha256=tokenizer["sha256"],
@@ -77,8 +86,6 @@ class Dataset:
             splits={name: _split(path, name, value) for name, value in manifest["splits"].items()},
             manifest=manifest,
         )
-        dataset._check_files()
-        return dataset
 
     def split(self, name: str) -> Split:
         """The named split; raises UserError where there is none or it is empty."""
@@ -111,10 +118,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(file.read_bytes())
         found = manifest["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({type(error).__name__}: {error}); restore it or build the dataset again") from error
+        raise _damaged(path, error) from error
     if found != FORMAT:
         raise UserError(f"{file} has format {found!r}, this version reads {FORMAT!r}; build the dataset again")
     return manifest
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path / MANIFEST} is damaged ({type(error).__name__}: {error}); restore it or build the dataset again")
 
 
 def file_sha256(path: Path) -> str:

@@ -3,7 +3,6 @@
 The same documents give the same bytes: times, owners and modes in the tar headers are constants.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ class SplitWriter:
         if self._writer is None:
             return
         self._writer.close()
-        _flush(self._file)
+        self._file.close()
         index = ShardIndex.scan(self._path)
         if len(index) != self._written:
             raise OSError(f"{self._path}: {len(index)} documents read back for {self._written} written")
@@ -76,12 +75,6 @@ class SplitWriter:
             }
         )
         self._writer, self._written = None, 0
-
-
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -20,7 +20,7 @@ def building_folder(out: Path) -> Iterator[Path]:
     that name was not made by a build.
     """
     folder = out.with_name(out.name + ".building")
-    if folder.exists() and not (folder / MARKER).is_file():
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
         raise UserError(f"{folder} is in the way and was not made by a build; move it, or choose another out=")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / MARKER).open("w") as marker:
@@ -30,11 +30,16 @@ def building_folder(out: Path) -> Iterator[Path]:
         except OSError as error:
             raise UserError(f"another build is writing {folder}; wait for it, or choose another out=") from error
         _empty(folder)
-        yield folder
-        (folder / MARKER).unlink()
-        sync_folder(folder)
+        try:
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
+        _make_durable(folder)
         folder.rename(out)
-        sync_folder(out.parent)
+        # After the rename: killed in between, a complete dataset keeps a stray file, and nothing is lost.
+        (out / MARKER).unlink()
+        _sync(out.parent)
 
 
 def check_free(folder: Path, needed: int) -> None:
@@ -48,9 +53,15 @@ def check_free(folder: Path, needed: int) -> None:
         )
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
+def _make_durable(folder: Path) -> None:
+    """Everything in a folder survives a power failure from here on."""
+    for entry in folder.rglob("*"):
+        _sync(entry)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
