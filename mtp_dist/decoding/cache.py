@@ -15,7 +15,7 @@ class KeyValues:
         self.length = 0
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append [B, K, n, c] at the end; returns all keys and values as views [B, K, total, c]. IndexError beyond the capacity."""
+        """Append [B, K, n, c]; returns views of all keys and values [B, K, total, c]. Raises IndexError beyond the capacity."""
         end = self.length + key.shape[2]
         if end > self.keys.shape[2]:
             raise IndexError(f"{end} positions do not fit a cache of {self.keys.shape[2]}")

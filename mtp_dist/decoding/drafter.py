@@ -9,16 +9,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .model import DecodingModel
-from .sampling import Sampling, draw
+from mtp_dist.decoding.model import DecodingModel
+from mtp_dist.decoding.sampling import Sampling, draw
 
 
 @dataclass(frozen=True)
 class DecodingState:
     """What is known before a draft.
 
-    tokens int64 [B, n+1]: t[0] .. t[n]. before_norm, after_norm [B, m, d]: the trunk's states around its final norm of the newest m
-    positions that it has run over, those that the drafter has not been shown yet.
+    tokens int64 [B, n+1]: t[0] .. t[n]. before_norm, after_norm [B, m, d]: the trunk's states around its final norm, of
+    those positions that the drafter has not been shown yet (the newest m of 0 .. n-1).
     """
 
     tokens: Tensor
@@ -28,8 +28,8 @@ class DecodingState:
 
 @dataclass(frozen=True)
 class Proposal:
-    """tokens int64 [B, γ]: drafts of t[n+1] .. t[n+γ]. probabilities [B, γ, V]: the distributions they were drawn from; None if chance had
-    no part in it (then each draft is the whole distribution)."""
+    """tokens int64 [B, γ]: drafts of t[n+1] .. t[n+γ]. probabilities [B, γ, V]: the distributions they were drawn from; None if
+    chance had no part in it (then each draft is the whole distribution)."""
 
     tokens: Tensor
     probabilities: Tensor | None
@@ -48,17 +48,20 @@ class Drafter(Protocol):
 
 
 class SequentialDrafter:
-    """The model's own sequential MTP modules as a chain: module k drafts t[n+k+1] from h^{k-1} of position n-1 and Emb(t[n+k]).
+    """The model's own sequential MTP modules as a chain.
 
-    Beyond the last module's depth D that module is recycled, as single-module models are used: it runs at the next position, with its own last
-    state where h^{D-1} of that position is not known yet (both stand for the same target).
+    With t[0 .. n] known, module k runs at position n-1 on h^{k-1} and Emb(t[n-1+k]), a draft from k = 2 on, and drafts t[n+k].
+    Beyond depth D the last module is recycled, as models with a single module are used: it runs at the next position, on its own
+    last state instead of that position's h^{D-1}, which is not known yet (both stand for the same target).
 
-    Module k's cache entry of position j was made from t[j+k] and everything before. ``used`` remembers those tokens: at the next draft each
-    cache is cropped to the entries whose tokens turned out right, and refilled from the true ones. Module k+1 lags behind module k, so the
-    states between them wait in a window.
+    Module k's cache entry of position j was made from t[j+k] and everything before. ``used`` remembers those tokens: at the next
+    draft each cache is cropped to the entries whose tokens turned out right, and refilled from the true ones. Module k+1 lags
+    behind module k, so the states between them wait in a window.
     """
 
-    def __init__(self, model: DecodingModel, batch: int, sampling: Sampling, generator: torch.Generator | None, *, most: int) -> None:
+    def __init__(
+        self, model: DecodingModel, batch: int, sampling: Sampling, generator: torch.Generator | None, *, most: int
+    ) -> None:
         """``most``: the largest count that will be asked for; modules beyond it are not run."""
         assert model.heads is not None
         self.model, self.sampling, self.generator = model, sampling, generator
@@ -116,12 +119,12 @@ class SequentialDrafter:
         return self.model.module(self.modules[-1], len(self.modules), handed[:, -1:], tokens, self.caches[-1])
 
     def _forget(self) -> None:
-        """Keep the states that a module has not read, or may have to read again: its entries made from drafts are not yet known to be right."""
+        """Keep the states that a module has not read, or may have to read again since it read a draft with them."""
         for depth, (window, cache) in enumerate(zip(self.inputs, self.caches, strict=True), start=1):
             window.forget(min(cache.length, self.positions - depth))
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """logits [B, V] -> (draft [B], the distribution it was drawn from [B, V]; greedy: the logits, which nobody reads)."""
+        """logits [B, V] -> (draft [B], its distribution [B, V]; greedy: the logits, which nobody reads)."""
         if self.sampling.greedy:
             return logits.argmax(-1), logits
         distribution = self.sampling.probabilities(logits)

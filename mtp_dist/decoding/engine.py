@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config.schema import DecodeConfig
-from ..model.chunk import Chunk
-from .drafter import DecodingState, Drafter, Proposal, SequentialDrafter
-from .model import DecodingModel
-from .sampling import Sampling, draw
-from .statistics import Statistics
-from .verification import Verdict, verify_greedy, verify_sampled
+from mtp_dist.config.schema import DecodeConfig
+from mtp_dist.decoding.drafter import DecodingState, Drafter, Proposal, SequentialDrafter
+from mtp_dist.decoding.model import DecodingModel
+from mtp_dist.decoding.sampling import Sampling
+from mtp_dist.decoding.statistics import Statistics
+from mtp_dist.decoding.verification import Verdict, verify_greedy, verify_sampled
+from mtp_dist.model.chunk import Chunk
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def generate(
     """Continue one prompt of one or more tokens by at most ``config.max_new_tokens``; ``config.mode`` is plain or speculative.
 
     ``end`` is the end-of-document token: it ends the text if ``config.stop_at_eos``, and separates documents for attention.
-    ``vocabulary``: see ``DecodingModel``. ``generator``: for sampling; None takes torch's own. ``progress`` is called with the number of
-    new tokens after each forward. For what is timed see ``Statistics``.
+    ``vocabulary``: see ``DecodingModel``. ``generator``: for sampling; None takes torch's own. ``progress`` is called after each
+    forward with the number of new tokens. For what is timed see ``Statistics``.
     """
     if not prompt:
         raise ValueError("the prompt has no token")

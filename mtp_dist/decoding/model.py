@@ -1,27 +1,28 @@
 """The decoder's view of a model: trunk and MTP modules run over new positions only, with caches of the earlier ones.
 
-Contract: with t[0 .. n-1] in, the states and logits are those of one uncached pass over the whole sequence, up to rounding. As in
-training, attention stays inside a document where the model was trained so: the end-of-document token belongs to the document it ends.
+Contract: states and logits are those of one uncached pass over the whole sequence, up to rounding. As in training, attention
+stays inside a document where the model was trained so; the end-of-document token belongs to the document it ends.
 """
 
 import torch
 from torch import Tensor, nn
 
-from ..model.chunk import Chunk
-from ..model.mtp.sequential import SequentialHeads
-from ..model.trunk import rotation
-from .cache import KeyValues, Window
+from mtp_dist.decoding.cache import KeyValues, Window
+from mtp_dist.model.chunk import Chunk
+from mtp_dist.model.mtp.sequential import SequentialHeads
+from mtp_dist.model.trunk import rotation
 
 
 class DecodingModel:
     """A whole model in one process.
 
-    ``end``: the end-of-document token, None if texts never hold one. ``vocabulary``: entries of the tokenizer, where the model's own
-    vocabulary is padded beyond it: such rows are never drawn. ``capacity``: positions that a sequence may have, drafts included.
+    ``capacity``: positions that a sequence may have, drafts included. ``end``: the end-of-document token, None if texts never
+    hold one. ``vocabulary``: entries of the tokenizer; the rows that pad the model's own vocabulary beyond it are never drawn.
     """
 
     def __init__(self, chunk: Chunk, capacity: int, *, end: int | None = None, vocabulary: int | None = None) -> None:
-        assert chunk.first and chunk.last
+        assert chunk.first
+        assert chunk.last
         assert chunk.embedding is not None
         assert chunk.model.head_dim is not None
         self.chunk, self.capacity = chunk, capacity
@@ -74,7 +75,7 @@ class DecodingModel:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def visible(self, tokens: Tensor, begin: int) -> Tensor | None:
-        """tokens [B, total] -> bool mask over positions begin .. total-1 (rows) and all (columns); None: everything is visible."""
+        """tokens [B, total] -> bool mask of positions begin .. total-1 (rows) over all (columns); None: all is visible."""
         total = tokens.shape[1]
         causal = torch.ones(total - begin, total, dtype=torch.bool, device=self.device).tril(begin)
         if self.end is not None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config.schema import DecodeConfig
+from mtp_dist.config.schema import DecodeConfig
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Sampling:
 def probabilities(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """softmax(logits / temperature) over the last dimension, cut and scaled to sum 1 again.
 
-    First the `top_k` likeliest tokens are kept (0: all), then of those the fewest likeliest that hold at least the probability `top_p`
-    (nucleus sampling, arXiv 1904.09751; always one or more). Of equally likely tokens the lower number goes first.
+    First the `top_k` likeliest tokens are kept (0: all), then of those the fewest likeliest that hold at least the probability
+    `top_p` (nucleus sampling, arXiv 1904.09751; always one or more). Of equally likely tokens the lower number goes first.
     """
     # The largest logit becomes 0 first: a tiny temperature must not overflow.
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature

@@ -10,9 +10,9 @@ from typing import Any
 class Statistics:
     """Counts of one generation, or of several added together.
 
-    The prefill runs the prompt through the trunk (and through the MTP modules, where they draft); its last position gives the first token.
-    The loop after it gives the others: ``forwards`` are its passes through the trunk and ``seconds`` its wall time, drafting included.
-    A text that ends inside accepted drafts counts the drafts up to its last token only.
+    The prefill runs the prompt through the trunk (and through the MTP modules, where they draft); its last position gives the
+    first token. The loop after it gives the others: ``forwards`` are its passes through the trunk and ``seconds`` its wall time,
+    drafting included. A text that ends inside accepted drafts counts the drafts up to its last token only.
     """
 
     prompt_tokens: int = 0

@@ -1,4 +1,4 @@
-"""Which drafted tokens are accepted, and what follows them. Lossless: the text is distributed as if the trunk alone had written it.
+"""Which drafted tokens are accepted, and what follows them. Lossless: the text is distributed as if by the trunk alone.
 
 Pure functions of the trunk's distributions p, the drafter's q and the drafts; every drafter shares them.
 Sources: speculative decoding, arXiv 2211.17192 (algorithm 1) and 2302.01318 (algorithm 2).
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .sampling import draw
+from mtp_dist.decoding.sampling import draw
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ def verify_greedy(drafts: Tensor, logits: Tensor) -> Verdict:
 def verify_sampled(drafts: Tensor, p: Tensor, q: Tensor | None, generator: torch.Generator | None) -> Verdict:
     """drafts int64 [B, γ] drawn from q [B, γ, V] (None: chosen without chance); the trunk's p [B, γ+1, V].
 
-    Each draft is accepted with probability min(1, p/q). The first rejected one is replaced by a draw from max(0, p - q), scaled; if none
-    is rejected, one more token is drawn from the last p.
+    Each draft is accepted with probability min(1, p/q). The first rejected one is replaced by a draw from max(0, p - q), scaled;
+    if none is rejected, one more token is drawn from the last p.
     """
     if q is None:
         q = torch.zeros_like(p[:, :-1]).scatter_(-1, drafts.unsqueeze(-1), 1)

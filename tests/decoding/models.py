@@ -24,9 +24,17 @@ def random_model(
 ) -> Chunk:
     """Two layers of width 32. The large initial values make texts that do not repeat themselves at once."""
     model = ModelConfig(
-        vocab_size=vocabulary, layers=layers, hidden=32, heads=4, kv_heads=2, head_dim=8, mlp=48, init_std=std, tie_embeddings=tie,
+        vocab_size=vocabulary,
+        layers=layers,
+        hidden=32,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        mlp=48,
+        init_std=std,
+        tie_embeddings=tie,
         document_mask=document_mask,
-    )  # fmt: skip
+    )
     heads = MTPConfig(kind="sequential" if depth else "none", depth=depth, **mtp)
     with torch.device("meta"):
         chunk = Chunk(model, heads, range(layers))
