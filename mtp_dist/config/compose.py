@@ -43,6 +43,8 @@ def compose(config_name: str, schema: type[T], overrides: list[str]) -> T:
         key, value = _checked(override, kinds, choices, schema)
         if key in kinds and _takes_text(kinds[key], value):
             texts[key] = _unquoted(value)
+        elif kinds.get(key) == list[list[float]]:
+            rest.append(f"{key}={_with_points(value)}")
         else:
             rest.append(override)
     config = _composed(config_name, schema, rest, kinds)
@@ -188,6 +190,11 @@ def _unquoted(value: str) -> str:
     return value[1:-1] if quoted else value
 
 
+def _with_points(value: str) -> str:
+    """Whole numbers written as floats: OmegaConf converts them in a list of numbers, but refuses them in a list of lists."""
+    return re.sub(r"(?<![\w.])(\d[\d_]*)(?![\w.])", r"\1.0", value)
+
+
 def _escaped(text: str) -> str:
     """The text such that OmegaConf reads it literally: ``${`` would be an interpolation."""
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
@@ -271,4 +278,6 @@ def _reason(error: BaseException, kinds: dict[str, Any]) -> str:
 
 def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    # Hydra names the file in its first line and what is wrong in the second; OmegaConf's own lines end with its internals.
+    telling = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
+    return " ".join(telling[:2]) or type(error).__name__

@@ -1,0 +1,230 @@
+"""Promise: a configuration that cannot run is refused before anything starts, in one line with the reason and the way out."""
+
+import ast
+import importlib.util
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from mtp_dist.config.compose import compose, differences
+from mtp_dist.config.folder import groups
+from mtp_dist.config.layout import chunks, micro_batches, processes_per_node, total_steps, world_size
+from mtp_dist.config.schema import ParallelConfig, TrainingRun
+from mtp_dist.config.validation import resolve, validate, validate_training
+from mtp_dist.errors import UserError
+
+# model=small: 8 layers, hidden 256, 8 heads, 4 kv_heads, mlp 704.
+BASE = ["model=small", "run_dir=runs/x", "data.path=data/x", "train.steps=100", "train.global_batch=32", "train.micro_batch=4"]
+VOCABULARY = 4096
+
+
+@cache
+def with_options(*options: str) -> TrainingRun:
+    return compose("train", TrainingRun, [*BASE, *options])
+
+
+def composed(*overrides: str) -> TrainingRun:
+    """Options of groups are composed once each; single settings are merged into the result, which is ten times as fast."""
+    options = [override for override in overrides if override.partition("=")[0] in groups()]
+    single = OmegaConf.from_dotlist([override for override in overrides if override not in options])
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(with_options(*options)), single))
+    assert isinstance(config, TrainingRun)
+    return config
+
+
+BROKEN = [
+    ("run_dir=''", ["run_dir is empty", "run_dir="]),
+    ("data.path=''", ["data.path is empty", "build_shards"]),
+    ("seed=-1", ["seed=-1"]),
+    ("optim.lr=nan", ["optim.lr=nan"]),
+    ("optim.lr=inf", ["optim.lr=inf", "finite"]),
+    ("optim.lr=0", ["optim.lr=0", "greater than 0"]),
+    ("optim.beta1=1", ["optim.beta1=1", "less than 1"]),
+    ("optim.beta2=-0.1", ["optim.beta2=-0.1"]),
+    ("optim.eps=0", ["optim.eps"]),
+    ("optim.weight_decay=-1", ["optim.weight_decay"]),
+    ("optim.clip=-1", ["optim.clip"]),
+    ("model.layers=0", ["model.layers=0", "at least 1"]),
+    ("model.norm_eps=0", ["model.norm_eps"]),
+    ("model.rope_theta=-1", ["model.rope_theta"]),
+    ("model.kv_heads=3", ["model.kv_heads=3", "model.heads=8", "1, 2, 4 or 8"]),
+    ("model.hidden=250", ["model.heads=8", "model.hidden=250", "model.head_dim"]),
+    ("model.head_dim=31", ["model.head_dim=31", "even"]),
+    ("model.hidden=264", ["model.head_dim=33", "model.hidden=264", "even"]),
+    ("model.vocab_size=100", ["model.vocab_size=100", "4096"]),
+    ("parallel.pipeline=0", ["parallel.pipeline=0"]),
+    ("parallel.timeout_minutes=0", ["parallel.timeout_minutes"]),
+    ("parallel.tensor=3", ["parallel.tensor=3 does not divide model.heads=8; choose 1, 2 or 4"]),
+    ("parallel.tensor=8", ["parallel.tensor=8", "model.kv_heads=4", "1, 2 or 4"]),
+    ("parallel.tensor=4 model.mlp=702", ["parallel.tensor=4", "model.mlp=702", "1 or 2"]),
+    ("parallel.tensor=2 model.vocab_size=4097", ["parallel.tensor=2", "model.vocab_size=4097", "model.vocab_size=4098"]),
+    ("parallel.pipeline=2 parallel.schedule=zbw", ["parallel.schedule=zbw", "1f1b, zbv or dualpipev", "did you mean zbv"]),
+    ("parallel=v2 model.layers=3", ["model.layers=3", "4 chunks", "parallel.pipeline=2"]),
+    ("parallel=classic2 model.layers=1", ["model.layers=1", "2 chunks"]),
+    ("parallel=v2 parallel.placement=[4,4]", ["parallel.placement=[4,4]", "2 entries", "4 chunks"]),
+    ("parallel=v2 parallel.placement=[2,2,2,1]", ["[2,2,2,1]", "7 layers", "model.layers=8"]),
+    ("parallel=v2 parallel.placement=[4,0,2,2]", ["[4,0,2,2]", "only the last"]),
+    ("parallel=v2 parallel.placement=[4,3,2,-1]", ["[4,3,2,-1]"]),
+    ("parallel.placement=[7]", ["[7]", "model.layers=8"]),
+    ("train.global_batch=30", ["train.global_batch=30", "parallel.data=1 x train.micro_batch=4", "28 or 32"]),
+    ("train.global_batch=4 train.micro_batch=8", ["train.global_batch=4", "choose 8"]),
+    ("parallel.data=3", ["train.global_batch=32", "parallel.data=3 x train.micro_batch=4 = 12", "24 or 36"]),
+    (
+        "parallel.pipeline=2 parallel.schedule=dualpipev train.micro_batch=16",
+        ["2 micro-batches", "dualpipev", "at least 4", "train.global_batch=64"],
+    ),
+    ("parallel=classic2 train.micro_batch=32", ["1 micro-batches", "1f1b", "at least 2", "train.global_batch=64"]),
+    ("data.lanes=5", ["data.lanes=5", "train.global_batch=32", "1, 2, 4, 8, 16 or 32"]),
+    ("data.lanes=1 parallel.data=2", ["data.lanes=1", "parallel.data=2", "2, 4, 8, 16 or 32"]),
+    ("data.lanes=0", ["data.lanes=0"]),
+    ("data.block_samples=0", ["data.block_samples"]),
+    ("data.prefetch=-1", ["data.prefetch"]),
+    ("mtp.kind=sequentiel", ["mtp.kind=sequentiel", "did you mean sequential"]),
+    ("mtp.concat=embeding_first", ["mtp.concat", "did you mean embedding_first"]),
+    ("mtp.h0=pre", ["mtp.h0=pre", "post_norm or pre_norm"]),
+    ("mtp.recycle=x", ["mtp.recycle=x"]),
+    ("mtp.normalize=avg", ["mtp.normalize=avg", "mean or sum"]),
+    ("mtp.kind=none", ["mtp.depth=2", "mtp.kind=none", "mtp.depth=0"]),
+    ("mtp.depth=0", ["mtp.depth=0", "mtp.kind=sequential", "mtp=none"]),
+    ("train.sequence_length=2", ["mtp.depth=2", "train.sequence_length=2"]),
+    ("mtp.loss_weight=-1", ["mtp.loss_weight"]),
+    ("mtp.depth_weights=[1]", ["mtp.depth_weights", "1 entries", "mtp.depth=2"]),
+    ("mtp.depth_weights=[1,-1]", ["mtp.depth_weights"]),
+    ("mtp.loss_weight_points=[[10.0,0.1],[10.0,0.2]]", ["mtp.loss_weight_points", "ascend"]),
+    ("mtp.loss_weight_points=[[0.0,0.1]]", ["mtp.loss_weight_points", "ascend"]),
+    ("mtp.loss_weight_points=[[10.0]]", ["mtp.loss_weight_points", "pair"]),
+    ("mtp.loss_weight_points=[[10.0,-1.0]]", ["mtp.loss_weight_points"]),
+    ("mtp.loss_weight_points=[[10.0,.nan]]", ["mtp.loss_weight_points"]),
+    ("train.steps=null", ["train.steps and train.tokens", "both null"]),
+    ("train.tokens=1000", ["train.steps and train.tokens", "both given"]),
+    ("train.steps=0", ["train.steps=0"]),
+    ("train.dtype=float16", ["train.dtype=float16", "bfloat16 or float32"]),
+    ("train.nonfinite=skipp", ["train.nonfinite=skipp", "did you mean skip"]),
+    ("train.nonfinite_limit=0", ["train.nonfinite_limit"]),
+    ("train.log_every_steps=0", ["train.log_every_steps"]),
+    ("zero.stage=4", ["zero.stage=4", "0, 1, 2 or 3"]),
+    ("zero.stage=2 parallel=v2", ["zero.stage=2", "gradients", "every backward", "zero.stage=1"]),
+    ("zero.stage=3 parallel=classic2", ["zero.stage=3", "parameters", "every backward", "zero.stage=1"]),
+    ("zero.stage=2", ["zero.stage=2", "not supported yet"]),
+    ("zero.stage=0", ["train.dtype=bfloat16", "phantom Adam step", "zero.stage=1", "float32"]),
+    ("zero.reduce_bucket_size=0", ["zero.reduce_bucket_size"]),
+    ("schedule.kind=linear", ["schedule.kind=linear", "cosine, wsd or constant"]),
+    ("schedule.min_ratio=1.1", ["schedule.min_ratio"]),
+    ("schedule.warmup_tokens=-1", ["schedule.warmup_tokens"]),
+    ("schedule.warmup_tokens=819200", ["schedule.warmup_tokens=819200", "819200 tokens", "100 steps"]),
+    ("schedule=wsd schedule.warmup_tokens=500000 schedule.decay_tokens=400000", ["500000", "400000", "819200"]),
+    ("launch.device=gpu", ["launch.device=gpu", "auto, cpu or cuda"]),
+    ("launch.nodes=2", ["launch.nodes=2", "= 1", "choose 1"]),
+    ("parallel.data=4 launch.nodes=2 launch.processes_per_node=4", ["processes_per_node=4", "launch.processes_per_node=2"]),
+    ("launch.node_rank=1", ["launch.node_rank=1"]),
+    ("launch.master_port=70000", ["launch.master_port"]),
+    ("launch.threads=-1", ["launch.threads"]),
+    ("tracker.wandb=of", ["tracker.wandb=of", "offline, online or disabled"]),
+    ("tokenizer.kind=bp", ["tokenizer.kind=bp", "did you mean bpe"]),
+    ("validation.every_steps=-1", ["validation.every_steps"]),
+    ("validation.sequences=0", ["validation.sequences"]),
+    ("checkpoint.keep_last=-1", ["checkpoint.keep_last"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "words"), BROKEN, ids=[overrides for overrides, _ in BROKEN])
+def test_a_broken_rule_is_one_line_with_the_reason_and_the_way_out(overrides: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(composed(*overrides.split(" ")), VOCABULARY)
+    message = str(caught.value)
+    for word in words:
+        assert word in message
+    assert "\n" not in message
+
+
+FITTING = [
+    "",
+    "parallel=v2",
+    "parallel=classic2",
+    "parallel=tensor2",
+    "parallel=data2",
+    "parallel=v2_tensor2",
+    "parallel=v2_data2",
+    "parallel=v2 train.micro_batch=32",
+    "parallel=v2 parallel.placement=[3,3,2,0]",
+    "parallel.pipeline=2 parallel.schedule=dualpipev",
+    "parallel.schedule=anything",
+    "parallel.tensor=2 model.vocab_size=4098",
+    "zero.stage=0 train.dtype=float32",
+    "mtp=none",
+    "mtp=deepseek_v3",
+    "train.steps=null train.tokens=1000000",
+    "schedule=wsd schedule.warmup_tokens=400000 schedule.decay_tokens=419200",
+    "parallel.data=4 launch.nodes=2 launch.node_rank=1",
+    "optim.clip=0",
+    "model.head_dim=48",
+    "experiment=quickstart",
+]
+
+
+@pytest.mark.parametrize("overrides", FITTING)
+def test_what_fits_is_accepted(overrides: str) -> None:
+    validate(composed(*overrides.split()), VOCABULARY)
+
+
+@pytest.mark.parametrize("parallel", groups()["parallel"])
+def test_every_model_of_conf_fits_every_layout_of_conf(parallel: str) -> None:
+    config = composed(f"parallel={parallel}")
+    for model in groups()["model"]:
+        validate(replace(config, model=composed(f"model={model}").model), 128256)
+
+
+def test_a_plan_needs_no_run_folder_and_no_dataset() -> None:
+    config = composed("run_dir=''", "data.path=''")
+    validate_training(config, None)
+    with pytest.raises(UserError, match="run_dir"):
+        validate(config, None)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world", "parts"),
+    [
+        (ParallelConfig(), 1, 1),
+        (ParallelConfig(pipeline=4, schedule="1f1b"), 4, 4),
+        (ParallelConfig(pipeline=4, schedule="zbv"), 4, 8),
+        (ParallelConfig(pipeline=2, schedule="dualpipev", data=3, tensor=2), 12, 4),
+        (ParallelConfig(pipeline=1, schedule="dualpipev", data=3), 3, 1),
+    ],
+)
+def test_a_v_placement_has_two_chunks_a_pipeline_rank(parallel: ParallelConfig, world: int, parts: int) -> None:
+    assert (world_size(parallel), chunks(parallel)) == (world, parts)
+
+
+def test_derived_settings_are_filled_and_nothing_else() -> None:
+    config = composed("train.steps=null", "train.tokens=100001", "schedule=wsd", "parallel.data=2", "launch.nodes=2")
+    full = resolve(config, VOCABULARY)
+    # 32 sequences of 256 positions a step: 100001 tokens are 12.2 steps, rounded up; a fifth of 13 steps' tokens decays.
+    assert differences(config, full) == [
+        ("model.vocab_size", None, 4096),
+        ("model.head_dim", None, 32),
+        ("schedule.decay_tokens", None, 13 * 32 * 256 // 5),
+        ("train.steps", None, 13),
+        ("launch.processes_per_node", None, 1),
+    ]
+    assert total_steps(full) == 13
+    assert micro_batches(full) == 4
+    assert processes_per_node(full) == 1
+    given = composed("model.vocab_size=5000", "model.head_dim=64")
+    assert resolve(given, VOCABULARY).model == given.model
+
+
+def test_the_schedules_micro_batch_limits_are_those_of_torch() -> None:
+    """The rule repeats torch's own refusals; this fails when a new torch changes them."""
+    torch = importlib.util.find_spec("torch")
+    assert torch is not None
+    assert torch.origin is not None
+    source = (Path(torch.origin).parent / "distributed" / "pipelining" / "schedules.py").read_text()
+    found = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    classes = {node.name: ast.get_source_segment(source, node) or "" for node in found}
+    assert "n_microbatches < self._num_stages" in classes["Schedule1F1B"]
+    assert "n_microbatches < self._num_stages" in classes["ScheduleDualPipeV"]
+    assert "n_microbatches <" not in classes["ScheduleZBVZeroBubble"]
+    assert "max(2 * self.pp_group_size - 1, self._n_microbatches)" in classes["ScheduleZBVZeroBubble"]
