@@ -101,7 +101,7 @@ class TokenizerConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW. Weight decay acts on matrices only (not on norms, biases or the embedding)."""
+    """AdamW. Weight decay acts on matrices only (the embedding is one; norms are not)."""
 
     lr: float = setting(1e-3, "Peak learning rate.")
     beta1: float = setting(0.9, "Decay of the first moment.")
@@ -262,7 +262,7 @@ class Evaluation:
 
 @dataclass
 class ShardBuild:
-    """`python data/build_shards.py`."""
+    """`python data/build_shards.py`: text to tokenised shards, with a tokenizer trained on the way where wanted."""
 
     source: str = setting("python_stdlib", "python_stdlib | text | jsonl | parquet | hf (a datasets folder on disk).")
     input: list[str] = setting([], "Files, folders or glob patterns of the source; python_stdlib needs none.")
@@ -272,7 +272,7 @@ class ShardBuild:
     validation_share: float = setting(0.05, "Share of documents held out, chosen by a hash of each document's name.")
     shard_mb: float = setting(64.0, "Size of a shard in MiB, about.")
     limit_mb: float = setting(0.0, "Stop after so many MiB of text. 0: all of it.")
-    workers: int = setting(0, "Tokenizing processes. 0: one a core.")
+    workers: int = setting(0, "Tokenizing threads. 0: one a core.")
     tokenizer: TokenizerConfig = group(TokenizerConfig, "The tokenizer to train or use.")
 
 

@@ -135,11 +135,6 @@ class Engine:
             yield Fragment(name, here.start, here.start + here.numel, parts)
 
     @torch.no_grad()
-    def load(self, name: str, part: str, value: Tensor, fragment: Fragment) -> None:
-        """Write a parameter's whole local slice (float32) into its owned fragment, and for masters into the weight too."""
-        fragment.parts[part].copy_(value.flatten()[fragment.begin : fragment.end])
-
-    @torch.no_grad()
     def set_weight(self, name: str, value: Tensor) -> None:
         """The working weight, from this rank's whole float32 slice."""
         self.parameters[name].data.copy_(value.view_as(self.parameters[name]))

@@ -19,6 +19,7 @@ VALIDATION_ACCURACY_DEPTH = "validation/accuracy_depth_"
 VALIDATION_ACCURACY_CONDITIONAL_DEPTH = "validation/accuracy_conditional_depth_"
 LEARNING_RATE = "optim/lr"
 GRADIENT_NORM = "optim/gradient_norm"
+SKIPPED_STEPS = "optim/skipped_steps"
 LOSS_WEIGHT = "mtp/loss_weight"
 TOKENS_SEEN = "data/tokens_seen"
 EPOCH = "data/epoch"
@@ -43,6 +44,7 @@ MEANING = {
     VALIDATION_ACCURACY_CONDITIONAL_DEPTH: "accuracy_conditional/depth_k on the held-out split.",
     LEARNING_RATE: "Learning rate of the step.",
     GRADIENT_NORM: "Global gradient norm before clipping.",
+    SKIPPED_STEPS: "Steps skipped so far because a loss or gradient was not finite (train.nonfinite=skip).",
     LOSS_WEIGHT: "Lambda of the step.",
     TOKENS_SEEN: "Positions trained since the start of the run, resumes included.",
     EPOCH: "Passes over the training split, as a fraction.",

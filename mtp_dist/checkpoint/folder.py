@@ -1,0 +1,73 @@
+"""The checkpoints folder of a run: names, the newest, `latest`, and pruning.
+
+A folder `step_00000100` is a complete checkpoint, `step_00000100.tmp-<attempt>` one that was never finished.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from mtp_dist.checkpoint.manifest import MANIFEST, sync_path
+from mtp_dist.config.schema import CheckpointConfig
+from mtp_dist.errors import UserError
+
+LATEST = "latest"
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+def name_of(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    match = _NAME.fullmatch(folder.name)
+    assert match is not None
+    return int(match[1])
+
+
+def complete(root: Path) -> list[Path]:
+    """Complete checkpoints, oldest first. Whether their content is sound is another question."""
+    if not root.is_dir():
+        return []
+    found = [entry for entry in root.iterdir() if _NAME.fullmatch(entry.name) and (entry / MANIFEST).is_file()]
+    return sorted(found, key=step_of)
+
+
+def locate(path: str | Path, setting: str = "checkpoint") -> list[Path]:
+    """Candidates that a user's path names, best first: a checkpoint itself, or a run folder's checkpoints, newest first.
+
+    Raises UserError where there is none.
+    """
+    given = Path(path)
+    if not str(path):
+        raise UserError(f"{setting} is empty; set {setting}=RUN_FOLDER or {setting}=RUN_FOLDER/checkpoints/step_N")
+    if not given.is_dir():
+        raise UserError(f"{setting}={given} does not exist; give a run folder or a checkpoint folder")
+    if (given / MANIFEST).is_file():
+        return [given]
+    found = complete(given / "checkpoints") or complete(given)
+    if not found:
+        raise UserError(f"{setting}={given} holds no complete checkpoint; train first, or give another folder")
+    return found[::-1]
+
+
+def point_latest(root: Path, folder: Path) -> None:
+    """Replace the file `latest`, which holds the newest checkpoint's name, in one move."""
+    temporary = root / f".{LATEST}.{os.getpid()}"
+    temporary.write_text(folder.name + "\n")
+    sync_path(temporary)
+    os.replace(temporary, root / LATEST)
+    sync_path(root)
+
+
+def prune(root: Path, config: CheckpointConfig) -> None:
+    """Remove checkpoints that the settings do not keep, and what unfinished saves left. The newest always stays."""
+    for entry in root.glob("step_*.tmp-*"):
+        shutil.rmtree(entry, ignore_errors=True)
+    if config.keep_last == 0:
+        return
+    for entry in complete(root)[: -config.keep_last]:
+        if config.keep_every_steps and step_of(entry) % config.keep_every_steps == 0:
+            continue
+        shutil.rmtree(entry, ignore_errors=True)

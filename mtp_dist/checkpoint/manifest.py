@@ -1,0 +1,115 @@
+"""MANIFEST.json: what a checkpoint holds, the size and SHA-256 of every file, and the fragments that make each parameter.
+
+A checkpoint is complete when its folder has its final name; the manifest is the last file written into it.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mtp_dist.errors import UserError
+
+FORMAT = "mtp_dist.checkpoint/1"
+MANIFEST = "MANIFEST.json"
+CONFIG = "config.yaml"
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass
+class FragmentRecord:
+    """Elements [begin, end), in row-major order, of the box `start` .. `start + shape` of a parameter.
+
+    They lie in `file` under `key` + "." + part, part one of ``parallel.engine.PARTS``, float32.
+    """
+
+    file: str
+    key: str
+    start: list[int]
+    shape: list[int]
+    begin: int
+    end: int
+
+
+@dataclass
+class ParameterRecord:
+    """Global shape and the fragments that together hold each element once."""
+
+    shape: list[int]
+    fragments: list[FragmentRecord] = field(default_factory=list)
+
+
+@dataclass
+class FileRecord:
+    """Bytes and hexadecimal SHA-256."""
+
+    size: int
+    sha256: str
+
+
+@dataclass
+class Manifest:
+    """`progress`: counters of the run; `contract`: what a decoder must know of the heads; `layout`: of the run that saved; `data`: state of the
+    training stream; `tracker`: the id under which metrics go on."""
+
+    step: int
+    progress: dict[str, Any]
+    optimizer: dict[str, Any]
+    contract: dict[str, Any]
+    layout: dict[str, Any]
+    data: dict[str, Any]
+    tracker: dict[str, Any]
+    versions: dict[str, str]
+    parameters: dict[str, ParameterRecord]
+    files: dict[str, FileRecord]
+    format: str = FORMAT
+
+    def write(self, path: Path) -> None:
+        with path.open("w", encoding="utf-8") as file:
+            json.dump(asdict(self), file, indent=1)
+        sync_path(path)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises UserError where the folder is no checkpoint, or one of another format."""
+    try:
+        raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if raw.get("format") != FORMAT:
+            raise UserError(f"{folder} has checkpoint format {raw.get('format')!r}; this version reads {FORMAT!r}")
+        raw["parameters"] = {
+            name: ParameterRecord(entry["shape"], [FragmentRecord(**fragment) for fragment in entry["fragments"]])
+            for name, entry in raw["parameters"].items()
+        }
+        raw["files"] = {name: FileRecord(**entry) for name, entry in raw["files"].items()}
+        return Manifest(**raw)
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / MANIFEST} is damaged ({type(error).__name__}: {str(error)[:80]}); use another checkpoint") from None
+
+
+def file_record(path: Path) -> FileRecord:
+    with path.open("rb") as file:
+        return FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def damage(folder: Path, name: str, expected: FileRecord) -> str | None:
+    """What is wrong with one file of a checkpoint, None if nothing is."""
+    try:
+        found = file_record(folder / name)
+    except OSError as error:
+        return f"{name}: {error.strerror}"
+    if found.size != expected.size:
+        return f"{name}: {found.size} bytes instead of {expected.size}"
+    return None if found.sha256 == expected.sha256 else f"{name}: its SHA-256 is not the recorded one"
+
+
+def sync_path(path: Path) -> None:
+    """Force a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,139 @@
+"""Reading: any slice of any parameter from the fragments of any layout, memory-mapped; a whole model for one process, or a rank's part.
+
+No rank reads more than the slices that it needs, and the boxes (tensor-parallel slices of the layout that saved) that they touch.
+"""
+
+import math
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from mtp_dist.checkpoint import folder as folders
+from mtp_dist.checkpoint.manifest import CONFIG, TOKENIZER, FragmentRecord, Manifest, damage, read_manifest
+from mtp_dist.config import compose
+from mtp_dist.config.schema import TrainingRun
+from mtp_dist.errors import UserError
+from mtp_dist.model.chunk import Chunk
+from mtp_dist.model.parameter import ParameterSpec, replace
+from mtp_dist.parallel.engine import PARTS, Engine
+
+
+class Checkpoint:
+    """One complete checkpoint, opened for reading."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError where `path` is none."""
+        self.path = path
+        self.manifest: Manifest = read_manifest(path)
+        self._open: dict[str, Any] = {}
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @cached_property
+    def config(self) -> TrainingRun:
+        """The settings of the run that saved it."""
+        return compose.load(self.path / CONFIG, TrainingRun)
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.path / TOKENIZER
+
+    def damages(self, share: int = 0, shares: int = 1) -> list[str]:
+        """What is wrong with its files, by size and SHA-256; every `shares`-th file from number `share` on."""
+        files = sorted(self.manifest.files.items())[share::shares]
+        return [problem for name, record in files if (problem := damage(self.path, name, record))]
+
+    def _tensor(self, file: str, key: str) -> Tensor:
+        if file not in self._open:
+            self._open[file] = safe_open(self.path / file, framework="pt")
+        return self._open[file].get_tensor(key)
+
+    def read(self, name: str, part: str, start: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
+        """float32 values of the box `start` .. `start + shape` of a parameter (None: all of it), of one of ``PARTS``."""
+        record = self.manifest.parameters.get(name)
+        if record is None:
+            raise UserError(f"checkpoint {self.path} has no parameter {name}: it is of another model")
+        shape = tuple(record.shape) if shape is None else shape
+        start = (0,) * len(shape) if start is None else start
+        wanted = torch.empty(shape)
+        filled = 0
+        ordered = sorted(record.fragments, key=lambda f: (f.start, f.shape, f.begin))
+        for (box_start, box_shape), members in groupby(ordered, key=lambda f: (tuple(f.start), tuple(f.shape))):
+            low = [max(a, b) for a, b in zip(start, box_start, strict=True)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(start, shape, box_start, box_shape, strict=True)]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            box = self._box(name, part, box_shape, list(members))
+            inside = box[tuple(slice(a - b, c - b) for a, c, b in zip(low, high, box_start, strict=True))]
+            wanted[tuple(slice(a - b, c - b) for a, c, b in zip(low, high, start, strict=True))] = inside
+            filled += inside.numel()
+        if filled != wanted.numel():
+            raise UserError(f"checkpoint {self.path} holds {filled} of {wanted.numel()} values of {name}: its manifest is damaged")
+        return wanted
+
+    def _box(self, name: str, part: str, shape: tuple[int, ...], fragments: list[FragmentRecord]) -> Tensor:
+        flat, position = torch.empty(math.prod(shape)), 0
+        for fragment in fragments:
+            if fragment.begin != position:
+                raise UserError(f"checkpoint {self.path} lacks values {position} to {fragment.begin} of a slice of {name}")
+            flat[fragment.begin : fragment.end] = self._tensor(fragment.file, f"{fragment.key}.{part}")
+            position = fragment.end
+        if position != flat.numel():
+            raise UserError(f"checkpoint {self.path} lacks values {position} to {flat.numel()} of a slice of {name}")
+        return flat.view(shape)
+
+    def load_model(self, dtype: torch.dtype = torch.float32) -> Chunk:
+        """The whole model in this process, in evaluation mode."""
+        with torch.device("meta"):
+            model = Chunk(self.config.model, self.config.mtp, range(self.config.model.layers))
+        for name, p in list(model.named_parameters()):
+            spec: ParameterSpec = p.spec  # type: ignore[attr-defined]
+            replace(model, name, self.read(name, "master", spec.start, spec.local_shape).to(dtype))
+        return model.eval().requires_grad_(False)
+
+    def load_engine(self, engine: Engine) -> None:
+        """Weights, masters and moments of this rank's part, whatever layout saved them."""
+        for name, p in engine.parameters.items():
+            engine.set_weight(name, self.read(name, PARTS[0], p.spec.start, p.spec.local_shape))  # type: ignore[attr-defined]
+        for fragment in engine.fragments(all_copies=True):
+            spec = engine.parameters[fragment.name].spec
+            for part, values in fragment.parts.items():
+                whole = self.read(fragment.name, part, spec.start, spec.local_shape)
+                values.copy_(whole.flatten()[fragment.begin : fragment.end])
+        engine.optimizer_steps = self.manifest.optimizer["step"]
+
+    def load_random_state(self, rank: int) -> None:
+        """This rank's random generators, where the layout that saved had such a rank."""
+        file = f"rank_{rank:05d}.safetensors"
+        if file not in self.manifest.files:
+            return
+        torch.set_rng_state(self._tensor(file, "rng.cpu"))
+        with safe_open(self.path / file, framework="pt") as content:
+            if torch.cuda.is_available() and "rng.cuda" in content.keys():  # noqa: SIM118 (not a mapping)
+                torch.cuda.set_rng_state(content.get_tensor("rng.cuda"))
+
+
+def open_checkpoint(path: str | Path, setting: str = "checkpoint") -> Checkpoint:
+    """The checkpoint that a user's path names (of a run folder: the newest that verifies), checked against its checksums.
+
+    Raises UserError where there is none that is sound.
+    """
+    skipped = []
+    for candidate in folders.locate(path, setting):
+        try:
+            checkpoint = Checkpoint(candidate)
+        except UserError as error:
+            skipped.append(str(error))
+            continue
+        problems = checkpoint.damages()
+        if not problems:
+            return checkpoint
+        skipped.append(f"{candidate.name} is damaged ({problems[0]})")
+    raise UserError(f"{setting}={path} holds no sound checkpoint: {'; '.join(skipped)}")

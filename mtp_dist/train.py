@@ -1,0 +1,73 @@
+"""Train: ``python -m mtp_dist.train key=value ...``.
+
+Started by hand it composes the settings, checks and freezes them in ``run_dir``, and starts torchrun on this machine. Under torchrun or srun it is
+one process of the job: it takes ``run_dir=`` alone and reads what was frozen there. Started again in the same folder it resumes.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from mtp_dist.checkpoint import folder
+from mtp_dist.checkpoint.compatibility import require_same_model
+from mtp_dist.config.command import application
+from mtp_dist.config.schema import TrainingRun
+from mtp_dist.errors import UserError
+from mtp_dist.freezing import continued, frozen, prepare, under_launcher
+from mtp_dist.launching import start
+
+EXAMPLES = (
+    "python -m mtp_dist.train experiment=quickstart",
+    "python -m mtp_dist.train run_dir=runs/one data.path=datasets/mine model=small train.steps=1000 parallel=v2",
+    "python -m mtp_dist.train run_dir=runs/one    (go on with the run's own settings)",
+)
+
+
+def launch(config: TrainingRun) -> int:
+    """Freeze the run and start its processes on this machine."""
+    ready = prepare(config)
+    for checkpoint in folder.complete(Path(ready.run_dir) / "checkpoints")[-1:]:
+        require_same_model(checkpoint, ready)
+    return start(ready)
+
+
+def work(argv: list[str]) -> int:
+    """One process of the job; returns its exit status."""
+    config = frozen(argv)
+    # Torch and DeepSpeed are imported only here: bad input is answered before.
+    import torch
+
+    from mtp_dist.parallel.mesh import build_mesh, choose_device, connect, disconnect
+    from mtp_dist.training.signals import StopRequest
+    from mtp_dist.training.trainer import Trainer, make_deterministic
+
+    stop = StopRequest()
+    torch.set_num_threads(config.launch.threads or int(os.environ.get("OMP_NUM_THREADS", "1")))
+    device = choose_device(config.launch.device)
+    if config.train.deterministic:
+        make_deterministic(device)
+    connect(device, config.parallel.timeout_minutes)
+    mesh = build_mesh(config.parallel, device)
+    trainer = Trainer(config, mesh, stop)
+    try:
+        trainer.run()
+    finally:
+        trainer.close()
+    disconnect()
+    return 0
+
+
+def main() -> None:
+    """The command line."""
+    if not under_launcher():
+        application("train", TrainingRun, launch, shortcut=continued, command="python -m mtp_dist.train", examples=EXAMPLES)
+        return
+    try:
+        sys.exit(work(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Held-out loss and accuracy under the layout that is there: the same rows, so the same number, in every layout.
+
+Rows are read in stored order; a last partial batch is filled with padding rows, which count nowhere. Nothing that training reads is touched.
+"""
+
+import torch
+import torch.distributed as dist
+
+from mtp_dist.data.batch import Batch, pad
+from mtp_dist.data.dataset import Dataset
+from mtp_dist.data.rows import Rows
+from mtp_dist.errors import UserError
+from mtp_dist.training.statistics import Totals
+from mtp_dist.training.step import Workload
+
+
+class HeldOut:
+    """The first `sequences` rows of a split. Collective: build it and run it on every rank."""
+
+    def __init__(self, workload: Workload, dataset: Dataset, split: str, sequences: int) -> None:
+        self.workload, self.eos_id = workload, dataset.eos_id
+        config, self.mesh = workload.config, workload.mesh
+        self.width = config.train.sequence_length + 1 + config.mtp.depth
+        self.rows: Rows | None = None
+        found = [0]
+        if self.mesh.is_reader:
+            self.rows = Rows(dataset, split, config.train.sequence_length, config.mtp.depth)
+            found = [min(sequences, len(self.rows))]
+        dist.broadcast_object_list(found, src=0, group=self.mesh.control)
+        self.count = found[0]
+        if self.count == 0:
+            raise UserError(
+                f"split {split!r} of {dataset.path} is shorter than one row of {self.width} tokens; "
+                "choose a smaller train.sequence_length, or build the dataset with a larger validation_share"
+            )
+
+    def _share(self, begin: int, rows: int) -> Batch:
+        """Rows begin .. begin + rows, padded behind the last one."""
+        assert self.rows is not None
+        begin, end = min(begin, self.count), min(begin + rows, self.count)
+        if begin == end:
+            empty = torch.empty(0, self.width, dtype=torch.int64)
+            return pad(Batch(empty, empty.int(), []), rows, self.eos_id)
+        return pad(self.rows.read(begin, end), rows, self.eos_id)
+
+    def run(self, micro_batch: int, micro_batches: int) -> Totals:
+        """Sums over all rows, in passes of `micro_batches` micro-batches a replica."""
+        share = micro_batch * micro_batches
+        batch = share * self.mesh.parallel.data
+        total: Totals | None = None
+        for begin in range(0, self.count, batch):
+            mine = self._share(begin + self.mesh.data_rank * share, share) if self.mesh.is_reader else None
+            part = self.workload.evaluate(mine, share, micro_batch)
+            total = part if total is None else total + part
+        assert total is not None
+        return total

@@ -1,0 +1,264 @@
+"""The training loop: read, step, agree, track, validate, save; from the newest checkpoint on, until the last step or a request to stop."""
+
+import math
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from mtp_dist.checkpoint.writer import save
+from mtp_dist.config.layout import micro_batches, tokens_per_step
+from mtp_dist.config.schema import TrainingRun
+from mtp_dist.data.batch import Batch
+from mtp_dist.data.dataset import Dataset
+from mtp_dist.data.prefetch import Batches, Prefetch
+from mtp_dist.data.stream import State, Stream, merge_states
+from mtp_dist.errors import UserError
+from mtp_dist.parallel.engine import StepOutcome
+from mtp_dist.parallel.mesh import Mesh
+from mtp_dist.tracking import names
+from mtp_dist.tracking.tracker import Tracker
+from mtp_dist.training import status
+from mtp_dist.training.console import Console
+from mtp_dist.training.held_out import HeldOut
+from mtp_dist.training.learning_rate import learning_rate
+from mtp_dist.training.nonfinite import keep_batch
+from mtp_dist.training.objective import coefficients, loss_weight
+from mtp_dist.training.progress import Progress
+from mtp_dist.training.resume import newest_sound
+from mtp_dist.training.signals import StopRequest
+from mtp_dist.training.statistics import Totals
+from mtp_dist.training.step import Workload, build
+
+
+class Clock:
+    """Due every so many steps, or minutes, since it last was."""
+
+    def __init__(self, steps: int, minutes: float) -> None:
+        self.steps, self.seconds, self.since = steps, minutes * 60, time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Rank 0 decides and tells the others: their clocks differ."""
+        late = self.seconds > 0 and time.monotonic() - self.since >= self.seconds
+        return late or (self.steps > 0 and step % self.steps == 0)
+
+    def restart(self) -> None:
+        self.since = time.monotonic()
+
+
+class Trainer:
+    """One start of a run on one rank. Every method is collective."""
+
+    def __init__(self, config: TrainingRun, mesh: Mesh, stop: StopRequest) -> None:
+        assert config.train.steps is not None
+        self.config, self.mesh, self.stop = config, mesh, stop
+        self.run_dir = Path(config.run_dir)
+        self.checkpoints = self.run_dir / "checkpoints"
+        self.total = config.train.steps
+        self.step_tokens = tokens_per_step(config)
+        self.progress = Progress()
+        self.data_state: State | None = None
+        self.saved_step = -1
+        self.dataset = Dataset.open(config.data.path)
+        self.workload: Workload = build(config, mesh)
+        run_id = self._resume()
+        self.data_end: State | None = None
+        self.source = self._open_stream()
+        self.held_out = self._open_held_out()
+        leader = mesh.rank == 0
+        self.console = Console(self.total, self.progress.step, on=leader and config.train.progress)
+        self.tracker = Tracker(
+            self.run_dir, config.tracker, settings=asdict(config), run_id=run_id, resume_step=self.progress.step, on=leader
+        )
+        self.log_clock = Clock(config.train.log_every_steps, config.train.log_every_minutes)
+        self.validation_clock = Clock(config.validation.every_steps, config.validation.every_minutes)
+        self.save_clock = Clock(config.checkpoint.every_steps, config.checkpoint.every_minutes)
+
+    # Start
+
+    def _resume(self) -> str | None:
+        """Load the newest sound checkpoint if there is one; returns the tracker's run id."""
+        checkpoint = newest_sound(self.checkpoints, self.mesh)
+        if checkpoint is None:
+            return None
+        checkpoint.load_engine(self.workload.engine)
+        checkpoint.load_random_state(self.mesh.rank)
+        self.progress = Progress(**checkpoint.manifest.progress)
+        self.data_state = checkpoint.manifest.data
+        self.saved_step = checkpoint.step
+        if self.mesh.rank == 0 and self.config.train.progress:
+            print(f"resumed from {checkpoint.path} at step {checkpoint.step}", flush=True)
+        return str(checkpoint.manifest.tracker["run_id"])
+
+    def _open_stream(self) -> Batches | None:
+        if not self.mesh.is_reader:
+            return None
+        config = self.config
+        stream = Stream(
+            self.dataset,
+            "train",
+            rows=config.train.global_batch,
+            sequence_length=config.train.sequence_length,
+            depth=config.mtp.depth,
+            lanes=config.data.lanes,
+            block_samples=config.data.block_samples,
+            seed=config.seed,
+            replica=self.mesh.data_rank,
+            replicas=config.parallel.data,
+            state=self.data_state,
+        )
+        self.data_end = stream.state
+        return Prefetch(stream, config.data.prefetch) if config.data.prefetch else stream
+
+    def _open_held_out(self) -> HeldOut | None:
+        split = self.dataset.splits.get("validation")
+        if split is None or split.documents == 0 or self.config.validation.sequences == 0:
+            return None
+        return HeldOut(self.workload, self.dataset, "validation", self.config.validation.sequences)
+
+    # The loop
+
+    def run(self) -> str:
+        """Train until the last step or a request to stop; returns the final ``status`` state."""
+        self._mark(status.RUNNING)
+        stopped = False
+        while self.progress.step < self.total and not stopped:
+            stopped = self._one_step()
+        if self.progress.step != self.saved_step:
+            self.save()
+        state = status.STOPPED if stopped and self.progress.step < self.total else status.FINISHED
+        self._mark(state)
+        return state
+
+    def _one_step(self) -> bool:
+        """Returns whether all ranks agreed to stop after it."""
+        began = time.perf_counter()
+        batch, following = self.source.next() if self.source is not None else (None, None)
+        waited = time.perf_counter() - began
+        trained = self.progress.tokens_trained
+        lr = learning_rate(
+            self.config.schedule, self.config.optim.lr, trained + self.step_tokens, self.total * self.step_tokens
+        )
+        totals, outcome = self.workload.step(batch, coefficients(self.config.mtp, trained), lr)
+        if not outcome.applied:
+            self._on_nonfinite(batch, totals, outcome)
+        self.progress.advance(self.step_tokens, applied=outcome.applied)
+        self.data_end = following  # None but on readers
+        elapsed = time.perf_counter() - began
+        stop, log, validate, keep = self._agree()
+        metrics: dict[str, float] = {}
+        if log:
+            metrics = self._metrics(totals, outcome, lr, elapsed, waited)
+        if validate:
+            metrics |= self.validate()
+        if metrics:
+            self.tracker.log(self.progress.step, metrics)
+        self.console.step(self.progress.step, metrics)
+        if keep and not stop:
+            self.save()
+        return stop
+
+    def _agree(self) -> tuple[bool, bool, bool, bool]:
+        """What every rank does after this step: stop (any rank was asked to), log, validate, save (rank 0's clocks)."""
+        step, last, leader = self.progress.step, self.progress.step == self.total, self.mesh.rank == 0
+        wishes = [
+            self.stop.asked,
+            leader and (last or self.log_clock.due(step)),
+            leader and (last or self.validation_clock.due(step)) and self.held_out is not None,
+            leader and self.save_clock.due(step),
+        ]
+        flags = torch.tensor(wishes, dtype=torch.int32)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.mesh.control)
+        stop, log, validate, keep = (bool(flag) for flag in flags.tolist())
+        for clock, due in ((self.log_clock, log), (self.validation_clock, validate), (self.save_clock, keep)):
+            if due:
+                clock.restart()
+        return stop, log, validate, keep
+
+    def _on_nonfinite(self, batch: Batch | None, totals: Totals, outcome: StepOutcome) -> None:
+        """Keep the rows; raise UserError on all ranks where the policy says stop. The step left the weights as they were."""
+        step, train = self.progress.step + 1, self.config.train
+        if batch is not None:
+            keep_batch(self.run_dir, step, self.mesh.data_rank, batch, totals, outcome)
+        where = self.run_dir / "nonfinite" / f"step_{step:08d}"
+        what = f"step {step}: loss {totals.loss}, gradient norm {outcome.gradient_norm}; weights unchanged, its rows are in {where}"
+        if train.nonfinite == "skip" and self.progress.skipped_in_row < train.nonfinite_limit:
+            self.console.say(f"warning: {what}; skipped (train.nonfinite=skip)")
+            return
+        if self.progress.step != self.saved_step:
+            self.save()
+        self._mark(status.FAILED)
+        if train.nonfinite == "skip":
+            raise UserError(f"{what}; {self.progress.skipped_in_row + 1} such steps in a row exceed train.nonfinite_limit={train.nonfinite_limit}")
+        raise UserError(f"{what}; lower optim.lr, or set train.nonfinite=skip to go on without such steps")
+
+    def _metrics(self, totals: Totals, outcome: StepOutcome, lr: float, elapsed: float, waited: float) -> dict[str, float]:
+        seen = self.progress.tokens_seen
+        metrics = totals.training_metrics() | {
+            names.LEARNING_RATE: lr,
+            names.GRADIENT_NORM: outcome.gradient_norm,
+            names.SKIPPED_STEPS: self.progress.skipped,
+            names.LOSS_WEIGHT: loss_weight(self.config.mtp, self.progress.tokens_trained),
+            names.TOKENS_SEEN: seen,
+            names.EPOCH: seen / self.dataset.splits["train"].tokens,
+            names.TOKENS_PER_SECOND: self.step_tokens / elapsed,
+            names.STEP_TIME: elapsed,
+            names.DATA_WAIT: waited,
+            names.MEMORY_RSS: psutil.Process().memory_info().rss / 2**30,
+        }
+        if self.mesh.device.type == "cuda":
+            metrics[names.MEMORY_DEVICE_PEAK] = torch.cuda.max_memory_allocated() / 2**30
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+    def validate(self) -> dict[str, float]:
+        """Metrics of the held-out rows."""
+        assert self.held_out is not None
+        totals = self.held_out.run(self.config.train.micro_batch, micro_batches(self.config))
+        metrics = totals.validation_metrics(coefficients(self.config.mtp, self.progress.tokens_trained))
+        shown = "  ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in metrics.items())
+        self.console.say(f"validation at step {self.progress.step}: {shown}")
+        return metrics
+
+    def save(self) -> Path:
+        """A checkpoint of the step that was last applied."""
+        states: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(states, self.data_end, group=self.mesh.control)
+        folder = save(
+            self.checkpoints,
+            self.config,
+            self.mesh,
+            self.workload.engine,
+            step=self.progress.step,
+            progress=asdict(self.progress),
+            data=merge_states([state for state in states if state is not None]),
+            tracker={"run_id": self.tracker.run_id},
+            tokenizer=self.dataset.tokenizer_path,
+        )
+        self.saved_step = self.progress.step
+        self.console.say(f"saved {folder}")
+        return folder
+
+    # End
+
+    def _mark(self, state: str) -> None:
+        if self.mesh.rank == 0:
+            status.write_status(self.run_dir, state, self.progress.step, total=self.total)
+
+    def close(self) -> None:
+        if self.source is not None:
+            self.source.close()
+        self.tracker.close()
+        self.console.close()
+
+
+def make_deterministic(device: torch.device) -> None:
+    """The same bits for the same work: deterministic kernels. On CUDA a kernel without a deterministic variant warns."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = False
