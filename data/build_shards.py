@@ -6,7 +6,7 @@ from mtp_dist.config.schema import ShardBuild
 EXAMPLES = (
     "python data/build_shards.py out=runs/stdlib",
     "python data/build_shards.py source=text input=[books/] separator=END out=runs/books tokenizer.vocab_size=8192",
-    "python data/build_shards.py source=jsonl input=['crawl/*.jsonl.gz'] field=content out=runs/crawl tokenizer=bytes",
+    """python data/build_shards.py source=jsonl "input=['crawl/*.jsonl.gz']" field=content out=runs/crawl tokenizer=bytes""",
 )
 
 
