@@ -1,0 +1,194 @@
+"""Promise: a run folder holds the settings of one model on one stream of data, checked before any process starts."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mtp_dist.config.compose import compose, load
+from mtp_dist.config.schema import ShardBuild, TokenizerConfig, TrainingRun
+from mtp_dist.data.building import build
+from mtp_dist.errors import UserError
+from mtp_dist.freezing import continued, frozen, prepare, resolved_file, under_launcher
+
+Composer = Callable[..., TrainingRun]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("freezing")
+    for number in range(20):
+        (folder / f"{number}.txt").write_text("the quick brown fox " * 10)
+    out = folder / "set"
+    build(ShardBuild(source="text", input=[str(folder)], out=str(out), tokenizer=TokenizerConfig(kind="bytes"), workers=1))
+    return out
+
+
+@pytest.fixture
+def composed(dataset: Path, tmp_path: Path) -> Composer:
+    def make(*overrides: str) -> TrainingRun:
+        places = [f"run_dir={tmp_path / 'run'}", f"data.path={dataset}"]
+        return compose("train", TrainingRun, [*places, "train.steps=50", *overrides])
+
+    return make
+
+
+def files(config: TrainingRun) -> list[str]:
+    return sorted(path.name for path in Path(config.run_dir).iterdir())
+
+
+def refusal(config: TrainingRun) -> str:
+    with pytest.raises(UserError) as caught:
+        prepare(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_frozen_is_what_every_process_reads(composed: Composer, dataset: Path) -> None:
+    prepared = prepare(composed())
+    vocabulary = json.loads((dataset / "dataset.json").read_text())["tokenizer"]["vocab_size"]
+    assert prepared.model.vocab_size == vocabulary
+    assert (prepared.model.head_dim, prepared.launch.processes_per_node) == (32, 1)
+    assert load(resolved_file(prepared.run_dir), TrainingRun) == prepared
+    assert frozen([f"run_dir={prepared.run_dir}"], {"RANK": "0", "WORLD_SIZE": "1"}) == prepared
+
+
+def test_the_same_settings_again_leave_the_file_alone(composed: Composer) -> None:
+    config = prepare(composed())
+    before = resolved_file(config.run_dir).stat()
+    assert prepare(composed()) == config
+    after = resolved_file(config.run_dir).stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert files(config) == ["resolved.yaml"]
+
+
+def test_changed_settings_replace_the_file_and_keep_the_earlier_ones(composed: Composer) -> None:
+    prepare(composed())
+    prepare(composed("train.steps=60", "parallel=v2", "mtp.loss_weight=0.1", "optim.lr=0.5"))
+    last = prepare(composed("train.steps=70", "train.global_batch=64", "train.log_every_steps=5"))
+    assert files(last) == ["resolved.1.yaml", "resolved.2.yaml", "resolved.yaml"]
+    steps = [load(Path(last.run_dir) / name, TrainingRun).train.steps for name in files(last)]
+    assert steps == [50, 60, 70]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.layers=5", ["model.layers=5", "model.layers=4"]),
+        ("model.vocab_size=300", ["model.vocab_size=300"]),
+        ("mtp.depth=1", ["mtp.depth=1", "mtp.depth=2"]),
+        ("mtp.concat=hidden_first", ["mtp.concat=hidden_first", "mtp.concat=embedding_first"]),
+        ("seed=1", ["seed=1", "seed=1234"]),
+        ("data.lanes=4", ["data.lanes=4", "data.lanes=8"]),
+        ("data.block_samples=3", ["data.block_samples=3"]),
+        ("train.sequence_length=64", ["train.sequence_length=64", "train.sequence_length=256"]),
+    ],
+)
+def test_another_model_or_another_stream_needs_another_folder(composed: Composer, override: str, words: list[str]) -> None:
+    config = prepare(composed())
+    before = resolved_file(config.run_dir).read_bytes()
+    message = refusal(composed(override, "train.steps=60"))
+    for word in [*words, config.run_dir, "new run_dir"]:
+        assert word in message
+    assert resolved_file(config.run_dir).read_bytes() == before
+    assert files(config) == ["resolved.yaml"]
+
+
+def test_other_data_needs_another_folder_but_moved_data_does_not(composed: Composer, dataset: Path, tmp_path: Path) -> None:
+    prepare(composed())
+    link = tmp_path / "link"
+    link.symlink_to(dataset)
+    prepare(composed(f"data.path={link}"))
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    assert "data.path" in refusal(composed(f"data.path={copy}"))
+    moved = prepare(composed(f"data.path={copy}", f"run_dir={tmp_path / 'other'}"))
+    copy.rename(tmp_path / "moved")
+    again = prepare(composed(f"data.path={tmp_path / 'moved'}", f"run_dir={moved.run_dir}"))
+    assert load(resolved_file(again.run_dir), TrainingRun).data.path == str(tmp_path / "moved")
+
+
+def test_a_missing_dataset_and_a_wrong_tokenizer_are_named(composed: Composer, dataset: Path, tmp_path: Path) -> None:
+    assert str(tmp_path / "nothing") in refusal(composed(f"data.path={tmp_path / 'nothing'}"))
+    other = tmp_path / "tokenizer.json"
+    other.write_text("{}")
+    message = refusal(composed(f"tokenizer.path={other}"))
+    for word in [str(other), str(dataset), "sha256", "leave tokenizer.path empty"]:
+        assert word in message
+    assert "does not exist" in refusal(composed(f"tokenizer.path={tmp_path / 'none.json'}"))
+    prepare(composed(f"tokenizer.path={next(dataset.glob('*tokenizer*.json'))}"))
+
+
+def test_a_layout_that_does_not_fit_leaves_no_folder(composed: Composer, tmp_path: Path) -> None:
+    assert "parallel.tensor=3" in refusal(composed("parallel.tensor=3"))
+    # The byte tokenizer has an odd number of entries, known only from the dataset.
+    assert "model.vocab_size" in refusal(composed("parallel.tensor=2"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(composed: Composer, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "run_dir" in refusal(composed(f"run_dir={tmp_path / 'file' / 'run'}"))
+
+
+def test_only_the_first_of_several_nodes_writes_and_each_keeps_its_own_rank(composed: Composer, tmp_path: Path) -> None:
+    nodes = ["parallel.data=2", "launch.nodes=2"]
+    second = prepare(composed(*nodes, "launch.node_rank=1"))
+    assert second.launch.node_rank == 1
+    assert not (tmp_path / "run").exists()
+    first = prepare(composed(*nodes))
+    assert prepare(composed(*nodes, "launch.node_rank=1")) == replace(first, launch=replace(first.launch, node_rank=1))
+    assert files(first) == ["resolved.yaml"]
+
+
+@pytest.mark.parametrize("argv", [[], ["train.steps=3"], ["run_dir=x", "train.steps=3"], ["run_dir="]])
+def test_a_process_of_a_job_takes_only_the_run_folder(argv: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        frozen(argv, {"RANK": "0"})
+    for word in ["only run_dir=FOLDER", "python -m mtp_dist.train", *argv]:
+        assert word in str(caught.value)
+
+
+def test_a_run_that_was_not_prepared_and_a_wrong_number_of_processes_are_named(composed: Composer, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"resolved\.yaml does not exist; run `python -m mtp_dist\.train"):
+        frozen([f"run_dir={tmp_path}"], {"RANK": "0"})
+    config = prepare(composed("parallel=v2"))
+    with pytest.raises(UserError, match=r"WORLD_SIZE=3 .* 2 x 1 x 1 = 2"):
+        frozen([f"run_dir={config.run_dir}"], {"RANK": "0", "WORLD_SIZE": "3"})
+    with pytest.raises(UserError, match="SLURM_STEP_NUM_TASKS=1"):
+        frozen([f"run_dir={config.run_dir}"], {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"})
+
+
+def test_a_moved_run_folder_reads_as_where_it_is(composed: Composer, tmp_path: Path) -> None:
+    config = prepare(composed())
+    Path(config.run_dir).rename(tmp_path / "moved")
+    assert frozen([f"run_dir={tmp_path / 'moved'}"], {"RANK": "0"}).run_dir == str(tmp_path / "moved")
+
+
+@pytest.mark.parametrize(
+    ("environment", "answer"),
+    [
+        ({}, False),
+        ({"RANK": "3"}, True),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_ID": "2"}, True),
+        ({"SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}, False),
+    ],
+)
+def test_what_srun_and_torchrun_start_is_a_process_of_the_job_and_a_batch_script_is_not(
+    environment: dict[str, str], answer: bool
+) -> None:
+    assert under_launcher(environment) is answer
+
+
+@pytest.mark.parametrize("length", ["train.steps=50", "train.steps=null train.tokens=100000"])
+def test_the_run_folder_alone_continues_a_run_with_its_own_settings(composed: Composer, length: str) -> None:
+    config = prepare(composed(*length.split(), "optim.lr=0.25", "schedule=wsd"))
+    again = continued([f"run_dir={config.run_dir}"])
+    assert again is not None
+    assert prepare(again) == config
+    assert files(config) == ["resolved.yaml"]
+    assert continued([f"run_dir={config.run_dir}", "optim.lr=1"]) is None
+    assert continued(["run_dir=does/not/exist"]) is None
