@@ -1,0 +1,69 @@
+"""What a user asks of ``python -m mtp_dist.generate``, checked before a checkpoint is opened.
+
+No torch here: errors come at once.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from mtp_dist.config.rules import above, at_least, between, finite, given, one_of
+from mtp_dist.config.schema import DecodeConfig, Generation, MTPConfig
+from mtp_dist.errors import UserError
+
+MODES = ("plain", "speculative", "both")
+DTYPES = ("float32", "bfloat16", "float64")
+
+
+def validate(config: Generation) -> None:
+    """Raise UserError at the first setting that no checkpoint could serve."""
+    given("checkpoint", config.checkpoint, "RUN_FOLDER")
+    if not config.prompt and not config.prompt_file:
+        raise UserError("prompt is empty and no prompt_file is given; give prompt='TEXT' or prompt_file=FILE")
+    between("seed", config.seed, 0, 2**63 - 1)
+    if config.output and not _writable(Path(config.output)):
+        raise UserError(f"output={config.output} cannot be written; name a file in a folder that exists")
+    validate_decoding(config.decode)
+
+
+def validate_decoding(decode: DecodeConfig) -> None:
+    """Raise UserError at the first rule that the decoding settings break."""
+    one_of("decode.mode", decode.mode, MODES)
+    one_of("decode.dtype", decode.dtype, DTYPES)
+    at_least("decode.max_new_tokens", decode.max_new_tokens, 1)
+    at_least("decode.draft", decode.draft, 1)
+    finite("decode.temperature", decode.temperature)
+    at_least("decode.temperature", decode.temperature, 0)
+    at_least("decode.top_k", decode.top_k, 0)
+    above("decode.top_p", decode.top_p, 0)
+    if decode.top_p > 1:
+        raise UserError(f"decode.top_p={decode.top_p} must be at most 1; 1 samples from all tokens")
+    at_least("decode.threads", decode.threads, 0)
+
+
+def validate_heads(decode: DecodeConfig, mtp: MTPConfig) -> None:
+    """Raise UserError where speculative decoding is asked of a model that has no MTP heads."""
+    if decode.mode != "plain" and mtp.depth == 0:
+        raise UserError(f"decode.mode={decode.mode} drafts with MTP heads, and this model has none; choose decode.mode=plain")
+
+
+def read_prompts(config: Generation) -> list[str]:
+    """``prompt``, or the texts between the ``---`` lines of ``prompt_file``, without the line ends around them.
+
+    Raises UserError where there is none.
+    """
+    if not config.prompt_file:
+        return [config.prompt]
+    try:
+        content = Path(config.prompt_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"prompt_file={config.prompt_file} cannot be read: {reason}") from None
+    prompts = [text for part in re.split(r"^---[ \t]*$", content, flags=re.MULTILINE) if (text := part.strip("\r\n"))]
+    if not prompts:
+        raise UserError(f"prompt_file={config.prompt_file} holds no prompt; write texts separated by lines of three dashes")
+    return prompts
+
+
+def _writable(path: Path) -> bool:
+    return os.access(path.parent, os.W_OK) and path.parent.is_dir() and not path.is_dir()
