@@ -1,15 +1,16 @@
 """Promise: a configuration that cannot run is refused before anything starts, in one line with the reason and the way out."""
 
 import ast
+import copy
 import importlib.util
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+import yaml
 
-from mtp_dist.config.compose import compose, differences
+from mtp_dist.config.compose import compose, differences, value
 from mtp_dist.config.folder import groups
 from mtp_dist.config.layout import chunks, micro_batches, processes_per_node, total_steps, world_size
 from mtp_dist.config.schema import ParallelConfig, TrainingRun
@@ -27,11 +28,14 @@ def with_options(*options: str) -> TrainingRun:
 
 
 def composed(*overrides: str) -> TrainingRun:
-    """Options of groups are composed once each; single settings are merged into the result, which is ten times as fast."""
+    """Options of groups are composed once each; single settings are set in a copy of the result, which is fifty times as fast."""
     options = [override for override in overrides if override.partition("=")[0] in groups()]
-    single = OmegaConf.from_dotlist([override for override in overrides if override not in options])
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(with_options(*options)), single))
-    assert isinstance(config, TrainingRun)
+    config = copy.deepcopy(with_options(*options))
+    for override in overrides:
+        key, _, text = override.partition("=")
+        if override not in options:
+            owner, _, name = key.rpartition(".")
+            setattr(value(config, owner) if owner else config, name, yaml.safe_load(text))
     return config
 
 
@@ -39,8 +43,8 @@ BROKEN = [
     ("run_dir=''", ["run_dir is empty", "run_dir="]),
     ("data.path=''", ["data.path is empty", "build_shards"]),
     ("seed=-1", ["seed=-1"]),
-    ("optim.lr=nan", ["optim.lr=nan"]),
-    ("optim.lr=inf", ["optim.lr=inf", "finite"]),
+    ("optim.lr=.nan", ["optim.lr=nan"]),
+    ("optim.lr=.inf", ["optim.lr=inf", "finite"]),
     ("optim.lr=0", ["optim.lr=0", "greater than 0"]),
     ("optim.beta1=1", ["optim.beta1=1", "less than 1"]),
     ("optim.beta2=-0.1", ["optim.beta2=-0.1"]),
