@@ -1,7 +1,8 @@
 """Train: ``python -m mtp_dist.train key=value ...``.
 
-Started by hand it composes the settings, checks and freezes them in ``run_dir``, and starts torchrun on this machine. Under torchrun or srun it is
-one process of the job: it takes ``run_dir=`` alone and reads what was frozen there. Started again in the same folder it resumes.
+Started by hand it composes the settings, checks and freezes them in ``run_dir``, and starts torchrun on this machine. Under
+torchrun or srun it is one process of the job: it takes ``run_dir=`` alone and reads what was frozen there. Started again in the
+same folder it resumes.
 """
 
 import os

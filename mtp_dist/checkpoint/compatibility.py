@@ -1,4 +1,5 @@
-"""Whether a checkpoint is of the model that a run describes. Reads settings only, so a launcher can ask before any process starts."""
+"""Whether a checkpoint is of the model that a run describes. Reads settings only, so a launcher can ask before any process
+starts."""
 
 from pathlib import Path
 

@@ -51,8 +51,8 @@ class FileRecord:
 
 @dataclass
 class Manifest:
-    """`progress`: counters of the run; `contract`: what a decoder must know of the heads; `layout`: of the run that saved; `data`: state of the
-    training stream; `tracker`: the id under which metrics go on."""
+    """`progress`: counters of the run; `contract`: what a decoder must know of the heads; `layout`: of the run that saved;
+    `data`: state of the training stream; `tracker`: the id under which metrics go on."""
 
     step: int
     progress: dict[str, Any]
@@ -87,7 +87,9 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         raise UserError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / MANIFEST} is damaged ({type(error).__name__}: {str(error)[:80]}); use another checkpoint") from None
+        raise UserError(
+            f"{folder / MANIFEST} is damaged ({type(error).__name__}: {str(error)[:80]}); use another checkpoint"
+        ) from None
 
 
 def file_record(path: Path) -> FileRecord:

@@ -1,9 +1,11 @@
-"""Reading: any slice of any parameter from the fragments of any layout, memory-mapped; a whole model for one process, or a rank's part.
+"""Reading: any slice of any parameter from the fragments of any layout, memory-mapped; a whole model for one process, or a rank's
+part.
 
 No rank reads more than the slices that it needs, and the boxes (tensor-parallel slices of the layout that saved) that they touch.
 """
 
 import math
+from collections.abc import Iterable
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtp_dist.checkpoint import folder as folders
 from mtp_dist.checkpoint.manifest import CONFIG, TOKENIZER, FragmentRecord, Manifest, damage, read_manifest
@@ -19,7 +21,7 @@ from mtp_dist.config import compose
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.errors import UserError
 from mtp_dist.model.chunk import Chunk
-from mtp_dist.model.parameter import ParameterSpec, replace
+from mtp_dist.model.parameter import replace, spec_of
 from mtp_dist.parallel.engine import PARTS, Engine
 
 
@@ -75,7 +77,9 @@ class Checkpoint:
             wanted[tuple(slice(a - b, c - b) for a, c, b in zip(low, high, start, strict=True))] = inside
             filled += inside.numel()
         if filled != wanted.numel():
-            raise UserError(f"checkpoint {self.path} holds {filled} of {wanted.numel()} values of {name}: its manifest is damaged")
+            raise UserError(
+                f"checkpoint {self.path} holds {filled} of {wanted.numel()} values of {name}: its manifest is damaged"
+            )
         return wanted
 
     def _box(self, name: str, part: str, shape: tuple[int, ...], fragments: list[FragmentRecord]) -> Tensor:
@@ -89,21 +93,28 @@ class Checkpoint:
             raise UserError(f"checkpoint {self.path} lacks values {position} to {flat.numel()} of a slice of {name}")
         return flat.view(shape)
 
+    def load_weights(self, chunks: Iterable[nn.Module], dtype: torch.dtype) -> None:
+        """Give chunks built on the meta device this checkpoint's weights, each rank its own slices."""
+        for chunk in chunks:
+            for name, p in list(chunk.named_parameters()):
+                if p.is_meta:  # a shared embedding is loaded with its first chunk
+                    spec = spec_of(p)
+                    replace(chunk, name, self.read(name, PARTS[0], spec.start, spec.local_shape).to(dtype))
+
     def load_model(self, dtype: torch.dtype = torch.float32) -> Chunk:
         """The whole model in this process, in evaluation mode."""
         with torch.device("meta"):
             model = Chunk(self.config.model, self.config.mtp, range(self.config.model.layers))
-        for name, p in list(model.named_parameters()):
-            spec: ParameterSpec = p.spec  # type: ignore[attr-defined]
-            replace(model, name, self.read(name, "master", spec.start, spec.local_shape).to(dtype))
+        self.load_weights([model], dtype)
         return model.eval().requires_grad_(False)
 
     def load_engine(self, engine: Engine) -> None:
         """Weights, masters and moments of this rank's part, whatever layout saved them."""
         for name, p in engine.parameters.items():
-            engine.set_weight(name, self.read(name, PARTS[0], p.spec.start, p.spec.local_shape))  # type: ignore[attr-defined]
+            spec = spec_of(p)
+            engine.set_weight(name, self.read(name, PARTS[0], spec.start, spec.local_shape))
         for fragment in engine.fragments(all_copies=True):
-            spec = engine.parameters[fragment.name].spec
+            spec = spec_of(engine.parameters[fragment.name])
             for part, values in fragment.parts.items():
                 whole = self.read(fragment.name, part, spec.start, spec.local_shape)
                 values.copy_(whole.flatten()[fragment.begin : fragment.end])

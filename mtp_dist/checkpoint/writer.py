@@ -1,7 +1,7 @@
 """Saving: every rank writes the fragments that it owns, rank 0 commits.
 
-A temporary folder, files forced to the disk, the manifest last, one rename. A save that fails on any rank leaves no trace but a message, and the
-last checkpoint stays. No rank gathers the model.
+A temporary folder, files forced to the disk, the manifest last, one rename. A save that fails on any rank leaves no trace but a
+message, and the last checkpoint stays. No rank gathers the model.
 """
 
 import os
@@ -33,6 +33,7 @@ from mtp_dist.checkpoint.manifest import (
 from mtp_dist.config import compose
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.errors import UserError
+from mtp_dist.model.parameter import spec_of
 from mtp_dist.parallel.engine import Engine
 from mtp_dist.parallel.mesh import Mesh
 
@@ -99,7 +100,7 @@ def _write_fragments(path: Path, engine: Engine) -> Fragments:
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     records = []
     for fragment in engine.fragments():
-        spec = engine.parameters[fragment.name].spec
+        spec = spec_of(engine.parameters[fragment.name])
         key = f"{fragment.name}@{'x'.join(map(str, spec.start))}+{fragment.begin}"
         for part, value in fragment.parts.items():
             tensors[f"{key}.{part}"] = value.detach().cpu().contiguous()
@@ -111,7 +112,13 @@ def _write_fragments(path: Path, engine: Engine) -> Fragments:
 
 
 def _manifest(
-    config: TrainingRun, reports: list[Any], engine: Engine, step: int, progress: dict[str, Any], data: dict[str, Any], tracker: dict[str, Any]
+    config: TrainingRun,
+    reports: list[Any],
+    engine: Engine,
+    step: int,
+    progress: dict[str, Any],
+    data: dict[str, Any],
+    tracker: dict[str, Any],
 ) -> Manifest:
     parameters: dict[str, ParameterRecord] = {}
     for _, _, fragments, _ in reports:

@@ -1,7 +1,7 @@
 """A chunk: a contiguous slice of the model's layer list, what one pipeline stage runs.
 
-The first chunk looks tokens up, the last one holds the final norm, the MTP heads and the output head. A model in one process is one chunk that is
-both. Parameter names are global: chunk 3's layer 7 is `layers.7` in every layout.
+The first chunk looks tokens up, the last one holds the final norm, the MTP heads and the output head. A model in one process is
+one chunk that is both. Parameter names are global: chunk 3's layer 7 is `layers.7` in every layout.
 """
 
 import torch
@@ -28,9 +28,11 @@ class OutputHead(nn.Module):
 
 
 class Chunk(nn.Module):
-    """Layers `layers` of the trunk; `first` adds the embedding before them, `last` the final norm, MTP heads and output head after them.
+    """Layers `layers` of the trunk; `first` adds the embedding before them, `last` the final norm, MTP heads and output head
+    after them.
 
-    `embedding` hands in an embedding built elsewhere: in a V placement the first and the last chunk are neighbours on one rank and share it.
+    `embedding` hands in an embedding built elsewhere: in a V placement the first and the last chunk are neighbours on one rank
+    and share it.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """The output head and its cross-entropy over all depths: chunked, vocabulary-parallel, gradient computed in the forward pass.
 
-Logits are never whole: the shared head runs over chunks of positions, one depth at a time, and each chunk's gradient is formed while its
-logits exist. One float32 buffer of the head's own shape holds its gradient for the main head and all depths, so head memory does not grow
-with D. Under tensor parallelism every rank holds a slice of the vocabulary and sees the same states.
+Logits are never whole: the shared head runs over chunks of positions, one depth at a time, and each chunk's gradient is formed
+while its logits exist. One float32 buffer of the head's own shape holds its gradient for the main head and all depths, so head
+memory does not grow with D. Under tensor parallelism every rank holds a slice of the vocabulary and sees the same states.
 """
 
 from typing import Any
@@ -16,8 +16,9 @@ from mtp_dist.model.tensor_group import TensorGroup
 from mtp_dist.model.weight_gradients import WeightGradients, accumulate
 
 STATISTICS = ("loss_sum", "correct", "prefix_correct", "prefix_valid")
-"""Columns of the second result of ``head_loss``, sums over this micro-batch: unweighted loss; targets predicted right (top 1); targets right
-with all earlier depths of the same position right; targets whose earlier depths are all right (the denominator of the conditional accuracy)."""
+"""Columns of the second result of ``head_loss``, sums over this micro-batch: unweighted loss; targets predicted right (top 1);
+targets right with all earlier depths of the same position right; targets whose earlier depths are all right (the denominator of
+the conditional accuracy)."""
 
 LOGITS_IN_FLIGHT = 1 << 22
 """Logits computed at once, in elements: 16 MiB as float32."""
@@ -36,7 +37,13 @@ def head_loss(
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weight: nn.Parameter, wanted: Tensor, scale: Tensor, group: TensorGroup, queue: WeightGradients | None, *states: Tensor
+        ctx: Any,
+        weight: nn.Parameter,
+        wanted: Tensor,
+        scale: Tensor,
+        group: TensorGroup,
+        queue: WeightGradients | None,
+        *states: Tensor,
     ) -> tuple[Tensor, Tensor]:
         learn_weight, learn_states = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:])
         rows, width = wanted.shape[0] * wanted.shape[1], states[0].shape[-1]
@@ -53,7 +60,9 @@ class _HeadLoss(torch.autograd.Function):
                 part = slice(begin, min(rows, begin + step))
                 valid = target[part] != IGNORE
                 weights = row_scale[part, k] * valid
-                loss, right, slope = _chunk(hidden[part], weight, target[part], weights if learn_weight or learn_states else None, group)
+                loss, right, slope = _chunk(
+                    hidden[part], weight, target[part], weights if learn_weight or learn_states else None, group
+                )
                 loss = torch.where(valid, loss, 0.0)
                 right &= valid
                 base = valid & earlier_right[part]
@@ -91,7 +100,8 @@ class _HeadLoss(torch.autograd.Function):
 def _chunk(
     hidden: Tensor, weight: Tensor, target: Tensor, weights: Tensor | None, group: TensorGroup
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """hidden [n, d], target [n] -> (cross-entropy float32 [n], top-1 right bool [n], d(weighted loss)/d(logits) [n, V/R] or None)."""
+    """hidden [n, d], target [n] -> (cross-entropy float32 [n], top-1 right bool [n], d(weighted loss)/d(logits) [n, V/R] or
+    None)."""
     logits = (hidden @ weight.T).float()
     vocabulary = logits.shape[1]
     local = target - group.rank * vocabulary

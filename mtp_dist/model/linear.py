@@ -1,4 +1,5 @@
-"""Linear layers without bias: whole, column-parallel or row-parallel (arXiv 1909.08053), with optional deferred weight gradient."""
+"""Linear layers without bias: whole, column-parallel or row-parallel (arXiv 1909.08053), with optional deferred weight
+gradient."""
 
 from typing import Any
 
@@ -14,8 +15,8 @@ from mtp_dist.model.weight_gradients import WeightGradients, accumulate
 class Linear(nn.Module):
     """y [.., outputs] = x [.., inputs] Wᵀ.
 
-    `split` 0 (column-parallel): this rank computes its slice of the outputs. `split` 1 (row-parallel): it holds a slice of the inputs,
-    the sums are all-reduced. None: each rank of the group computes the whole.
+    `split` 0 (column-parallel): this rank computes its slice of the outputs. `split` 1 (row-parallel): it holds a slice of the
+    inputs, the sums are all-reduced. None: each rank of the group computes the whole.
     """
 
     def __init__(self, inputs: int, outputs: int, *, std: float, group: TensorGroup, split: int | None = None) -> None:

@@ -41,13 +41,20 @@ class ParameterSpec:
 def parameter(shape: tuple[int, ...], *, split: int | None, std: float | None, group: TensorGroup) -> nn.Parameter:
     """An uninitialised parameter that holds this rank's slice; its ``spec`` describes it.
 
-    ``tensor_model_parallel`` is DeepSpeed's own mark: unmarked parameters are taken for replicas and counted once in the gradient norm.
+    ``tensor_model_parallel`` is DeepSpeed's own mark: unmarked parameters are taken for replicas and counted once in the gradient
+    norm.
     """
     spec = ParameterSpec(shape, split, std, group)
     result = nn.Parameter(torch.empty(spec.local_shape))
     result.spec = spec  # type: ignore[attr-defined]
     result.tensor_model_parallel = split is not None and group.size > 1  # type: ignore[attr-defined]
     return result
+
+
+def spec_of(p: Tensor) -> ParameterSpec:
+    """What ``parameter`` recorded."""
+    spec: ParameterSpec = p.spec  # type: ignore[attr-defined]
+    return spec
 
 
 def initial_value(name: str, spec: ParameterSpec, seed: int) -> Tensor:
@@ -63,7 +70,7 @@ def initial_value(name: str, spec: ParameterSpec, seed: int) -> Tensor:
 def initialize(module: nn.Module, seed: int) -> None:
     """Materialise every parameter of a module built on the meta device (or not) with its initial value."""
     for name, p in module.named_parameters():
-        value = initial_value(name, p.spec, seed)  # type: ignore[attr-defined]
+        value = initial_value(name, spec_of(p), seed)
         if p.is_meta:
             replace(module, name, value)
         else:

@@ -1,4 +1,5 @@
-"""The trunk's parts: RMSNorm, rotary positions, grouped-query attention, SwiGLU, and the block made of them (Llama's arrangement).
+"""The trunk's parts: RMSNorm, rotary positions, grouped-query attention, SwiGLU, and the block made of them (Llama's
+arrangement).
 
 Shapes: B rows, S positions, d hidden width, H query heads, K key/value heads, c head width. Under tensor parallelism H, K and the
 feed-forward width are this rank's share.

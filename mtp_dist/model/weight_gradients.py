@@ -1,4 +1,5 @@
-"""Weight gradients computed outside autograd: later (zero-bubble schedules run them in their W slot) and in the accumulation dtype.
+"""Weight gradients computed outside autograd: later (zero-bubble schedules run them in their W slot) and in the accumulation
+dtype.
 
 A layer that is handed a ``WeightGradients`` queue puts its weight-gradient computation there during backward; one that is
 handed None leaves it to autograd. Torch's own split of backward fails where a parameter reaches the loss by several paths

@@ -1,1 +1,2 @@
-"""Layouts: the mesh of ranks, the placement of layers, pipeline schedules and the ZeRO engine. Nothing here knows what an MTP depth is."""
+"""Layouts: the mesh of ranks, the placement of layers, pipeline schedules and the ZeRO engine. Nothing here knows what an MTP
+depth is."""

@@ -1,7 +1,8 @@
 """The optimizer: AdamW under DeepSpeed ZeRO, driven after an outside schedule has left its gradients in the parameters.
 
-The epilogue of a step: sum the tied embedding's gradient over its two copies (classic layouts), reduce over replicas, global norm, clip,
-AdamW on the owned shard, gather the weights. DeepSpeed averages over replicas, so the loss it is given must be multiplied by their number.
+The epilogue of a step: sum the tied embedding's gradient over its two copies (classic layouts), reduce over replicas, global
+norm, clip, AdamW on the owned shard, gather the weights. DeepSpeed averages over replicas, so the loss it is given must be
+multiplied by their number.
 """
 
 import math
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mtp_dist.config.schema import OptimConfig, ZeroConfig
-from mtp_dist.model.parameter import initial_value
+from mtp_dist.model.parameter import initial_value, spec_of
 from mtp_dist.model.weight_gradients import gradient_of
 from mtp_dist.parallel.mesh import Mesh, import_deepspeed
 from mtp_dist.parallel.stages import global_parameters
@@ -26,7 +27,8 @@ PARTS = ("master", *MOMENTS)
 
 @dataclass
 class Fragment:
-    """The elements [begin, end) of this rank's flattened slice of a parameter that this rank owns, as flat float32 views by ``PARTS``."""
+    """The elements [begin, end) of this rank's flattened slice of a parameter that this rank owns, as flat float32 views by
+    ``PARTS``."""
 
     name: str
     begin: int
@@ -36,7 +38,8 @@ class Fragment:
 
 @dataclass
 class StepOutcome:
-    """`gradient_norm`: global, before clipping, in the units of the reported loss; `applied`: False if the step was not finite and left no trace."""
+    """`gradient_norm`: global, before clipping, in the units of the reported loss; `applied`: False if the step was not finite
+    and left no trace."""
 
     gradient_norm: float
     applied: bool
@@ -51,12 +54,16 @@ class Engine:
         self.parameters = global_parameters(chunks)
         self.replica_of_first = self._mark_replica()
         optimizer = torch.optim.AdamW(
-            _groups(self.parameters, optim), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=mesh.device.type == "cuda"
+            _groups(self.parameters, optim),
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            fused=mesh.device.type == "cuda",
         )
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
-            # DeepSpeed's own default is 1.0. Without ZeRO it counts only part of the parameters under model parallelism: clipped here.
+            # DeepSpeed's default is 1.0. Without ZeRO it misses some parameters under model parallelism: clipped here.
             "gradient_clipping": optim.clip if zero.stage > 0 else 0.0,
             "communication_data_type": "fp32",
             "zero_optimization": {
@@ -83,7 +90,7 @@ class Engine:
             return None
         shared = self.parameters.get("embedding.weight")
         if shared is not None and self.mesh.pipeline_rank > 0:
-            shared.ds_pipe_replicated = True
+            shared.ds_pipe_replicated = True  # type: ignore[attr-defined]
         return shared
 
     @property
@@ -107,16 +114,17 @@ class Engine:
     def write_initial_masters(self, seed: int) -> None:
         """DeepSpeed's masters start as the rounded bfloat16 weights; write the true float32 ones."""
         for fragment in self.fragments(all_copies=True):
-            spec = self.parameters[fragment.name].spec
+            spec = spec_of(self.parameters[fragment.name])
             value = initial_value(fragment.name, spec, seed).flatten()[fragment.begin : fragment.end]
             fragment.parts["master"].copy_(value)
 
     def fragments(self, *, all_copies: bool = False) -> Iterator[Fragment]:
-        """What this rank owns. Each element of each parameter is owned once in the world, unless `all_copies` asks for the copies of replicated
-        parameters too (every tensor rank's, the tied embedding's second one, every replica's where the optimizer is not sharded)."""
+        """What this rank owns. Each element of each parameter is owned once in the world, unless `all_copies` asks for the copies
+        of replicated parameters too (every tensor rank's, the tied embedding's second one, every replica's where the optimizer is
+        not sharded)."""
         for name, p in self.parameters.items():
             if not all_copies and (
-                (p.spec.split is None and self.mesh.tensor.rank > 0)
+                (spec_of(p).split is None and self.mesh.tensor.rank > 0)
                 or getattr(p, "ds_pipe_replicated", False)
                 or (self.stage == 0 and self.mesh.data_rank > 0)
             ):
@@ -126,12 +134,12 @@ class Engine:
                 parts = {"master": p.data.view(-1), **{m: state[m].view(-1) for m in MOMENTS}}
                 yield Fragment(name, 0, p.numel(), parts)
                 continue
-            mapping = p._hp_mapping
+            mapping = p._hp_mapping  # type: ignore[attr-defined]
             if mapping is None:
                 continue
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
             state = self._states[mapping.param_group_index]
-            parts = {"master": mapping.hp_fragment, **{m: state[m].narrow(0, there.start, there.numel) for m in MOMENTS}}
+            parts = {"master": mapping.hp_fragment.data, **{m: state[m].narrow(0, there.start, there.numel) for m in MOMENTS}}
             yield Fragment(name, here.start, here.start + here.numel, parts)
 
     @torch.no_grad()
@@ -176,7 +184,7 @@ class Engine:
         for p in self.parameters.values():
             if getattr(p, "ds_pipe_replicated", False):
                 continue
-            if p.tensor_model_parallel or self.mesh.tensor.rank == 0:
+            if spec_of(p).split is not None or self.mesh.tensor.rank == 0:
                 yield p
 
     def _clip_by_own_norm(self) -> float:
@@ -192,7 +200,8 @@ class Engine:
 
 
 def _groups(parameters: dict[str, nn.Parameter], optim: OptimConfig) -> list[dict[str, Any]]:
-    """Matrices decay, norms do not. Every rank must list the same groups in the same order: ZeRO's norm is one collective a group."""
+    """Matrices decay, norms do not. Every rank must list the same groups in the same order: ZeRO's norm is one collective a
+    group."""
     matrices = [p for p in parameters.values() if p.ndim >= 2]
     vectors = [p for p in parameters.values() if p.ndim < 2]
     return [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]

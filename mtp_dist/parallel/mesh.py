@@ -1,7 +1,7 @@
 """The mesh: where this process stands among pipeline x data x tensor ranks, and the process groups it talks in.
 
-Tensor ranks are neighbours (the same node), pipeline ranks are farthest apart. DeepSpeed's own topology makes the groups, so that its ZeRO
-and ours agree on them.
+Tensor ranks are neighbours (the same node), pipeline ranks are farthest apart. DeepSpeed's own topology makes the groups, so that
+its ZeRO and ours agree on them.
 """
 
 import contextlib
@@ -98,24 +98,44 @@ def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints the topology on every rank
         grid = PipelineParallelGrid(topology=topology)
     here = topology.get_coord(dist.get_rank())
-    pipes = _own_group([topology.get_rank(pipe=p, data=d, model=t) for p in range(parallel.pipeline)]
-                       for d in range(parallel.data) for t in range(parallel.tensor))
-    tensors = _own_group([topology.get_rank(pipe=p, data=d, model=t) for t in range(parallel.tensor)]
-                         for p in range(parallel.pipeline) for d in range(parallel.data))
-    replica = _own_group([topology.get_rank(pipe=p, data=d, model=t) for p in range(parallel.pipeline) for t in range(parallel.tensor)]
-                         for d in range(parallel.data))
+    pipes = _own_group(
+        [topology.get_rank(pipe=p, data=d, model=t) for p in range(parallel.pipeline)]
+        for d in range(parallel.data)
+        for t in range(parallel.tensor)
+    )
+    tensors = _own_group(
+        [topology.get_rank(pipe=p, data=d, model=t) for t in range(parallel.tensor)]
+        for p in range(parallel.pipeline)
+        for d in range(parallel.data)
+    )
+    replica = _own_group(
+        [topology.get_rank(pipe=p, data=d, model=t) for p in range(parallel.pipeline) for t in range(parallel.tensor)]
+        for d in range(parallel.data)
+    )
     tied = None
     if parallel.pipeline > 1 and not is_v(parallel):
         ends = (0, parallel.pipeline - 1)
-        tied = _own_group([topology.get_rank(pipe=p, data=d, model=t) for p in ends]
-                          for d in range(parallel.data) for t in range(parallel.tensor))
+        tied = _own_group(
+            [topology.get_rank(pipe=p, data=d, model=t) for p in ends]
+            for d in range(parallel.data)
+            for t in range(parallel.tensor)
+        )
         tied = tied if here.pipe in ends else None
     control = dist.new_group(backend="gloo")
     assert pipes is not None
     assert replica is not None
     return Mesh(
-        parallel, device, here.pipe, here.data, pipes, grid.get_data_parallel_group(), replica, tied,
-        TensorGroup(here.model, parallel.tensor, tensors) if parallel.tensor > 1 else ALONE, control, grid,
+        parallel,
+        device,
+        here.pipe,
+        here.data,
+        pipes,
+        grid.get_data_parallel_group(),
+        replica,
+        tied,
+        TensorGroup(here.model, parallel.tensor, tensors) if parallel.tensor > 1 else ALONE,
+        control,
+        grid,
     )
 
 

@@ -1,9 +1,9 @@
 """One step's forward and backward passes through the pipeline, and the forward-only walk that evaluates.
 
-The schedules are torch's (``torch.distributed.pipelining``), driving plain chunks. Three things are fixed here because each was silent
-when wrong: stages get static shapes (else torch runs every chunk on garbage to infer them, and deferred weight gradients leak in); gradients
-are not rescaled by the schedule (the loss is already normalised by global counts); weight gradients go through ``dw_builder``
-(torch's own split of backward fails where the shared embedding reaches the loss by several paths).
+The schedules are torch's (``torch.distributed.pipelining``), driving plain chunks. Three things are fixed here because each was
+silent when wrong: stages get static shapes (else torch runs every chunk on garbage to infer them, and deferred weight gradients
+leak in); gradients are not rescaled by the schedule (the loss is already normalised by global counts); weight gradients go
+through ``dw_builder`` (torch's own split of backward fails where the shared embedding reaches the loss by several paths).
 """
 
 from typing import Any
@@ -25,11 +25,13 @@ SCHEDULES: dict[str, Any] = {"1f1b": Schedule1F1B, "zbv": ScheduleZBVZeroBubble,
 class Pipeline:
     """Runs the chunks of this rank in concert with the other pipeline ranks.
 
-    `chunks` accept (hidden, **rows) with rows split along dimension 0 into micro-batches, and return hidden [B, S, d], the last chunk a
-    vector whose element 0 is the loss to differentiate.
+    `chunks` accept (hidden, **rows) with rows split along dimension 0 into micro-batches, and return hidden [B, S, d], the last
+    chunk a vector whose element 0 is the loss to differentiate.
     """
 
-    def __init__(self, chunks: nn.ModuleList, mesh: Mesh, micro_batches: int, edge: tuple[int, int, int], dtype: torch.dtype) -> None:
+    def __init__(
+        self, chunks: nn.ModuleList, mesh: Mesh, micro_batches: int, edge: tuple[int, int, int], dtype: torch.dtype
+    ) -> None:
         """`edge`: shape [B, S, d] of what travels between chunks, in `dtype`."""
         self.chunks, self.mesh, self.micro_batches, self.edge, self.dtype = chunks, mesh, micro_batches, edge, dtype
         self.numbers = chunks_of_rank(mesh.parallel, mesh.pipeline_rank)
@@ -55,8 +57,14 @@ class Pipeline:
             result = torch.empty(chunk.result_size(), device=mesh.device) if last else edge  # type: ignore[operator]
             stages.append(
                 PipelineStage(
-                    chunk, number, self.count, mesh.device, group=mesh.pipeline, dw_builder=self.queue.take,
-                    input_args=() if number == 0 else edge, output_args=result,
+                    chunk,
+                    number,
+                    self.count,
+                    mesh.device,
+                    group=mesh.pipeline,
+                    dw_builder=self.queue.take,
+                    input_args=() if number == 0 else edge,
+                    output_args=result,
                 )
             )
         kind = SCHEDULES[mesh.parallel.schedule]
@@ -69,8 +77,8 @@ class Pipeline:
     def step(self, rows: dict[str, Tensor]) -> Tensor | None:
         """Forward and backward of all micro-batches; gradients are added to the parameters.
 
-        rows: tensors [rows of this replica, ..], the same on every rank of the replica. Returns the sum of the last chunk's results over
-        micro-batches where this rank holds it, else None.
+        rows: tensors [rows of this replica, ..], the same on every rank of the replica. Returns the sum of the last chunk's
+        results over micro-batches where this rank holds it, else None.
         """
         self.results = []
         if self.schedule is None:

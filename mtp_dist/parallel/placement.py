@@ -25,7 +25,8 @@ def rank_of_chunk(parallel: ParallelConfig, chunk: int) -> int:
 
 
 def layers_of_chunks(parallel: ParallelConfig, layers: int) -> list[range]:
-    """The contiguous layers of each chunk. Uneven counts: earlier chunks take the extra layers, as the last one carries the heads."""
+    """The contiguous layers of each chunk. Uneven counts: earlier chunks take the extra layers, as the last one carries the
+    heads."""
     count = chunks(parallel)
     sizes = parallel.placement or [layers // count + (i < layers % count) for i in range(count)]
     ranges, begin = [], 0

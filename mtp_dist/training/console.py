@@ -41,7 +41,8 @@ class Console:
         elif time.monotonic() - self._spoken > QUIET_SECONDS or step == self.total:
             self._spoken = time.monotonic()
             norm = metrics.get(names.GRADIENT_NORM, float("nan"))
-            print(f"step {step}/{self.total}  {figures}  norm {norm:.3f}  lr {metrics[names.LEARNING_RATE]:.2e}  {speed:,.0f} tok/s", flush=True)
+            rates = f"norm {norm:.3f}  lr {metrics[names.LEARNING_RATE]:.2e}  {speed:,.0f} tok/s"
+            print(f"step {step}/{self.total}  {figures}  {rates}", flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

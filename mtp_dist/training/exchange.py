@@ -1,4 +1,5 @@
-"""The prologue's communication: one reader for each pipeline, its rows broadcast to the ranks of the replica, counts summed over replicas."""
+"""The prologue's communication: one reader for each pipeline, its rows broadcast to the ranks of the replica, counts summed over
+replicas."""
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,8 @@ from mtp_dist.parallel.mesh import Mesh
 
 
 def share(batch: Batch | None, shape: tuple[int, int], mesh: Mesh) -> tuple[Tensor, Tensor]:
-    """The reader's batch on every rank of its replica: (tokens int64, documents int32), each of `shape` [rows, S+1+D], on the device."""
+    """The reader's batch on every rank of its replica: (tokens int64, documents int32), each of `shape` [rows, S+1+D], on the
+    device."""
     both = torch.empty(2, *shape, dtype=torch.int32, device=mesh.device)
     if mesh.is_reader:
         assert batch is not None

@@ -1,6 +1,7 @@
 """Held-out loss and accuracy under the layout that is there: the same rows, so the same number, in every layout.
 
-Rows are read in stored order; a last partial batch is filled with padding rows, which count nowhere. Nothing that training reads is touched.
+Rows are read in stored order; a last partial batch is filled with padding rows, which count nowhere. Nothing that training reads
+is touched.
 """
 
 import torch
@@ -11,15 +12,15 @@ from mtp_dist.data.dataset import Dataset
 from mtp_dist.data.rows import Rows
 from mtp_dist.errors import UserError
 from mtp_dist.training.statistics import Totals
-from mtp_dist.training.step import Workload
+from mtp_dist.training.step import ForwardOnly
 
 
 class HeldOut:
     """The first `sequences` rows of a split. Collective: build it and run it on every rank."""
 
-    def __init__(self, workload: Workload, dataset: Dataset, split: str, sequences: int) -> None:
-        self.workload, self.eos_id = workload, dataset.eos_id
-        config, self.mesh = workload.config, workload.mesh
+    def __init__(self, model: ForwardOnly, dataset: Dataset, split: str, sequences: int) -> None:
+        self.model, self.eos_id = model, dataset.eos_id
+        config, self.mesh = model.config, model.mesh
         self.width = config.train.sequence_length + 1 + config.mtp.depth
         self.rows: Rows | None = None
         found = [0]
@@ -50,7 +51,7 @@ class HeldOut:
         total: Totals | None = None
         for begin in range(0, self.count, batch):
             mine = self._share(begin + self.mesh.data_rank * share, share) if self.mesh.is_reader else None
-            part = self.workload.evaluate(mine, share, micro_batch)
+            part = self.model.evaluate(mine, share, micro_batch)
             total = part if total is None else total + part
         assert total is not None
         return total

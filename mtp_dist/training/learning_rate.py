@@ -6,7 +6,8 @@ from mtp_dist.config.schema import ScheduleConfig
 
 
 def learning_rate(schedule: ScheduleConfig, peak: float, tokens: int, total: int) -> float:
-    """Rate of the step that ends after `tokens` of `total` trained positions, so the first step of a warm-up is not lost to a rate of 0."""
+    """Rate of the step that ends after `tokens` of `total` trained positions, so the first step of a warm-up is not lost to a
+    rate of 0."""
     if tokens < schedule.warmup_tokens:
         return peak * tokens / schedule.warmup_tokens
     low = peak * schedule.min_ratio

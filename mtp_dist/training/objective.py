@@ -1,7 +1,7 @@
 """What is minimised: L = L_main + lambda(tokens) / D * sum_k w_k L_k, and how it becomes weights of single targets.
 
-Each L_k is a sum over its valid targets divided by the number of valid targets in the whole global batch, so the value does not depend on the
-layout. Pure functions.
+Each L_k is a sum over its valid targets divided by the number of valid targets in the whole global batch, so the value does not
+depend on the layout. Pure functions.
 """
 
 import torch

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 @dataclass
 class Progress:
-    """`step`: optimizer steps tried. `tokens_seen`: positions read, skipped steps included. `tokens_trained`: positions of applied steps; the learning
-    rate and lambda follow these, so a skipped step advances neither. `skipped`, `skipped_in_row`: non-finite steps."""
+    """`step`: optimizer steps tried. `tokens_seen`: positions read, skipped steps included. `tokens_trained`: positions of
+    applied steps; the learning rate and lambda follow these, so a skipped step advances neither. `skipped`, `skipped_in_row`:
+    non-finite steps."""
 
     step: int = 0
     tokens_seen: int = 0

@@ -1,4 +1,5 @@
-"""Stopping on request: SIGTERM, SIGINT or SIGUSR1 sent to any process lets the step in progress end; all ranks then save and leave together."""
+"""Stopping on request: SIGTERM, SIGINT or SIGUSR1 sent to any process lets the step in progress end; all ranks then save and
+leave together."""
 
 import signal
 from types import FrameType

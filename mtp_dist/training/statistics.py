@@ -13,7 +13,8 @@ from mtp_dist.tracking import names
 
 @dataclass
 class Totals:
-    """Sums over the global batch. `loss`: the differentiated total; `sums` [1+D, 4] float64: ``STATISTICS``; `counts` [1+D]: valid targets."""
+    """Sums over the global batch. `loss`: the differentiated total; `sums` [1+D, 4] float64: ``STATISTICS``; `counts` [1+D]:
+    valid targets."""
 
     loss: float
     sums: Tensor

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mtp_dist.checkpoint.reader import Checkpoint
 from mtp_dist.config.layout import micro_batches
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.data.batch import Batch
@@ -19,12 +20,26 @@ from mtp_dist.training.statistics import Totals, gather
 
 
 @dataclass
-class Workload:
-    """The model of one rank, ready to run: its chunks in a pipeline, its optimizer."""
+class ForwardOnly:
+    """The model of one rank in its pipeline, without an optimizer: what evaluation needs."""
 
     config: TrainingRun
     mesh: Mesh
     pipeline: Pipeline
+
+    def evaluate(self, batch: Batch | None, rows: int, micro_batch: int) -> Totals:
+        """`rows` rows a replica (a multiple of `micro_batch`), `batch` on the reader. Touches nothing that training reads.
+        Collective."""
+        tokens, documents = share(batch, (rows, self.config.train.sequence_length + 1 + self.config.mtp.depth), self.mesh)
+        counts = global_counts(tokens, documents, self.config.mtp.depth, self.mesh)
+        scale = torch.zeros(len(counts), device=tokens.device)
+        return gather(self.pipeline.evaluate(_rows(tokens, documents, scale), rows // micro_batch), counts, self.mesh)
+
+
+@dataclass
+class Workload(ForwardOnly):
+    """The model of one rank, ready to train: its chunks in a pipeline, and its optimizer."""
+
     engine: Engine
 
     def gradients(self, batch: Batch | None, parts: list[float]) -> Totals:
@@ -44,20 +59,13 @@ class Workload:
         totals = self.gradients(batch, parts)
         return totals, self.engine.step(lr)
 
-    def evaluate(self, batch: Batch | None, rows: int, micro_batch: int) -> Totals:
-        """Forward only, on `rows` rows a replica (a multiple of `micro_batch`). Touches nothing that training reads. Collective."""
-        tokens, documents = share(batch, (rows, self.config.train.sequence_length + 1 + self.config.mtp.depth), self.mesh)
-        counts = global_counts(tokens, documents, self.config.mtp.depth, self.mesh)
-        scale = torch.zeros(len(counts), device=tokens.device)
-        return gather(self.pipeline.evaluate(_rows(tokens, documents, scale), rows // micro_batch), counts, self.mesh)
-
 
 def _rows(tokens: Tensor, documents: Tensor, scale: Tensor) -> dict[str, Tensor]:
     return {"tokens": tokens, "documents": documents, "scale": scale.expand(len(tokens), -1)}
 
 
 def build(config: TrainingRun, mesh: Mesh) -> Workload:
-    """Build this rank's part of the model with its initial weights, its pipeline and its optimizer. Collective."""
+    """This rank's part of the model with its initial weights, its pipeline and its optimizer. Collective."""
     dtype = getattr(torch, config.train.dtype)
     chunks = build_chunks(config.model, config.mtp, mesh)
     for chunk in chunks:
@@ -66,5 +74,17 @@ def build(config: TrainingRun, mesh: Mesh) -> Workload:
     engine = Engine(chunks, mesh, config.optim, config.zero, dtype)
     if dtype != torch.float32:
         engine.write_initial_masters(config.seed)
+    return Workload(config, mesh, _pipeline(config, mesh, chunks), engine)
+
+
+def load_forward_only(config: TrainingRun, mesh: Mesh, checkpoint: Checkpoint) -> ForwardOnly:
+    """This rank's part of the model with a checkpoint's weights, whatever layout saved it. Collective."""
+    chunks = build_chunks(config.model, config.mtp, mesh)
+    checkpoint.load_weights(chunks, getattr(torch, config.train.dtype))
+    chunks.to(mesh.device)
+    return ForwardOnly(config, mesh, _pipeline(config, mesh, chunks))
+
+
+def _pipeline(config: TrainingRun, mesh: Mesh, chunks: nn.ModuleList) -> Pipeline:
     edge = (config.train.micro_batch, config.train.sequence_length, config.model.hidden)
-    return Workload(config, mesh, Pipeline(chunks, mesh, micro_batches(config), edge, dtype), engine)
+    return Pipeline(chunks, mesh, micro_batches(config), edge, getattr(torch, config.train.dtype))

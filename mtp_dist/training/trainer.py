@@ -1,4 +1,5 @@
-"""The training loop: read, step, agree, track, validate, save; from the newest checkpoint on, until the last step or a request to stop."""
+"""The training loop: read, step, agree, track, validate, save; from the newest checkpoint on, until the last step or a request to
+stop."""
 
 import math
 import os
@@ -141,9 +142,7 @@ class Trainer:
         batch, following = self.source.next() if self.source is not None else (None, None)
         waited = time.perf_counter() - began
         trained = self.progress.tokens_trained
-        lr = learning_rate(
-            self.config.schedule, self.config.optim.lr, trained + self.step_tokens, self.total * self.step_tokens
-        )
+        lr = learning_rate(self.config.schedule, self.config.optim.lr, trained + self.step_tokens, self.total * self.step_tokens)
         totals, outcome = self.workload.step(batch, coefficients(self.config.mtp, trained), lr)
         if not outcome.applied:
             self._on_nonfinite(batch, totals, outcome)
@@ -186,7 +185,9 @@ class Trainer:
         if batch is not None:
             keep_batch(self.run_dir, step, self.mesh.data_rank, batch, totals, outcome)
         where = self.run_dir / "nonfinite" / f"step_{step:08d}"
-        what = f"step {step}: loss {totals.loss}, gradient norm {outcome.gradient_norm}; weights unchanged, its rows are in {where}"
+        what = (
+            f"step {step}: loss {totals.loss}, gradient norm {outcome.gradient_norm}; weights unchanged, its rows are in {where}"
+        )
         if train.nonfinite == "skip" and self.progress.skipped_in_row < train.nonfinite_limit:
             self.console.say(f"warning: {what}; skipped (train.nonfinite=skip)")
             return
@@ -194,7 +195,8 @@ class Trainer:
             self.save()
         self._mark(status.FAILED)
         if train.nonfinite == "skip":
-            raise UserError(f"{what}; {self.progress.skipped_in_row + 1} such steps in a row exceed train.nonfinite_limit={train.nonfinite_limit}")
+            row = self.progress.skipped_in_row + 1
+            raise UserError(f"{what}; {row} such steps in a row exceed train.nonfinite_limit={train.nonfinite_limit}")
         raise UserError(f"{what}; lower optim.lr, or set train.nonfinite=skip to go on without such steps")
 
     def _metrics(self, totals: Totals, outcome: StepOutcome, lr: float, elapsed: float, waited: float) -> dict[str, float]:
@@ -260,5 +262,5 @@ def make_deterministic(device: torch.device) -> None:
     """The same bits for the same work: deterministic kernels. On CUDA a kernel without a deterministic variant warns."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False

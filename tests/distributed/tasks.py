@@ -65,8 +65,14 @@ def parity(layout: str) -> dict[str, Any]:
         norms.append(outcome.gradient_norm)
     weights = _slices(workload, dict(workload.engine.parameters))
     return {
-        "losses": losses, "means": means, "norms": norms, "gradients": gradients, "weights": weights,
-        "forward_calls": calls, "micro_batches": workload.pipeline.micro_batches, "held_out": held_out.means(),
+        "losses": losses,
+        "means": means,
+        "norms": norms,
+        "gradients": gradients,
+        "weights": weights,
+        "forward_calls": calls,
+        "micro_batches": workload.pipeline.micro_batches,
+        "held_out": held_out.means(),
     }
 
 
@@ -80,7 +86,9 @@ def reference(layout: str) -> dict[str, Any]:
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": config.optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=config.optim.lr, betas=(config.optim.beta1, config.optim.beta2), eps=config.optim.eps,
+        lr=config.optim.lr,
+        betas=(config.optim.beta1, config.optim.beta2),
+        eps=config.optim.eps,
     )
     parts = coefficients(config.mtp, 0)
     losses, means, norms, gradients = [], [], [], {}
@@ -96,7 +104,11 @@ def reference(layout: str) -> dict[str, Any]:
         losses.append(loss.item())
         means.append(mean)
     return {
-        "losses": losses, "means": means, "norms": norms, "gradients": gradients, "held_out": held_out,
+        "losses": losses,
+        "means": means,
+        "norms": norms,
+        "gradients": gradients,
+        "held_out": held_out,
         "weights": {name: p.detach() for name, p in model.named_parameters()},
     }
 
@@ -109,3 +121,41 @@ def _reference_result(model: Chunk, config: TrainingRun, step: int, parts: list[
     scale = target_scale(parts, counts, replicas=1).expand(len(batch), -1)
     out = model(tokens=batch.tokens, documents=batch.documents, scale=scale)
     return out[0], Totals(out[0].item(), out[1:].detach().view(len(counts), -1).double(), counts).means()
+
+
+class Stop:
+    """A request to stop that comes after a given step, instead of a signal."""
+
+    def __init__(self, trainer_step: Any = None, at: int | None = None) -> None:
+        self.trainer_step, self.at = trainer_step, at
+
+    @property
+    def asked(self) -> bool:
+        return self.at is not None and self.trainer_step() >= self.at
+
+
+def _train(config: TrainingRun, stop_at: int | None = None) -> None:
+    from mtp_dist.training.trainer import Trainer
+
+    trainer: Any = None
+    stop = Stop(lambda: trainer.progress.step, stop_at)
+    trainer = Trainer(config, build_mesh(config.parallel, torch.device("cpu")), stop)  # type: ignore[arg-type]
+    try:
+        trainer.run()
+    finally:
+        trainer.close()
+
+
+def train(layout: str, data: str, run_dir: str, steps: int, stops: list[int], overrides: dict[str, Any]) -> None:
+    """Train in `run_dir` to `steps`, stopping (with a checkpoint) after each step of `stops` and starting again from it."""
+    for stop in [*stops, None]:
+        config = configuration(layout, steps=steps, progress=False)
+        config.run_dir, config.data.path, config.tracker.wandb = run_dir, data, "disabled"
+        config.model.vocab_size = 264  # the byte tokenizer has 257
+        config.data.block_samples, config.validation.sequences = 4, 5
+        config.train.dtype = "float32" if config.zero.stage == 0 else "bfloat16"
+        config.schedule.kind, config.schedule.warmup_tokens = "cosine", 2 * 16 * 16
+        for key, value in overrides.items():
+            part, name = key.split(".")
+            setattr(getattr(config, part), name, value)
+        _train(config, stop)

@@ -1,8 +1,8 @@
 """Promise: every layout is the same model. Losses, gradients, gradient norm and weights equal plain autograd in one process.
 
-Tolerance, float32: a layout only changes the order of sums of some 10^3 terms of like size, so results differ by a few units of the
-last place (6e-8), magnified by cancellation in a gradient; 1e-5 of a tensor's largest element is far above that, and far below
-any wrong count, missing replica or doubled gradient (10^-1 and up).
+Tolerance, float32: a layout only changes the order of sums of some 10^3 terms of like size, so results differ by a few units of
+the last place (6e-8), magnified by cancellation in a gradient; 1e-5 of a tensor's largest element is far above that, and far
+below any wrong count, missing replica or doubled gradient (10^-1 and up).
 """
 
 from functools import cache

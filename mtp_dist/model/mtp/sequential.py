@@ -1,8 +1,8 @@
 """Sequential causal MTP modules of DeepSeek-V3 (arXiv 2412.19437, section 2.2, equations 21-25).
 
-Depth k at position i: x = W_k [norm(Emb(t[i+k])) ; norm(h^{k-1}_i)], h^k = Block_k(x), causal over i; then norm_k and the shared head
-predict t[i+k+1]. Three choices differ between public sources and are settings recorded in every checkpoint: `mtp.concat` (which half
-comes first), `mtp.h0` and `mtp.recycle` (whether a state is handed on before or after its norm).
+Depth k at position i: x = W_k [norm(Emb(t[i+k])) ; norm(h^{k-1}_i)], h^k = Block_k(x), causal over i; then norm_k and the shared
+head predict t[i+k+1]. Three choices differ between public sources and are settings recorded in every checkpoint: `mtp.concat`
+(which half comes first), `mtp.h0` and `mtp.recycle` (whether a state is handed on before or after its norm).
 """
 
 import torch
@@ -31,7 +31,8 @@ class SequentialModule(nn.Module):
     def forward(
         self, hidden: Tensor, embedded: Tensor, turn: Tensor, mask: Tensor | None, cache: KeyValueCache | None = None
     ) -> tuple[Tensor, Tensor]:
-        """hidden h^{k-1} and embedded Emb(t[i+k]), both [B, n, d] -> (state for the head, state for depth k+1), both [B, n, d]."""
+        """hidden h^{k-1} and embedded Emb(t[i+k]), both [B, n, d] -> (state for the head, state for depth k+1), both [B, n,
+        d]."""
         parts = (self.embedding_norm(embedded), self.hidden_norm(hidden))
         x = self.projection(torch.cat(parts if self.embedding_first else parts[::-1], dim=-1))
         x = self.block(x, turn, mask, cache)
@@ -50,8 +51,11 @@ class SequentialHeads(nn.ModuleDict):
         """h⁰, the trunk state that depth 1 reads."""
         return after_norm if self.first_normed else before_norm
 
-    def forward(self, before_norm: Tensor, after_norm: Tensor, embedded: Tensor, turn: Tensor, mask: Tensor | None) -> list[Tensor]:
-        """Trunk output before and after its final norm [B, S, d], embedded [B, S-1+D, d] of t[1] .. t[S+D-1] -> D states [B, S, d]."""
+    def forward(
+        self, before_norm: Tensor, after_norm: Tensor, embedded: Tensor, turn: Tensor, mask: Tensor | None
+    ) -> list[Tensor]:
+        """Trunk output before and after its final norm [B, S, d], embedded [B, S-1+D, d] of t[1] .. t[S+D-1] -> D states [B, S,
+        d]."""
         positions = before_norm.shape[1]
         hidden, states = self.first(before_norm, after_norm), []
         for k, module in enumerate(self.values(), start=1):

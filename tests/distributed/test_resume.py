@@ -1,0 +1,102 @@
+"""Promise: a run that is stopped and started again is, bit for bit, the run that was never stopped; and validation leaves no trace in training."""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from mtp_dist.checkpoint.reader import Checkpoint
+from mtp_dist.config.schema import ShardBuild
+from mtp_dist.data.building import build
+from mtp_dist.parallel.engine import PARTS
+from tests.distributed.layouts import LAYOUTS, world
+from tests.distributed.pool import run_jobs
+
+STEPS = 6
+RESUMED = [name for name in LAYOUTS if "untied" not in name and name != "pp4_zbv"]
+EXACT = ("loss/total", "loss/main", "loss/depth_1", "loss/depth_2", "optim/gradient_norm", "optim/lr", "data/tokens_seen")
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of 5 to 60 letters."""
+    folder = tmp_path_factory.mktemp("text")
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234567"
+    texts = ["".join(letters[(i * i + j * (1 + i % 7)) % 60] for j in range(5 + i * 13 % 56)) for i in range(240)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = ShardBuild(source="jsonl", input=[str(folder / "texts.jsonl")], out=str(folder / "dataset"), validation_share=0.1)
+    config.tokenizer.kind = "bytes"
+    build(config)
+    return folder / "dataset"
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> Callable[[str], dict[str, Path]]:
+    """layout -> run folders: "whole" (validated at every step), "parts" (stopped twice, never validated before the end)."""
+
+    @cache
+    def of_world(size: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"resume{size}")
+        jobs = []
+        for layout in [name for name in RESUMED if world(name) == size]:
+            for kind, stops, overrides in (("whole", [], {"validation.every_steps": 1}), ("parts", [2, 3], {})):
+                arguments = {
+                    "layout": layout,
+                    "data": str(tiny_dataset),
+                    "run_dir": str(folder / layout / kind),
+                    "steps": STEPS,
+                    "stops": stops,
+                    "overrides": overrides,
+                }
+                jobs.append({"name": f"{layout}-{kind}", "task": "train", "arguments": arguments})
+        run_jobs(size, jobs, folder)
+        return folder
+
+    return lambda layout: {kind: of_world(world(layout)) / layout / kind for kind in ("whole", "parts")}
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("layout", RESUMED)
+def test_same_bits_after_resume(runs: Any, layout: str) -> None:
+    whole, parts = (records(run) for run in runs(layout).values())
+    assert [record["step"] for record in parts] == [record["step"] for record in whole] == list(range(1, STEPS + 1))
+    for a, b in zip(whole, parts, strict=True):
+        for name in EXACT:
+            assert a.get(name) == b.get(name), (a["step"], name)
+    assert len({record["loss/main"] for record in whole}) == STEPS, "a loss that never changes proves nothing"
+    assert "validation/loss_main" in whole[0]
+    assert "validation/loss_main" not in parts[0]
+    assert whole[-1]["validation/loss_main"] == parts[-1]["validation/loss_main"]
+
+
+@pytest.mark.parametrize("layout", RESUMED)
+def test_same_final_checkpoint(runs: Any, layout: str) -> None:
+    files = {}
+    for kind, run in runs(layout).items():
+        folder = run / "checkpoints" / f"step_{STEPS:08d}"
+        files[kind] = {path.name: load_file(path) for path in sorted(folder.glob("rank_*.safetensors"))}
+    assert files["whole"].keys() == files["parts"].keys()
+    for name, tensors in files["whole"].items():
+        assert tensors.keys() == files["parts"][name].keys()
+        for key, value in tensors.items():
+            assert value.equal(files["parts"][name][key]), (name, key)
+
+
+@pytest.mark.parametrize("layout", RESUMED)
+def test_checkpoint_holds_each_element_once(runs: Any, layout: str) -> None:
+    checkpoint = Checkpoint(runs(layout)["whole"] / "checkpoints" / f"step_{STEPS:08d}")
+    assert checkpoint.damages() == []
+    model = checkpoint.load_model()
+    assert {name for name, _ in model.named_parameters()} == set(checkpoint.manifest.parameters)
+    for name, record in checkpoint.manifest.parameters.items():
+        held = sum(fragment.end - fragment.begin for fragment in record.fragments)
+        assert held == model.get_parameter(name).numel(), name
+        for part in PARTS:
+            assert checkpoint.read(name, part).isfinite().all()
