@@ -1,0 +1,150 @@
+"""The command: bad input is one line within moments; a checkpoint in, texts, a true table and JSON out."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mtp_dist.checkpoint.manifest import CONFIG, MANIFEST, TOKENIZER, FragmentRecord, Manifest, ParameterRecord, file_record
+from mtp_dist.config import compose
+from mtp_dist.config.command import application
+from mtp_dist.config.schema import Generation, MTPConfig, TrainingRun
+from mtp_dist.data.tokenizer import byte_tokenizer
+from mtp_dist.generate import run
+from mtp_dist.model.chunk import Chunk
+from tests.decoding.models import random_model, taught
+
+SENTENCE = "fox jumped gray "
+
+
+def save(folder: Path, chunk: Chunk, mtp: MTPConfig) -> Path:
+    """A checkpoint of a byte-level model, as a one-process run leaves it, without the optimizer's moments."""
+    folder.mkdir(parents=True)
+    file = "rank_00000.safetensors"
+    save_file({f"{name}.master": p.detach().flatten() for name, p in chunk.named_parameters()}, folder / file)
+    compose.save(TrainingRun(model=chunk.model, mtp=mtp), folder / CONFIG)
+    byte_tokenizer().save(str(folder / TOKENIZER))
+    parameters = {
+        name: ParameterRecord(list(p.shape), [FragmentRecord(file, name, [0] * p.dim(), list(p.shape), 0, p.numel())])
+        for name, p in chunk.named_parameters()
+    }
+    files = {name: file_record(folder / name) for name in (file, CONFIG, TOKENIZER)}
+    Manifest(60, {}, {}, asdict(mtp), {}, {}, {}, {}, parameters, files).write(folder / MANIFEST)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with one checkpoint of a model that knows one sentence."""
+    run_folder = tmp_path_factory.mktemp("run")
+    chunk = taught(random_model(2, std=0.02, vocabulary=257 + 7), list(SENTENCE.encode()), steps=80)
+    save(run_folder / "checkpoints" / "step_00000060", chunk, MTPConfig(depth=2))
+    return run_folder
+
+
+@pytest.fixture(scope="module")
+def headless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("plain") / "step_1", random_model(0, vocabulary=257), MTPConfig(kind="none", depth=0))
+
+
+def command(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        application("generate", Generation, run, argv=arguments)
+    return int(exit_.value.code or 0)  # type: ignore[arg-type]
+
+
+def test_both_modes_side_by_side(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out.json"
+    arguments = ["prompt=fox jump", "decode.mode=both", "decode.draft=3", "decode.max_new_tokens=40", f"output={output}"]
+    assert command(f"checkpoint={checkpoint}", *arguments) == 0
+    shown = re.sub(" +", " ", capsys.readouterr().out)
+    content = json.loads(output.read_text())
+    (prompt,) = content["prompts"]
+    assert prompt["identical"] is True
+    assert "greedy texts identical: yes" in shown
+    assert ("fox jump" + prompt["plain"]["text"]) in shown
+    assert shown.count("fox jump" + prompt["plain"]["text"]) == 1
+    assert prompt["plain"]["text"].startswith("ed gray fox")
+    assert prompt["plain"]["tokens"] == prompt["speculative"]["tokens"]
+    plain, speculative = content["total"]["plain"], content["total"]["speculative"]
+    assert (plain["forwards"], plain["tokens"], plain["tokens_per_forward"]) == (39, 40, 1.0)
+    assert speculative["tokens"] == 40
+    assert speculative["forwards"] < 39
+    assert speculative["tokens_per_forward"] == 39 / speculative["forwards"]
+    assert f"{speculative['tokens_per_forward']:.2f}" in shown
+    assert len(speculative["acceptance"]) == 3
+    assert f"accepted at depth 3 - {speculative['acceptance'][2]:.2f}" in shown
+    assert content["speedup"] == speculative["tokens_per_second"] / plain["tokens_per_second"]
+
+
+def test_prompts_of_a_file_sampled_with_a_seed(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "out.json"
+    prompts.write_text("to be\n---\n---\nor not\n to\n--- \n<|endoftext|>é\n")
+    texts = []
+    for seed in (7, 7, 8):
+        arguments = [f"prompt_file={prompts}", f"seed={seed}", "decode=sampling", "decode.max_new_tokens=20", f"output={output}"]
+        assert command(f"checkpoint={checkpoint}", *arguments) == 0
+        results = json.loads(output.read_text())["prompts"]
+        assert [item["prompt"] for item in results] == ["to be", "or not\n to", "<|endoftext|>é"]
+        # The spelt-out name is text, byte by byte: prompts cannot end a document by accident.
+        assert results[2]["prompt_tokens"] == list("<|endoftext|>é".encode())
+        texts.append([item["speculative"]["tokens"] for item in results])
+    assert texts[0] == texts[1] != texts[2]
+    assert "prompt 3 of 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prompt=a"], "checkpoint is empty"),
+        (["checkpoint={run}"], "prompt is empty and no prompt_file is given"),
+        (["checkpoint={run}", "prompt_file=nowhere.txt"], "prompt_file=nowhere.txt cannot be read"),
+        (["checkpoint={run}", "prompt_file={empty}"], "holds no prompt"),
+        (["checkpoint=nowhere", "prompt=a"], "checkpoint=nowhere does not exist"),
+        (["checkpoint={tmp}", "prompt=a"], "holds no complete checkpoint"),
+        (["checkpoint={run}", "prompt=a", "decode.temperature=-0.5"], "decode.temperature=-0.5 must be at least 0"),
+        (["checkpoint={run}", "prompt=a", "decode.temperature=nan"], "decode.temperature=nan must be a finite number"),
+        (["checkpoint={run}", "prompt=a", "decode.top_p=0"], "decode.top_p=0.0 must be greater than 0"),
+        (["checkpoint={run}", "prompt=a", "decode.top_p=1.5"], "decode.top_p=1.5 must be at most 1"),
+        (["checkpoint={run}", "prompt=a", "decode.top_k=-1"], "decode.top_k=-1 must be at least 0"),
+        (["checkpoint={run}", "prompt=a", "decode.draft=0"], "decode.draft=0 must be at least 1"),
+        (["checkpoint={run}", "prompt=a", "decode.max_new_tokens=0"], "decode.max_new_tokens=0 must be at least 1"),
+        (["checkpoint={run}", "prompt=a", "decode.mode=fast"], "decode.mode=fast is not one of plain, speculative or both"),
+        (["checkpoint={run}", "prompt=a", "decode.dtype=int8"], "decode.dtype=int8 is not one of"),
+        (["checkpoint={run}", "prompt=a", "output={tmp}/no/out.json"], "cannot be written"),
+        (["checkpoint={headless}", "prompt=a", "decode.mode=both"], "this model has none; choose decode.mode=plain"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_weight_is_read(
+    arguments: list[str],
+    message: str,
+    checkpoint: Path,
+    headless: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "empty", None)  # weights cannot be loaded without it
+    (tmp_path / "empty.txt").write_text("\n---\n\n")
+    places = {"run": checkpoint, "tmp": tmp_path, "headless": headless, "empty": tmp_path / "empty.txt"}
+    assert command(*(argument.format(**places) for argument in arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_a_model_without_heads_decodes_plainly(headless: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(f"checkpoint={headless}", "prompt=a", "decode.mode=plain", "decode.max_new_tokens=3") == 0
+    assert re.search(r"tokens per forward +1\.00\n", capsys.readouterr().out)
+
+
+def test_settings_are_checked_without_loading_torch() -> None:
+    code = "import sys, mtp_dist.generate; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
