@@ -1,0 +1,42 @@
+"""One node's share of a Slurm job: srun starts this once on each node (slurm/train.sbatch.template), and it starts torchrun.
+
+    slurm_node.py RUN_DIR ADDRESS PORT
+
+The settings are those frozen in RUN_DIR; only what Slurm alone knows comes from outside: this node's number (SLURM_NODEID), and
+address and port of the rendezvous on the first node. ``RUN_DIR/.launcher-<node>`` holds the id of this process: a SIGTERM to it
+makes the node save and stop.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from mtp_dist.config.command import guarded
+from mtp_dist.config.compose import load
+from mtp_dist.config.schema import TrainingRun
+from mtp_dist.errors import UserError
+from mtp_dist.freezing import resolved_file
+from mtp_dist.launching import start
+
+
+def node_settings(run_dir: str, address: str, port: str, node: int) -> TrainingRun:
+    """The frozen settings with this node's place in the rendezvous. Raises UserError."""
+    config = load(resolved_file(run_dir), TrainingRun)
+    config.run_dir = run_dir
+    config.launch.node_rank = node
+    config.launch.master_addr = address
+    config.launch.master_port = int(port)
+    return config
+
+
+def run() -> int:
+    if len(sys.argv) != 4 or "SLURM_NODEID" not in os.environ:
+        raise UserError("slurm_node.py is started by srun, with RUN_DIR ADDRESS PORT; to submit a job: python launch/slurm.py")
+    run_dir, address, port = sys.argv[1:]
+    launcher = Path(run_dir) / f".launcher-{os.environ['SLURMD_NODENAME']}"
+    launcher.write_text(str(os.getpid()))
+    return start(node_settings(run_dir, address, port, int(os.environ["SLURM_NODEID"])))
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(run))
