@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# Makes the virtual environment and installs this package into it. Source it and call `install_project [extra]`, or run it:
+#
+#   bash launch/install.sh          what training needs
+#   bash launch/install.sh dev      also what tests and linters need
+#
+# A second call does nothing until pyproject.toml changes; an interrupted one is taken up again. Everything lands in the checkout.
+# On return $VENV_PYTHON is the environment's interpreter. Settings, as environment variables:
+#   MTP_DIST_PYTHON        interpreter to build the environment with (default: the first of python3.11, 3.12, 3.13, python3 that is
+#                          3.11 or newer)
+#   MTP_DIST_VENV          folder of the environment (default: .venv of this checkout)
+#   MTP_DIST_TORCH_INDEX   package index (URL) to take torch from. A machine without a GPU needs only the CPU build, which is smaller
+#                          by gigabytes: pytorch.org ("Get started", compute platform CPU) names its index. Unset, pip's configured
+#                          indexes are asked: without a GPU first for the CPU build, then for torch's usual one.
+#   MTP_DIST_INSTALL_GIB   free space to insist on before an install (default: 4 without a GPU, 12 with one)
+
+install_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+install_say() { printf 'install: %s\n' "$*"; }
+install_fail() {
+  printf 'error: %s\n' "$*" >&2
+  return 1
+}
+
+has_gpu() { command -v nvidia-smi > /dev/null && nvidia-smi --list-gpus 2> /dev/null | grep -q '^GPU'; }
+
+# Prints the interpreter to build with. A name that is found may still not run (version managers leave such shims).
+find_python() {
+  local name
+  for name in ${MTP_DIST_PYTHON:-python3.11 python3.12 python3.13 python3}; do
+    if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
+      command -v "$name"
+      return
+    fi
+  done
+  install_fail "no Python 3.11 or newer (tried: ${MTP_DIST_PYTHON:-python3.11 python3.12 python3.13 python3}); install one, or name it in MTP_DIST_PYTHON"
+}
+
+make_environment() {
+  local venv=$1 python
+  if "$venv/bin/python" -m pip --version > /dev/null 2>&1; then return; fi
+  python=$(find_python) || return
+  install_say "making $venv with $python ($("$python" -c 'import platform; print(platform.python_version())'))"
+  # --clear: what lies there has no working pip, so it is the rest of an interrupted start.
+  "$python" -m venv --clear "$venv" ||
+    install_fail "$python cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv"
+}
+
+check_space() {
+  local need free
+  if has_gpu; then need=${MTP_DIST_INSTALL_GIB:-12}; else need=${MTP_DIST_INSTALL_GIB:-4}; fi
+  free=$(df -Pk "$install_root" | awk 'NR == 2 {print int($4 / 1048576)}')
+  [ "$free" -ge "$need" ] ||
+    install_fail "$free GiB are free in $install_root, an install takes about $need; make space, or set MTP_DIST_INSTALL_GIB"
+}
+
+# pip with its cache and its temporary files inside the checkout.
+install_pip() {
+  mkdir -p "$install_root/.cache/tmp"
+  TMPDIR=$install_root/.cache/tmp PIP_CACHE_DIR=${PIP_CACHE_DIR:-$install_root/.cache/pip} \
+    "$VENV_PYTHON" -m pip install --disable-pip-version-check "$@"
+}
+
+install_torch() {
+  local pin
+  pin=$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' "$install_root/pyproject.toml")
+  if "$VENV_PYTHON" - "$pin" 2> /dev/null << 'P'; then return; fi
+import sys
+from importlib.metadata import version
+
+sys.exit(version("torch").split("+")[0] != sys.argv[1].partition("==")[2])
+P
+  if [ -n "${MTP_DIST_TORCH_INDEX:-}" ]; then
+    install_say "$pin from MTP_DIST_TORCH_INDEX"
+    install_pip --index-url "$MTP_DIST_TORCH_INDEX" "$pin"
+    return
+  fi
+  if ! has_gpu; then
+    install_say "no GPU here: looking for the CPU build of $pin"
+    if install_pip "$pin+cpu" 2> /dev/null; then return; fi
+    install_say "pip's indexes do not offer $pin+cpu; taking the usual build, which may bring GPU libraries of several GB."
+    install_say "To avoid that, stop here and set MTP_DIST_TORCH_INDEX (see the top of launch/install.sh)."
+  fi
+  install_pip "$pin"
+}
+
+# What an install depends on; anything else may change without another one.
+install_fingerprint() { cat "$install_root/pyproject.toml" <(printf '%s' "${MTP_DIST_TORCH_INDEX:-}") | sha256sum | cut -d' ' -f1; }
+
+install_project() {
+  local extra=${1:-} venv stamp fingerprint
+  venv=${MTP_DIST_VENV:-$install_root/.venv}
+  VENV_PYTHON=$venv/bin/python
+  stamp=$venv/.mtp_dist-installed
+  fingerprint=$(install_fingerprint)
+  # An environment with the extras serves those who need none.
+  if [ -x "$VENV_PYTHON" ] && grep -qx "$fingerprint ${extra:-.*}" "$stamp" 2> /dev/null; then
+    install_say "up to date ($venv)"
+    return
+  fi
+  check_space || return
+  make_environment "$venv" || return
+  rm -f "$stamp"
+  install_torch || { install_fail "torch could not be installed; pip's reason is above"; return; }
+  install_say "mtp_dist${extra:+ with extra '$extra'} and what it needs"
+  install_pip --editable "$install_root${extra:+[$extra]}" || { install_fail "the install stopped; pip's reason is above. Run it again to go on"; return; }
+  printf '%s %s\n' "$fingerprint" "${extra:-base}" > "$stamp"
+  install_say "done ($venv)"
+}
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+  set -euo pipefail
+  install_project "$@"
+fi
