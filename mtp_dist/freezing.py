@@ -15,7 +15,7 @@ from typing import Any
 from mtp_dist.config import versions
 from mtp_dist.config.compose import differences, load, save
 from mtp_dist.config.layout import world_size
-from mtp_dist.config.schema import TrainingRun
+from mtp_dist.config.schema import ParallelConfig, TrainingRun
 from mtp_dist.config.validation import resolve, validate
 from mtp_dist.data.dataset import Dataset, file_sha256
 from mtp_dist.errors import UserError
@@ -100,7 +100,7 @@ def frozen(argv: list[str], environment: Mapping[str, str] = os.environ) -> Trai
     config = load(path, TrainingRun)
     # The folder may have been moved since.
     config.run_dir = run_dir
-    _check_world(config, environment)
+    check_world(config.parallel, path, environment)
     return config
 
 
@@ -117,21 +117,21 @@ def continued(argv: list[str]) -> TrainingRun | None:
     return config
 
 
+def check_world(parallel: ParallelConfig, settings: Path, environment: Mapping[str, str] = os.environ) -> None:
+    """Raise UserError unless as many processes were started as the frozen file ``settings`` asks for."""
+    name = "WORLD_SIZE" if "RANK" in environment else "SLURM_STEP_NUM_TASKS"
+    started, needed = environment.get(name), world_size(parallel)
+    if started is not None and started != str(needed):
+        raise UserError(
+            f"{name}={started} processes were started, but {settings} says parallel.pipeline x data x "
+            f"tensor = {parallel.pipeline} x {parallel.data} x {parallel.tensor} = {needed}; start {needed}"
+        )
+
+
 def _only_run_dir(argv: list[str]) -> str | None:
     if len(argv) != 1 or not argv[0].startswith("run_dir="):
         return None
     return argv[0].removeprefix("run_dir=") or None
-
-
-def _check_world(config: TrainingRun, environment: Mapping[str, str]) -> None:
-    name = "WORLD_SIZE" if "RANK" in environment else "SLURM_STEP_NUM_TASKS"
-    started, needed = environment.get(name), world_size(config.parallel)
-    if started is not None and started != str(needed):
-        parallel = config.parallel
-        raise UserError(
-            f"{name}={started} processes were started, but {resolved_file(config.run_dir)} says parallel.pipeline x data x "
-            f"tensor = {parallel.pipeline} x {parallel.data} x {parallel.tensor} = {needed}; start {needed}"
-        )
 
 
 def _dataset(config: TrainingRun) -> Dataset:

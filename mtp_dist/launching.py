@@ -18,7 +18,7 @@ from types import FrameType
 import psutil
 
 from mtp_dist.config.layout import processes_per_node
-from mtp_dist.config.schema import TrainingRun
+from mtp_dist.config.schema import Evaluation, TrainingRun
 from mtp_dist.errors import UserError
 
 RENDEZVOUS_PORT = 29400
@@ -26,7 +26,7 @@ RENDEZVOUS_PORT = 29400
 _PR_SET_PDEATHSIG = 1
 
 
-def torchrun_command(config: TrainingRun, module: str, arguments: list[str]) -> list[str]:
+def torchrun_command(config: TrainingRun | Evaluation, module: str, arguments: list[str]) -> list[str]:
     """The command that starts this node's processes, each running ``python -m module arguments``.
 
     One node: a rendezvous of its own on a free port, or ``launch.master_port``. Several nodes: the static rendezvous, which takes
@@ -47,7 +47,9 @@ def torchrun_command(config: TrainingRun, module: str, arguments: list[str]) -> 
     return [*command, "-m", module, *arguments]
 
 
-def process_environment(config: TrainingRun, cores: int, cuda_devices: int, outer: Mapping[str, str]) -> dict[str, str]:
+def process_environment(
+    config: TrainingRun | Evaluation, cores: int, cuda_devices: int, outer: Mapping[str, str]
+) -> dict[str, str]:
     """The environment of the processes of one node: ``outer`` with the threads and the accelerator of ``launch``.
 
     ``cores``: CPU cores that this node may use. ``cuda_devices``: GPUs that torch sees. Raises UserError when they do not fit.
@@ -71,11 +73,20 @@ def process_environment(config: TrainingRun, cores: int, cuda_devices: int, oute
     return environment
 
 
-def start(config: TrainingRun, module: str = "mtp_dist.train") -> int:
+def start(config: TrainingRun) -> int:
     """Run this node's share of a prepared run, and return torchrun's exit status (128 + n when signal n ended it)."""
-    command = torchrun_command(config, module, [f"run_dir={config.run_dir}"])
+    return start_module(config, "mtp_dist.train", [f"run_dir={config.run_dir}"])
+
+
+def start_module(config: TrainingRun | Evaluation, module: str, arguments: list[str]) -> int:
+    """Run this node's share of the processes of any entry point, each with the same arguments; returns as ``start``."""
+    return run_child(torchrun_command(config, module, arguments), node_environment(config))
+
+
+def node_environment(config: TrainingRun | Evaluation) -> dict[str, str]:
+    """``process_environment`` of this machine."""
     devices = 0 if config.launch.device == "cpu" else _cuda_devices()
-    return run_child(command, process_environment(config, _cores(), devices, os.environ))
+    return process_environment(config, _cores(), devices, os.environ)
 
 
 def run_child(command: list[str], environment: Mapping[str, str]) -> int:

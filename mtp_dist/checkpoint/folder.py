@@ -8,7 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
-from mtp_dist.checkpoint.manifest import MANIFEST, sync_path
+from mtp_dist.checkpoint.manifest import MANIFEST, damage, read_manifest, sync_path
 from mtp_dist.config.schema import CheckpointConfig
 from mtp_dist.errors import UserError
 
@@ -50,6 +50,25 @@ def locate(path: str | Path, setting: str = "checkpoint") -> list[Path]:
     if not found:
         raise UserError(f"{setting}={given} holds no complete checkpoint; train first, or give another folder")
     return found[::-1]
+
+
+def sound(path: str | Path, setting: str = "checkpoint") -> Path:
+    """The checkpoint that a user's path names (of a run folder: the newest that verifies), checked against its checksums.
+
+    Raises UserError where there is none that is sound.
+    """
+    skipped = []
+    for candidate in locate(path, setting):
+        try:
+            files = read_manifest(candidate).files
+        except UserError as error:
+            skipped.append(str(error))
+            continue
+        problem = next((found for name, record in sorted(files.items()) if (found := damage(candidate, name, record))), None)
+        if problem is None:
+            return candidate
+        skipped.append(f"{candidate.name} is damaged ({problem})")
+    raise UserError(f"{setting}={path} holds no sound checkpoint: {'; '.join(skipped)}")
 
 
 def point_latest(root: Path, folder: Path) -> None:

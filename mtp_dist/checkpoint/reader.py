@@ -136,15 +136,4 @@ def open_checkpoint(path: str | Path, setting: str = "checkpoint") -> Checkpoint
 
     Raises UserError where there is none that is sound.
     """
-    skipped = []
-    for candidate in folders.locate(path, setting):
-        try:
-            checkpoint = Checkpoint(candidate)
-        except UserError as error:
-            skipped.append(str(error))
-            continue
-        problems = checkpoint.damages()
-        if not problems:
-            return checkpoint
-        skipped.append(f"{candidate.name} is damaged ({problems[0]})")
-    raise UserError(f"{setting}={path} holds no sound checkpoint: {'; '.join(skipped)}")
+    return Checkpoint(folders.sound(path, setting))

@@ -5,7 +5,7 @@ Pure functions of a configuration that passed ``validation.validate``.
 
 import math
 
-from mtp_dist.config.schema import ParallelConfig, TrainingRun
+from mtp_dist.config.schema import Evaluation, ParallelConfig, TrainingRun
 
 V_SCHEDULES = ("zbv", "dualpipev")
 SCHEDULES = ("1f1b", *V_SCHEDULES)
@@ -52,6 +52,6 @@ def total_steps(config: TrainingRun) -> int:
     return math.ceil(config.train.tokens / tokens_per_step(config))
 
 
-def processes_per_node(config: TrainingRun) -> int:
+def processes_per_node(config: TrainingRun | Evaluation) -> int:
     """Processes on each machine."""
     return config.launch.processes_per_node or world_size(config.parallel) // config.launch.nodes

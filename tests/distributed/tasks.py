@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mtp_dist.config.schema import TrainingRun
+from mtp_dist.config.schema import Evaluation, ParallelConfig, TrainingRun
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.parameter import initialize
 from mtp_dist.model.targets import targets, valid_counts
@@ -159,3 +159,13 @@ def train(layout: str, data: str, run_dir: str, steps: int, stops: list[int], ov
             part, name = key.split(".")
             setattr(getattr(config, part), name, value)
         _train(config, stop)
+
+
+def evaluate(checkpoint: str, parallel: dict[str, Any], sequences: int, micro_batch: int, output: str) -> dict[str, Any]:
+    """A checkpoint's held-out result under a layout."""
+    from mtp_dist.evaluate import measure, prepare
+
+    config = Evaluation(checkpoint=checkpoint, sequences=sequences, micro_batch=micro_batch, dtype="float32", output=output)
+    config.parallel = ParallelConfig(**parallel)
+    ready = prepare(config)
+    return measure(ready, build_mesh(ready.parallel, torch.device("cpu")))

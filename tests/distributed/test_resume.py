@@ -10,8 +10,6 @@ import pytest
 from safetensors.torch import load_file
 
 from mtp_dist.checkpoint.reader import Checkpoint
-from mtp_dist.config.schema import ShardBuild
-from mtp_dist.data.building import build
 from mtp_dist.parallel.engine import PARTS
 from tests.distributed.layouts import LAYOUTS, world
 from tests.distributed.pool import run_jobs
@@ -19,19 +17,6 @@ from tests.distributed.pool import run_jobs
 STEPS = 6
 RESUMED = [name for name in LAYOUTS if "untied" not in name and name != "pp4_zbv"]
 EXACT = ("loss/total", "loss/main", "loss/depth_1", "loss/depth_2", "optim/gradient_norm", "optim/lr", "data/tokens_seen")
-
-
-@pytest.fixture(scope="session")
-def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Documents of 5 to 60 letters."""
-    folder = tmp_path_factory.mktemp("text")
-    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234567"
-    texts = ["".join(letters[(i * i + j * (1 + i % 7)) % 60] for j in range(5 + i * 13 % 56)) for i in range(240)]
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    config = ShardBuild(source="jsonl", input=[str(folder / "texts.jsonl")], out=str(folder / "dataset"), validation_share=0.1)
-    config.tokenizer.kind = "bytes"
-    build(config)
-    return folder / "dataset"
 
 
 @pytest.fixture(scope="session")
