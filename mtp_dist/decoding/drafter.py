@@ -119,9 +119,9 @@ class SequentialDrafter:
         return self.model.module(self.modules[-1], len(self.modules), handed[:, -1:], tokens, self.caches[-1])
 
     def _forget(self) -> None:
-        """Keep the states that a module has not read, or may have to read again since it read a draft with them."""
+        """Keep the states that a module has not read, or may have to read again since it read them with a draft."""
         for depth, (window, cache) in enumerate(zip(self.inputs, self.caches, strict=True), start=1):
-            window.forget(min(cache.length, self.positions - depth))
+            window.forget(min(cache.length, self.positions + 1 - depth))
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """logits [B, V] -> (draft [B], its distribution [B, V]; greedy: the logits, which nobody reads)."""
