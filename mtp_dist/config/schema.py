@@ -145,7 +145,7 @@ class ValidationConfig:
 
     every_steps: int = setting(0, "Steps between validations. 0: only at the end.")
     every_minutes: float = setting(0.0, "Also after so many minutes. 0: never.")
-    sequences: int = setting(64, "Rows of the validation split read each time, always the same; a multiple of train.global_batch is best.")
+    sequences: int = setting(64, "Rows read each time, always the same, evenly spaced over the validation split; a multiple of train.global_batch is best.")
 
 
 @dataclass
@@ -252,7 +252,7 @@ class Evaluation:
     checkpoint: str = setting("", "A checkpoint folder, or a run folder (its newest checkpoint).")
     data: str = setting("", "Dataset folder. Empty: the one that the checkpoint was trained on.")
     split: str = setting("validation", "Which split of the dataset.")
-    sequences: int = setting(64, "Rows read.")
+    sequences: int = setting(64, "Rows read, evenly spaced over the split.")
     micro_batch: int = setting(4, "Sequences in one forward pass of one replica.")
     output: str = setting("", "Also write the results as JSON to this file.")
     dtype: str | None = setting(None, "float32 | bfloat16. null: the checkpoint's.")

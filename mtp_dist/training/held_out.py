@@ -1,6 +1,6 @@
 """Held-out loss and accuracy under the layout that is there: the same rows, so the same number, in every layout.
 
-Rows are read in stored order; a last partial batch is filled with padding rows, which count nowhere. Nothing that training reads
+Rows are chosen by their place in the stored order; a last partial batch is filled with padding rows, which count nowhere. Nothing that training reads
 is touched.
 """
 
@@ -16,7 +16,7 @@ from mtp_dist.training.step import ForwardOnly
 
 
 class HeldOut:
-    """The first `sequences` rows of a split. Collective: build it and run it on every rank."""
+    """`sequences` rows, evenly spaced over a split (all of them, if it has fewer). Collective: build it and run it on every rank."""
 
     def __init__(self, model: ForwardOnly, dataset: Dataset, split: str, sequences: int) -> None:
         self.model, self.eos_id = model, dataset.eos_id
@@ -29,6 +29,7 @@ class HeldOut:
             found = [min(sequences, len(self.rows))]
         dist.broadcast_object_list(found, src=0, group=self.mesh.control)
         self.count = found[0]
+        self.chosen = [i * len(self.rows) // self.count for i in range(self.count)] if self.rows else []
         if self.count == 0:
             raise UserError(
                 f"split {split!r} of {dataset.path} is shorter than one row of {self.width} tokens; "
@@ -36,13 +37,12 @@ class HeldOut:
             )
 
     def _share(self, begin: int, rows: int) -> Batch:
-        """Rows begin .. begin + rows, padded behind the last one."""
+        """Chosen rows begin .. begin + rows, padded behind the last one."""
         assert self.rows is not None
-        begin, end = min(begin, self.count), min(begin + rows, self.count)
-        if begin == end:
-            empty = torch.empty(0, self.width, dtype=torch.int64)
-            return pad(Batch(empty, empty.int(), []), rows, self.eos_id)
-        return pad(self.rows.read(begin, end), rows, self.eos_id)
+        parts = [self.rows.read(row, row + 1) for row in self.chosen[begin : begin + rows]]
+        tokens = torch.cat([torch.empty(0, self.width, dtype=torch.int64), *(part.tokens for part in parts)])
+        documents = torch.cat([torch.empty(0, self.width, dtype=torch.int32), *(part.documents for part in parts)])
+        return pad(Batch(tokens, documents, [part.samples[0] for part in parts]), rows, self.eos_id)
 
     def run(self, micro_batch: int, micro_batches: int) -> Totals:
         """Sums over all rows, in passes of `micro_batches` micro-batches a replica."""
