@@ -1,5 +1,6 @@
 """What pools run under a layout, and the same on one process without any of the parallel code."""
 
+import shutil
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from mtp_dist.config.schema import Evaluation, ParallelConfig, TrainingRun
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.parameter import initialize
 from mtp_dist.model.targets import targets, valid_counts
+from mtp_dist.parallel.engine import MOMENTS
 from mtp_dist.parallel.mesh import Mesh, build_mesh
 from mtp_dist.training.objective import coefficients, target_scale
 from mtp_dist.training.step import Workload, build
@@ -146,19 +148,23 @@ def _train(config: TrainingRun, stop_at: int | None = None) -> None:
         trainer.close()
 
 
+def _settings(layout: str, data: str, run_dir: str, steps: int, overrides: dict[str, Any]) -> TrainingRun:
+    config = configuration(layout, steps=steps, progress=False)
+    config.run_dir, config.data.path, config.tracker.wandb = run_dir, data, "disabled"
+    config.model.vocab_size = 264  # the byte tokenizer has 257
+    config.data.block_samples, config.validation.sequences = 4, 5
+    config.train.dtype = "float32" if config.zero.stage == 0 else "bfloat16"
+    config.schedule.kind, config.schedule.warmup_tokens = "cosine", 2 * 16 * 16
+    for key, value in overrides.items():
+        part, name = key.split(".")
+        setattr(getattr(config, part), name, value)
+    return config
+
+
 def train(layout: str, data: str, run_dir: str, steps: int, stops: list[int], overrides: dict[str, Any]) -> None:
     """Train in `run_dir` to `steps`, stopping (with a checkpoint) after each step of `stops` and starting again from it."""
     for stop in [*stops, None]:
-        config = configuration(layout, steps=steps, progress=False)
-        config.run_dir, config.data.path, config.tracker.wandb = run_dir, data, "disabled"
-        config.model.vocab_size = 264  # the byte tokenizer has 257
-        config.data.block_samples, config.validation.sequences = 4, 5
-        config.train.dtype = "float32" if config.zero.stage == 0 else "bfloat16"
-        config.schedule.kind, config.schedule.warmup_tokens = "cosine", 2 * 16 * 16
-        for key, value in overrides.items():
-            part, name = key.split(".")
-            setattr(getattr(config, part), name, value)
-        _train(config, stop)
+        _train(_settings(layout, data, run_dir, steps, overrides), stop)
 
 
 def evaluate(checkpoint: str, parallel: dict[str, Any], sequences: int, micro_batch: int, output: str) -> dict[str, Any]:
@@ -169,3 +175,103 @@ def evaluate(checkpoint: str, parallel: dict[str, Any], sequences: int, micro_ba
     config.parallel = ParallelConfig(**parallel)
     ready = prepare(config)
     return measure(ready, build_mesh(ready.parallel, torch.device("cpu")))
+
+
+def nonfinite(
+    layout: str, data: str, run_dir: str, steps: int, at: list[int], kind: str, overrides: dict[str, Any]
+) -> dict[str, Any]:
+    """Train with the steps of `at` made non-finite (see ``_poison``). Returns the error, what each step did, and the end."""
+    from mtp_dist.errors import UserError
+    from mtp_dist.training.trainer import Trainer
+
+    config = _settings(layout, data, run_dir, steps, overrides)
+    trainer: Any = Trainer(config, build_mesh(config.parallel, torch.device("cpu")), Stop())  # type: ignore[arg-type]
+    _poison(trainer, at, kind)
+    seen: list[dict[str, Any]] = []
+    step_once = trainer.workload.step
+
+    def step(batch: Any, parts: list[float], lr: float) -> Any:
+        before = _state(trainer)
+        totals, outcome = step_once(batch, parts, lr)
+        unchanged = all(value.equal(before[name]) for name, value in _state(trainer).items())
+        seen.append({"lr": lr, "applied": outcome.applied, "unchanged": unchanged, "loss": totals.loss})
+        return totals, outcome
+
+    trainer.workload.step = step
+    error = None
+    try:
+        trainer.run()
+    except UserError as caught:
+        error = str(caught)
+    finally:
+        trainer.close()
+    return {"error": error, "steps": seen, "progress": trainer.progress, "config": config}
+
+
+def copy(run_dir: str) -> None:
+    """A run folder as it is now, kept as <run_dir>-look for a test, since a later job goes on in it."""
+    if dist.get_rank() == 0:
+        shutil.copytree(run_dir, f"{run_dir}-look")
+    dist.barrier()
+
+
+def _poison(trainer: Any, at: list[int], kind: str) -> None:
+    """Make the steps of `at` non-finite. "gradient": one element of it, on the last rank alone; "loss": a weight is infinite
+    during forward and backward, and put back before the optimizer sees it."""
+    workload, compute = trainer.workload, trainer.workload.gradients
+    victim = next(p for name, p in workload.engine.parameters.items() if name.endswith("mlp.down.weight"))
+
+    def gradients(batch: Any, parts: list[float]) -> Any:
+        now = trainer.progress.step + 1 in at
+        sound = victim.detach().clone()
+        if now and kind == "loss":
+            victim.data.view(-1)[0] = torch.inf
+        totals = compute(batch, parts)
+        victim.data.copy_(sound)
+        if now and kind == "gradient" and dist.get_rank() == dist.get_world_size() - 1:
+            victim.grad.view(-1)[0] = torch.nan
+        return totals
+
+    workload.gradients = gradients
+
+
+def _state(trainer: Any) -> dict[str, Tensor]:
+    """Copies of this rank's weights, masters and moments, and the number of AdamW's steps."""
+    engine = trainer.workload.engine
+    found = {name: p.detach().clone() for name, p in engine.parameters.items()}
+    for fragment in engine.fragments():
+        for part, value in fragment.parts.items():
+            found[f"{fragment.name}.{part}"] = value.detach().clone()
+    found["optimizer_steps"] = torch.tensor(engine.optimizer_steps)
+    return found
+
+
+def held(layout: str) -> dict[str, Any]:
+    """Bytes that a rank really holds after one step's gradients, its place, and its schedule's passes in flight."""
+    config = configuration(layout)
+    mesh = build_mesh(config.parallel, torch.device("cpu"))
+    workload = build(config, mesh)
+    workload.gradients(_own_rows(config, mesh, 0), coefficients(config.mtp, 0))
+    engine = workload.engine
+    parameters = engine.parameters.values()
+    masters = [] if config.zero.stage == 0 else engine._flats()
+    optimizer = [*masters, *(state[moment] for state in engine._states for moment in MOMENTS)]
+    order = getattr(workload.pipeline.schedule, "pipeline_order", {}).get(mesh.pipeline_rank)
+    return {
+        "rank": mesh.rank,
+        "pipeline_rank": mesh.pipeline_rank,
+        "weights": sum(p.nbytes for p in parameters),
+        "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
+        "optimizer": sum(tensor.nbytes for tensor in optimizer),
+        "in_flight": _most_in_flight(order) if order else None,
+    }
+
+
+def _most_in_flight(order: list[Any]) -> int:
+    """Forward passes whose backward pass, weight gradients included, is still to come."""
+    count = most = 0
+    for action in order:
+        for part in (action.sub_actions or (action,)) if action is not None else ():
+            count += {"F": 1, "B": -1, "W": -1}.get(str(part.computation_type), 0)
+            most = max(most, count)
+    return most
