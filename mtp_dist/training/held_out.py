@@ -1,7 +1,7 @@
 """Held-out loss and accuracy under the layout that is there: the same rows, so the same number, in every layout.
 
-Rows are chosen by their place in the stored order; a last partial batch is filled with padding rows, which count nowhere. Nothing that training reads
-is touched.
+Rows are chosen by their place in the stored order; a last partial batch is filled with padding rows, which count nowhere. Nothing
+that training reads is touched.
 """
 
 import torch
@@ -16,7 +16,7 @@ from mtp_dist.training.step import ForwardOnly
 
 
 class HeldOut:
-    """`sequences` rows, evenly spaced over a split (all of them, if it has fewer). Collective: build it and run it on every rank."""
+    """`sequences` rows, evenly spaced over a split (all of them, if it has fewer). Collective: build and run it on every rank."""
 
     def __init__(self, model: ForwardOnly, dataset: Dataset, split: str, sequences: int) -> None:
         self.model, self.eos_id = model, dataset.eos_id

@@ -42,22 +42,25 @@ class Workload(ForwardOnly):
 
     engine: Engine
 
-    def gradients(self, batch: Batch | None, parts: list[float]) -> Totals:
-        """Forward and backward of this replica's rows (`batch` on its reader, else None). `parts`: weights of L_main, L_1 .. L_D.
+    def gradients(self, batch: Batch | None, parts: list[float]) -> tuple[Tensor | None, Tensor]:
+        """Forward and backward of this replica's rows (`batch` on its reader, else None). `parts`: weights of L_main, L_1 ..
+        L_D.
 
-        Gradients are added to the parameters, not yet reduced. Collective.
+        Gradients are added to the parameters, not yet reduced. Returns what ``gather`` takes: the last chunk's result and the global
+        counts. Collective.
         """
         train, mesh = self.config.train, self.mesh
         shape = (train.global_batch // mesh.parallel.data, train.sequence_length + 1 + self.config.mtp.depth)
         tokens, documents = share(batch, shape, mesh)
         counts = global_counts(tokens, documents, self.config.mtp.depth, mesh)
         scale = target_scale(parts, counts, mesh.parallel.data)
-        return gather(self.pipeline.step(_rows(tokens, documents, scale)), counts, mesh)
+        return self.pipeline.step(_rows(tokens, documents, scale)), counts
 
     def step(self, batch: Batch | None, parts: list[float], lr: float) -> tuple[Totals, StepOutcome]:
-        """A whole optimizer step. Collective."""
-        totals = self.gradients(batch, parts)
-        return totals, self.engine.step(lr)
+        """A whole optimizer step. Collective. The statistics are read last: reading them waits for the device."""
+        result, counts = self.gradients(batch, parts)
+        outcome = self.engine.step(lr)
+        return gather(result, counts, self.mesh), outcome
 
 
 def _rows(tokens: Tensor, documents: Tensor, scale: Tensor) -> dict[str, Tensor]:

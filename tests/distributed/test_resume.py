@@ -1,4 +1,5 @@
-"""Promise: a run that is stopped and started again is, bit for bit, the run that was never stopped; and validation leaves no trace in training."""
+"""Promise: a run that is stopped and started again is, bit for bit, the run that was never stopped; and validation leaves no
+trace in training."""
 
 import json
 from collections.abc import Callable
