@@ -14,6 +14,7 @@ from mtp_dist.model.targets import targets, valid_counts
 from mtp_dist.parallel.engine import MOMENTS
 from mtp_dist.parallel.mesh import Mesh, build_mesh
 from mtp_dist.training.objective import coefficients, target_scale
+from mtp_dist.training.statistics import Totals, gather
 from mtp_dist.training.step import Workload, build
 from tests.distributed.layouts import configuration, global_batch, replica_batch
 
@@ -57,7 +58,7 @@ def parity(layout: str) -> dict[str, Any]:
         chunk.forward_calls = 0
     calls: list[int] = []
     for step in range(STEPS):
-        totals = workload.gradients(_own_rows(config, mesh, step), parts)
+        totals = gather(*workload.gradients(_own_rows(config, mesh, step), parts), mesh)
         if step == 0:
             gradients = _slices(workload, _reduced_gradients(workload))
             calls = [chunk.forward_calls for chunk in workload.pipeline.chunks]
@@ -116,8 +117,6 @@ def reference(layout: str) -> dict[str, Any]:
 
 
 def _reference_result(model: Chunk, config: TrainingRun, step: int, parts: list[float]) -> tuple[Tensor, dict[str, list[float]]]:
-    from mtp_dist.training.statistics import Totals
-
     batch = global_batch(config, step)
     counts = valid_counts(targets(batch.tokens, batch.documents, config.mtp.depth))
     scale = target_scale(parts, counts, replicas=1).expand(len(batch), -1)
@@ -272,6 +271,6 @@ def _most_in_flight(order: list[Any]) -> int:
     count = most = 0
     for action in order:
         for part in (action.sub_actions or (action,)) if action is not None else ():
-            count += {"F": 1, "B": -1, "W": -1}.get(str(part.computation_type), 0)
+            count += {"FORWARD": 1, "FULL_BACKWARD": -1, "BACKWARD_WEIGHT": -1}.get(part.computation_type.name, 0)
             most = max(most, count)
     return most

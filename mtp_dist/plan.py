@@ -1,0 +1,226 @@
+"""What a training configuration would do, without doing it: ``python -m mtp_dist.plan key=value ...``.
+
+Takes the settings of ``mtp_dist.train`` and checks them alike; needs no processes, no torch, and no dataset where
+``model.vocab_size`` is given. Prints the layout, parameters, batches, memory of each rank and operations a token, and names the
+smallest layout of this run that fits ``world_memory_gib``.
+"""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+from mtp_dist.config import versions
+from mtp_dist.config.command import application
+from mtp_dist.config.layout import chunks, is_v, micro_batches, tokens_per_step, total_steps, world_size
+from mtp_dist.config.rules import above
+from mtp_dist.config.schema import ParallelConfig, Plan
+from mtp_dist.config.validation import resolve, validate_training
+from mtp_dist.data.dataset import Dataset
+from mtp_dist.errors import UserError
+from mtp_dist.parallel import budget
+from mtp_dist.parallel.placement import chunks_of_rank, layers_of_chunks
+
+EXAMPLES = (
+    "python -m mtp_dist.plan experiment=quickstart",
+    "python -m mtp_dist.plan model=llama3_8b model.vocab_size=128256 parallel.pipeline=4 parallel.tensor=2 parallel.data=2 "
+    "train.steps=1000",
+)
+GIB = 2**30
+LARGEST_WORLD = 4096
+# Tensor ranks beyond one node's eight devices talk over the slow network in every layer.
+LARGEST_TENSOR = 8
+
+
+def prepare(config: Plan) -> tuple[Plan, Dataset | None]:
+    """The valid configuration with derived settings filled, and its dataset if there is one. Raises UserError."""
+    versions.check()
+    above("world_memory_gib", config.world_memory_gib, 0)
+    dataset = _dataset(config)
+    vocabulary = dataset.vocab_size if dataset else None
+    validate_training(config, vocabulary)
+    full = resolve(config, vocabulary)
+    assert isinstance(full, Plan)
+    return full, dataset
+
+
+def _dataset(config: Plan) -> Dataset | None:
+    if not config.data.path:
+        if config.model.vocab_size is None:
+            raise UserError("model.vocab_size is null and data.path is empty; give one of them, e.g. model.vocab_size=32000")
+        return None
+    if config.model.vocab_size is not None and not Path(config.data.path).exists():
+        return None
+    return Dataset.open(config.data.path)
+
+
+def text(config: Plan, dataset: Dataset | None) -> str:
+    """The whole plan of a prepared configuration."""
+    parts = [_layout(config), _parameters(config), _batches(config, dataset), _memory(config), _operations(config), _fit(config)]
+    return "\n\n".join(parts)
+
+
+def _layout(config: Plan) -> str:
+    parallel = config.parallel
+    kind = f"{parallel.schedule}, {'V' if is_v(parallel) else 'classic'} placement" if parallel.pipeline > 1 else "no pipeline"
+    rows = [["pipeline rank", "global ranks", "chunk", "trunk layers", "also holds"]]
+    layers, count = layers_of_chunks(parallel, config.model.layers), chunks(parallel)
+    for pipeline_rank in range(parallel.pipeline):
+        shared = False
+        for number in chunks_of_rank(parallel, pipeline_rank):
+            also = list(_beside_layers(config, number == 0, number == count - 1, shared))
+            shared = shared or number == 0
+            first_of_rank = number == chunks_of_rank(parallel, pipeline_rank)[0]
+            ranks = global_ranks(parallel, pipeline_rank)
+            shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} .. {ranks[-1]}"
+            names = [str(pipeline_rank), shown] if first_of_rank else ["", ""]
+            rows.append([*names, str(number), _range(layers[number]), ", ".join(also)])
+    sizes = f"pipeline {parallel.pipeline} x data {parallel.data} x tensor {parallel.tensor}"
+    return f"layout: {sizes} = world size {world_size(parallel)} ({kind})\n{_table(rows)}"
+
+
+def _beside_layers(config: Plan, first: bool, last: bool, shared: bool) -> Iterator[str]:
+    """What a chunk holds beside its layers."""
+    if first:
+        yield "embedding"
+    if not last:
+        return
+    yield "final norm"
+    if config.mtp.depth:
+        yield f"{config.mtp.depth} MTP module{'s' if config.mtp.depth > 1 else ''}"
+    tied = config.model.tie_embeddings
+    if not first and (tied or config.mtp.depth):
+        yield "the same embedding" if shared else "replica of the embedding"
+    yield "output head (the embedding)" if tied else "output head"
+
+
+def global_ranks(parallel: ParallelConfig, pipeline_rank: int) -> range:
+    """The ranks of one pipeline rank: tensor ranks are neighbours, then replicas."""
+    width = parallel.data * parallel.tensor
+    return range(pipeline_rank * width, (pipeline_rank + 1) * width)
+
+
+def _parameters(config: Plan) -> str:
+    whole = budget.chunk_parameters(config.model, config.mtp, config.model.layers)
+    rows = [["parameters", "trunk", "embedding", "MTP modules", "output matrix", "total"], _parameter_row("whole model", whole)]
+    for pipeline_rank in range(config.parallel.pipeline):
+        held = budget.rank_parameters(config.model, config.mtp, config.parallel, pipeline_rank)
+        rows.append(_parameter_row(f"pipeline rank {pipeline_rank}, each", held))
+    return _table(rows)
+
+
+def _parameter_row(name: str, held: budget.Parameters) -> list[str]:
+    return [name, *(f"{count:,}" for count in (held.trunk, held.embedding, held.heads, held.output, held.total))]
+
+
+def _batches(config: Plan, dataset: Dataset | None) -> str:
+    train, steps, tokens = config.train, total_steps(config), tokens_per_step(config)
+    lines = [
+        f"batch: {train.global_batch} rows of {train.sequence_length} positions = {tokens:,} tokens a step; "
+        f"{micro_batches(config)} micro-batches of {train.micro_batch} row(s) for each of {config.parallel.data} replica(s)",
+        f"run: {steps:,} steps, {steps * tokens:,} tokens",
+    ]
+    if dataset is not None:
+        lines[-1] += f" = {steps * tokens / dataset.split('train').tokens:.2f} epochs of {config.data.path}"
+    elif config.data.path:
+        lines.append(f"note: data.path={config.data.path} does not exist; model.vocab_size={config.model.vocab_size} is taken")
+    return "\n".join(lines)
+
+
+def _memory(config: Plan) -> str:
+    zero, replicas = config.zero.stage, config.parallel.data
+    weight, shared = budget.dtype_bytes(config), f" / {replicas} replicas" if config.zero.stage and replicas > 1 else ""
+    optimizer = f"{budget.MASTER_BYTES} + {budget.MOMENT_BYTES}" if zero else f"{budget.MOMENT_BYTES}"
+    rows = [["GiB a rank", "weights", "gradients", "optimizer", "activations*", "working*", "total*"]]
+    for pipeline_rank in range(config.parallel.pipeline):
+        memory = budget.rank_memory(config, pipeline_rank)
+        values = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.working, memory.total)
+        rows.append([f"pipeline rank {pipeline_rank}", *(f"{value / GIB:.3f}" for value in values)])
+    saved = budget.chunk_parameters(config.model, config.mtp, config.model.layers).total * budget.CHECKPOINT_BYTES
+    return "\n".join([
+        f"memory: {config.train.dtype}, ZeRO-{zero}; bytes a parameter: weights {weight}, gradients {budget.GRADIENT_BYTES}, "
+        f"optimizer ({'master + ' if zero else ''}moments) {optimizer}{shared}",
+        _table(rows),
+        "* estimates: kept for backward passes in flight; buffers of the loss and the optimizer step",
+        f"checkpoint: {saved / GIB:.3f} GiB ({budget.CHECKPOINT_BYTES} bytes a parameter)",
+    ])
+
+
+def _operations(config: Plan) -> str:
+    each = budget.flops_per_token(config)
+    step = each * tokens_per_step(config)
+    return (
+        f"operations: {each:.4g} FLOP a token, {step:.4g} a step, {step * total_steps(config):.4g} the run\n"
+        f"(forward and backward: 6 a matrix element, the output matrix {1 + config.mtp.depth}x; 12 S H c a block for attention)"
+    )
+
+
+def largest_rank(config: Plan) -> int:
+    """Estimated bytes of the fullest rank."""
+    return max(budget.rank_memory(config, rank).total for rank in range(config.parallel.pipeline))
+
+
+def smallest_layout(config: Plan) -> Plan | None:
+    """The run in the fewest processes whose fullest rank fits: of these the fewest pipeline ranks, then the fewest tensor ranks.
+
+    Sizes are powers of two; batches, model and schedule stay. None: no valid layout fits.
+    """
+    world = 1
+    while world <= LARGEST_WORLD:
+        for pipeline, tensor, data in _factors(world):
+            candidate = copy.deepcopy(config)
+            parallel = candidate.parallel
+            parallel.pipeline, parallel.tensor, parallel.data, parallel.placement = pipeline, tensor, data, []
+            candidate.launch.nodes, candidate.launch.node_rank, candidate.launch.processes_per_node = 1, 0, None
+            try:
+                validate_training(candidate, None)
+            except UserError:
+                continue
+            if largest_rank(candidate) <= config.world_memory_gib * GIB:
+                return candidate
+        world *= 2
+    return None
+
+
+def _factors(world: int) -> Iterator[tuple[int, int, int]]:
+    """(pipeline, tensor, data) of a power of two, cheapest communication first."""
+    pipeline = 1
+    while pipeline <= world:
+        tensor = 1
+        while tensor <= min(world // pipeline, LARGEST_TENSOR):
+            yield pipeline, tensor, world // pipeline // tensor
+            tensor *= 2
+        pipeline *= 2
+
+
+def _fit(config: Plan) -> str:
+    largest, limit = largest_rank(config), config.world_memory_gib
+    verdict = "fits" if largest <= limit * GIB else "does not fit"
+    line = f"fit: {verdict}: the fullest rank needs about {largest / GIB:.3f} of world_memory_gib={limit:g}"
+    smallest = smallest_layout(config)
+    if smallest is None:
+        return f"{line}\nno layout of up to {LARGEST_WORLD} processes fits with these batches; choose a smaller train.micro_batch"
+    parallel = smallest.parallel
+    chosen = f"parallel.pipeline={parallel.pipeline} parallel.tensor={parallel.tensor} parallel.data={parallel.data}"
+    size = f"world size {world_size(parallel)}, about {largest_rank(smallest) / GIB:.3f} GiB"
+    return f"{line}\nsmallest layout that fits: {chosen} ({size})"
+
+
+def _table(rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _range(layers: range) -> str:
+    if not layers:
+        return "-"
+    return f"{layers[0]}" if len(layers) == 1 else f"{layers[0]} .. {layers[-1]}"
+
+
+def run(config: Plan) -> int:
+    """The command."""
+    print(text(*prepare(config)))
+    return 0
+
+
+if __name__ == "__main__":
+    application("plan", Plan, run, examples=EXAMPLES)

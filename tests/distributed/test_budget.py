@@ -1,0 +1,43 @@
+"""Promise: the bytes and the micro-batches in flight that ``mtp_dist.plan`` names for a rank are those that it holds."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+
+from mtp_dist.config.layout import is_v, micro_batches
+from mtp_dist.parallel.budget import chunks_in_flight, rank_memory
+from mtp_dist.plan import global_ranks
+from tests.distributed.layouts import LAYOUTS, configuration, world
+from tests.distributed.pool import run_jobs
+
+# ZeRO pads each of two parameter groups of float32 master and moments to a multiple of a few elements a replica.
+PADDING = 2 * 3 * 4 * 64
+
+
+@pytest.fixture(scope="session")
+def held(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
+    @cache
+    def of_world(size: int) -> dict[str, list[Any]]:
+        jobs = [{"name": name, "task": "held", "arguments": {"layout": name}} for name in LAYOUTS if world(name) == size]
+        return run_jobs(size, jobs, tmp_path_factory.mktemp(f"held{size}"))
+
+    return lambda layout: of_world(world(layout))[layout]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bytes_of_a_rank(held: Any, layout: str) -> None:
+    config = configuration(layout)
+    for found in held(layout):
+        planned = rank_memory(config, found["pipeline_rank"])
+        assert found["rank"] in global_ranks(config.parallel, found["pipeline_rank"])
+        assert (found["weights"], found["gradients"]) == (planned.weights, planned.gradients)
+        assert planned.optimizer == pytest.approx(found["optimizer"], abs=PADDING)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if is_v(configuration(name).parallel)])
+def test_passes_in_flight(held: Any, layout: str) -> None:
+    config = configuration(layout)
+    for found in held(layout):
+        assert found["in_flight"] == chunks_in_flight(config.parallel, found["pipeline_rank"], micro_batches(config))

@@ -1,0 +1,191 @@
+"""Promise: the plan's parameters and operations are those of the model that would be built; its problems those of training."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mtp_dist.config.compose import compose
+from mtp_dist.config.folder import groups
+from mtp_dist.config.schema import Plan, TrainingRun
+from mtp_dist.config.validation import validate
+from mtp_dist.errors import UserError
+from mtp_dist.model.chunk import Chunk
+from mtp_dist.model.parameter import initialize
+from mtp_dist.model.tensor_group import TensorGroup
+from mtp_dist.model.weight_gradients import WeightGradients
+from mtp_dist.parallel import budget
+from mtp_dist.parallel.stages import build_chunks, global_parameters
+from mtp_dist.plan import GIB, largest_rank, prepare, smallest_layout, text
+
+
+def planned(*overrides: str) -> Plan:
+    return prepare(compose("plan", Plan, ["train.steps=10", "model.vocab_size=1024", *overrides]))[0]
+
+
+def owned(names: dict[str, int]) -> budget.Parameters:
+    """Elements by the first part of their names."""
+    sums = {"layers": 0, "norm": 0, "embedding": 0, "mtp": 0, "head": 0}
+    for name, count in names.items():
+        sums[name.partition(".")[0]] += count
+    return budget.Parameters(sums["layers"] + sums["norm"], sums["embedding"], sums["mtp"], sums["head"])
+
+
+@pytest.mark.parametrize("preset", groups()["model"])
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_parameters_are_those_of_the_model(preset: str, depth: int) -> None:
+    kind = "sequential" if depth else "none"
+    config = planned(f"model={preset}", f"mtp.depth={depth}", f"mtp.kind={kind}", "model.vocab_size=1000")
+    with torch.device("meta"):
+        model = Chunk(config.model, config.mtp, range(config.model.layers))
+    names = {name: p.numel() for name, p in model.named_parameters()}
+    assert budget.chunk_parameters(config.model, config.mtp, config.model.layers) == owned(names)
+
+
+def test_parameters_of_llama_3_8b_are_the_published_ones() -> None:
+    """arXiv 2407.21783 calls it 8B; the released weights have 8,030,261,248 elements."""
+    config = planned("model=llama3_8b", "model.vocab_size=128256", "mtp=none")
+    assert budget.chunk_parameters(config.model, config.mtp, config.model.layers).total == 8_030_261_248
+
+
+@pytest.mark.parametrize("tie", ["true", "false"])
+@pytest.mark.parametrize("depth", [0, 2])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["parallel.pipeline=1", "parallel.tensor=2"],
+        ["parallel.pipeline=2", "parallel.schedule=zbv"],
+        ["parallel.pipeline=2", "parallel.schedule=1f1b", "parallel.tensor=2"],
+        ["parallel.pipeline=4", "parallel.schedule=dualpipev", "model.layers=8"],
+        ["parallel.pipeline=2", "parallel.schedule=zbv", "parallel.placement=[2,1,1,0]"],
+        ["parallel.pipeline=4", "parallel.schedule=1f1b", "parallel.placement=[2,1,1,0]"],
+    ],
+)
+def test_parameters_of_each_rank_are_those_that_it_builds(layout: list[str], tie: str, depth: int) -> None:
+    heads = ["mtp=none"] if depth == 0 else ["mtp.depth=2"]
+    config = planned(*layout, *heads, f"model.tie_embeddings={tie}", "train.global_batch=64")
+    for rank in range(config.parallel.pipeline):
+        place: Any = SimpleNamespace(
+            parallel=config.parallel, pipeline_rank=rank, tensor=TensorGroup(0, config.parallel.tensor, None)
+        )
+        built = global_parameters(build_chunks(config.model, config.mtp, place))
+        expected = owned({name: p.numel() for name, p in built.items()})
+        assert budget.rank_parameters(config.model, config.mtp, config.parallel, rank) == expected
+
+
+def materialized(config: Plan) -> tuple[Chunk, dict[str, torch.Tensor]]:
+    with torch.device("meta"):
+        model = Chunk(config.model, config.mtp, range(config.model.layers))
+    initialize(model, 0)
+    model.defer_weight_gradients(WeightGradients())
+    width = config.train.sequence_length + 1 + config.mtp.depth
+    tokens = torch.randint(0, 1024, (config.train.micro_batch, width), generator=torch.Generator().manual_seed(0))
+    documents, scale = torch.zeros_like(tokens).int(), torch.ones(len(tokens), 1 + config.mtp.depth)
+    return model, {"tokens": tokens, "documents": documents, "scale": scale}
+
+
+SMALL = ("train.dtype=float32", "train.micro_batch=2", "train.sequence_length=32")
+
+
+def test_operations_are_those_that_torch_counts() -> None:
+    """Torch counts every matrix product exactly, but not the CPU's fused attention: its share is the documented formula."""
+    config = planned(*SMALL)
+    model, rows = materialized(config)
+    with FlopCounterMode(display=False) as counter:
+        model(**rows)[0].backward()
+        assert model.weight_gradients is not None
+        model.weight_gradients.take()()
+    positions = config.train.micro_batch * config.train.sequence_length
+    attention = 12 * (config.model.layers + config.mtp.depth) * config.train.sequence_length * config.model.hidden
+    assert counter.get_total_flops() / positions + attention == budget.flops_per_token(config)
+
+
+@pytest.mark.parametrize(
+    "override", ["mtp=none", "mtp.depth=1", "model=small", "train.sequence_length=128", "model.document_mask=false"]
+)
+def test_activations_are_near_what_autograd_keeps(override: str) -> None:
+    """Measured: storages that the graph holds, parameters left out. An estimate: within 10 %."""
+    config = planned(*SMALL, override)
+    model, rows = materialized(config)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(**rows)
+    measured = sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+    # The loss keeps its states' gradients outside autograd.
+    measured += 4 * (1 + config.mtp.depth) * config.train.micro_batch * config.train.sequence_length * config.model.hidden
+    assert budget.chunk_activations(config, config.model.layers, last=True) == pytest.approx(measured, rel=0.1)
+
+
+def test_fit_names_a_layout_that_fits_and_none_smaller_does() -> None:
+    config = planned("model=1b", "model.layers=16", "train.global_batch=64", "world_memory_gib=6")
+    assert largest_rank(config) > 6 * GIB
+    found = smallest_layout(config)
+    assert found is not None
+    assert largest_rank(found) <= 6 * GIB
+    world = found.parallel.pipeline * found.parallel.tensor * found.parallel.data
+    assert world > 1
+    roomy = replace(config, world_memory_gib=largest_rank(config) / GIB)
+    same = smallest_layout(roomy)
+    assert same is not None
+    assert same.parallel == config.parallel
+    assert smallest_layout(replace(config, world_memory_gib=1e-3)) is None
+    assert "does not fit" in text(config, None) and f"parallel.tensor={found.parallel.tensor}" in text(config, None)
+
+
+def test_text_says_where_everything_is() -> None:
+    page = text(planned("parallel=v2_tensor2", "train.global_batch=32"), None)
+    assert "0 .. 1" in page and "2 .. 3" in page
+    assert "final norm, 2 MTP modules, the same embedding, output head (the embedding)" in page
+    classic = text(planned("parallel=classic2"), None)
+    assert "final norm, 2 MTP modules, replica of the embedding, output head (the embedding)" in classic
+    assert "32 rows of 256 positions = 8,192 tokens a step; 8 micro-batches of 4 row(s)" in classic
+    assert "10 steps, 81,920 tokens" in classic
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "parallel.tensor=3", "train.global_batch=30", "model.heads=6", "mtp.kind=none", "zero.stage=3", "data.lanes=7",
+        "train.steps=null",
+    ],
+)
+def test_problems_are_those_of_training(override: str) -> None:
+    with pytest.raises(UserError) as planning:
+        planned(override)
+    run = compose("train", TrainingRun, ["run_dir=x", "data.path=x", "train.steps=10", "model.vocab_size=1024", override])
+    with pytest.raises(UserError) as training:
+        validate(run, None)
+    assert str(planning.value) == str(training.value)
+
+
+def test_a_vocabulary_or_a_dataset_is_needed() -> None:
+    with pytest.raises(UserError, match=r"model\.vocab_size is null and data\.path is empty"):
+        planned("model.vocab_size=null")
+    with pytest.raises(UserError, match="nowhere is not a dataset"):
+        planned("model.vocab_size=null", "data.path=nowhere")
+    config, dataset = prepare(compose("plan", Plan, ["train.steps=10", "model.vocab_size=64", "data.path=nowhere"]))
+    assert dataset is None
+    assert "data.path=nowhere does not exist" in text(config, dataset)
+
+
+def test_command_needs_no_torch() -> None:
+    script = (
+        "import sys; sys.argv = ['plan', 'model=tiny', 'model.vocab_size=512', 'train.steps=3']; "
+        "import runpy, atexit; atexit.register(lambda: print('torch' in sys.modules)); "
+        "runpy.run_module('mtp_dist.plan', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("False\n")
+    assert "smallest layout that fits: parallel.pipeline=1 parallel.tensor=1 parallel.data=1" in done.stdout
