@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mtp_dist.checkpoint import folder
+from mtp_dist.checkpoint.compatibility import require_same_model
 from mtp_dist.config import versions
 from mtp_dist.config.compose import differences, load, save
 from mtp_dist.config.layout import world_size
@@ -42,7 +44,8 @@ def resolved_file(run_dir: str | os.PathLike[str]) -> Path:
 
 
 def prepare(config: TrainingRun) -> TrainingRun:
-    """Check a composed configuration and its dataset, freeze it in its run folder, and return it with derived settings filled.
+    """Check a composed configuration, its dataset and the run's newest checkpoint (if there is one), freeze the configuration in
+    its run folder, and return it with derived settings filled.
 
     Of several nodes only the first writes (the others wait for it in the rendezvous), so the file says ``launch.node_rank: 0``
     and the returned configuration says this node's. Raises UserError.
@@ -52,6 +55,9 @@ def prepare(config: TrainingRun) -> TrainingRun:
     dataset = _dataset(config)
     validate(config, dataset.vocab_size)
     full = resolve(config, dataset.vocab_size)
+    # Before anything is written: settings of another model, once frozen, would refuse the right ones.
+    for checkpoint in folder.complete(Path(full.run_dir) / "checkpoints")[-1:]:
+        require_same_model(checkpoint, full)
     if full.launch.node_rank == 0:
         freeze(full)
     return full
@@ -136,8 +142,11 @@ def _only_run_dir(argv: list[str]) -> str | None:
 
 def _dataset(config: TrainingRun) -> Dataset:
     """The dataset, complete, and made by the tokenizer that was given (if one was). Raises UserError."""
-    dataset = Dataset.open(config.data.path)
-    dataset.split("train")
+    try:
+        dataset = Dataset.open(config.data.path)
+        dataset.split("train")
+    except UserError as error:
+        raise UserError(f"data.path={config.data.path}: {error}") from None
     if config.tokenizer.path:
         path = Path(config.tokenizer.path)
         if not path.is_file():

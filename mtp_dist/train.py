@@ -7,10 +7,7 @@ same folder it resumes.
 
 import os
 import sys
-from pathlib import Path
 
-from mtp_dist.checkpoint import folder
-from mtp_dist.checkpoint.compatibility import require_same_model
 from mtp_dist.config.command import application
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.errors import UserError
@@ -26,10 +23,7 @@ EXAMPLES = (
 
 def launch(config: TrainingRun) -> int:
     """Freeze the run and start its processes on this machine."""
-    ready = prepare(config)
-    for checkpoint in folder.complete(Path(ready.run_dir) / "checkpoints")[-1:]:
-        require_same_model(checkpoint, ready)
-    return start(ready)
+    return start(prepare(config))
 
 
 def work(argv: list[str]) -> int:
