@@ -152,7 +152,7 @@ class Trainer:
         stop, log, validate, keep = self._agree()
         metrics: dict[str, float] = {}
         if log:
-            metrics = self._metrics(totals, outcome, lr, elapsed, waited)
+            metrics = self._metrics(totals, outcome, lr, loss_weight(self.config.mtp, trained), elapsed, waited)
         if validate:
             metrics |= self.validate()
         if metrics:
@@ -199,13 +199,15 @@ class Trainer:
             raise UserError(f"{what}; {row} such steps in a row exceed train.nonfinite_limit={train.nonfinite_limit}")
         raise UserError(f"{what}; lower optim.lr, or set train.nonfinite=skip to go on without such steps")
 
-    def _metrics(self, totals: Totals, outcome: StepOutcome, lr: float, elapsed: float, waited: float) -> dict[str, float]:
+    def _metrics(
+        self, totals: Totals, outcome: StepOutcome, lr: float, weight: float, elapsed: float, waited: float
+    ) -> dict[str, float]:
         seen = self.progress.tokens_seen
         metrics = totals.training_metrics() | {
             names.LEARNING_RATE: lr,
             names.GRADIENT_NORM: outcome.gradient_norm,
             names.SKIPPED_STEPS: self.progress.skipped,
-            names.LOSS_WEIGHT: loss_weight(self.config.mtp, self.progress.tokens_trained),
+            names.LOSS_WEIGHT: weight,
             names.TOKENS_SEEN: seen,
             names.EPOCH: seen / self.dataset.splits["train"].tokens,
             names.TOKENS_PER_SECOND: self.step_tokens / elapsed,
