@@ -21,6 +21,7 @@ ROOTS: dict[str, type] = {
     "plan": schema.Plan,
     "evaluate": schema.Evaluation,
     "generate": schema.Generation,
+    "export": schema.Export,
     "build_shards": schema.ShardBuild,
     "report": schema.Report,
 }

@@ -1,6 +1,6 @@
 """Every setting of the project: its type, its default and what it means, in one place.
 
-One dataclass for each group of ``conf/``; the root classes (``TrainingRun``, ``Generation``, ``Evaluation``,
+One dataclass for each group of ``conf/``; the root classes (``TrainingRun``, ``Generation``, ``Evaluation``, ``Export``,
 ``ShardBuild``, ``Report``, ``Plan``) name the groups that an entry point takes. ``docs/configuration.md`` is generated from this file,
 ``validation.py`` holds the rules that need more than one field.
 """
@@ -65,8 +65,10 @@ class ParallelConfig:
     pipeline: int = setting(1, "PP: pipeline ranks.")
     tensor: int = setting(1, "TP: ranks that split every matrix.")
     data: int = setting(1, "DP: replicas; the optimizer is sharded over them by ZeRO.")
-    schedule: str = setting("zbv", "Pipeline schedule: 1f1b (one chunk a rank, embedding replica) | zbv (zero-bubble V) | dualpipev (DualPipe V).")
-    placement: list[int] = setting([], "Trunk layers of each chunk, first to last. Empty: as even as possible.")
+    schedule: str = setting("zbv", "Pipeline schedule: 1f1b (one chunk a rank) | interleaved (several), both with an embedding replica; zbv (zero-bubble V) | dualpipev (DualPipe V).")
+    interleave: int = setting(2, "schedule=interleaved: chunks on each rank.")
+    placement: str = setting("balanced", "Trunk layers of each chunk: balanced (heads and projections counted) | uniform | a list, first to last, as [3,2,2,1].")
+    tail_cost: float | None = setting(None, "balanced: cost of MTP modules and vocabulary projections in trunk layers. null: by floating-point operations.")
     timeout_minutes: float = setting(10.0, "A collective that waits longer than this ends the job.")
 
 
@@ -258,6 +260,18 @@ class Evaluation:
     dtype: str | None = setting(None, "float32 | bfloat16. null: the checkpoint's.")
     parallel: ParallelConfig = group(ParallelConfig, "The layout.")
     launch: LaunchConfig = group(LaunchConfig, "Processes.")
+
+
+@dataclass
+class Export:
+    """`python -m mtp_dist.export`: a checkpoint in a format that other projects read."""
+
+    checkpoint: str = setting("", "A checkpoint folder, or a run folder (its newest checkpoint).")
+    out: str = setting("", "Folder to make; it must not exist.")
+    format: str = setting("hf", "hf (Hugging Face: a Llama trunk, MTP modules named as in DeepSeek-V3).")
+    dtype: str | None = setting(None, "float32 | bfloat16. null: the checkpoint's train.dtype.")
+    heads: bool = setting(True, "Also the MTP modules; false: the trunk alone.")
+    shard_gb: float = setting(4.0, "Largest size of a weight file, in 10^9 bytes; also the most memory that is used.")
 
 
 @dataclass

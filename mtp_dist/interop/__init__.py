@@ -1,0 +1,1 @@
+"""Other projects' formats for trained models. Names and settings only; nothing here imports torch or the other project."""
