@@ -4,7 +4,7 @@
 
 The settings are those frozen in RUN_DIR; only what Slurm alone knows comes from outside: this node's number (SLURM_NODEID), and
 address and port of the rendezvous on the first node. ``RUN_DIR/.launcher-<node>`` holds the id of this process: a SIGTERM to it
-makes the node save and stop.
+makes the node save and stop. At the end it becomes ``RUN_DIR/.ended-<node>``.
 """
 
 import os
@@ -33,9 +33,15 @@ def run() -> int:
     if len(sys.argv) != 4 or "SLURM_NODEID" not in os.environ:
         raise UserError("slurm_node.py is started by srun, with RUN_DIR ADDRESS PORT; to submit a job: python launch/slurm.py")
     run_dir, address, port = sys.argv[1:]
-    launcher = Path(run_dir) / f".launcher-{os.environ['SLURMD_NODENAME']}"
+    node = os.environ["SLURMD_NODENAME"]
+    launcher = Path(run_dir) / f".launcher-{node}"
     launcher.write_text(str(os.getpid()))
-    return start(node_settings(run_dir, address, port, int(os.environ["SLURM_NODEID"])))
+    try:
+        return start(node_settings(run_dir, address, port, int(os.environ["SLURM_NODEID"])))
+    finally:
+        ended = launcher.with_name(f".ended-{node}")
+        ended.write_text(str(os.getpid()))
+        launcher.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

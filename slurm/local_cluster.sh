@@ -107,11 +107,16 @@ C
   } > "$conf"
 }
 
-# The pid of a pid file, if that very daemon lives: a number left over from before a reboot may be anyone's.
+# Whether a process is that daemon and lives: a number left over from before a reboot may be anyone's, and where nobody reaps
+# processes a dead one stays as a zombie.
+is_daemon() {
+  grep -q "^Name:[[:space:]]*$2\$" "/proc/$1/status" 2> /dev/null && ! grep -q '^State:[[:space:]]*Z' "/proc/$1/status" 2> /dev/null
+}
+
+# The pid of a pid file, if that very daemon lives.
 living() {
   local pid
-  pid=$(cat "$1" 2> /dev/null) && [ -n "$pid" ] && kill -0 "$pid" 2> /dev/null &&
-    [[ $(cat "/proc/$pid/comm" 2> /dev/null) = "$2" ]] && printf '%s' "$pid"
+  pid=$(cat "$1" 2> /dev/null) && [ -n "$pid" ] && is_daemon "$pid" "$2" && printf '%s' "$pid"
 }
 
 idle_nodes() { sinfo --noheader --partition=main --states=idle,mixed,allocated --format=%D 2> /dev/null | awk '{n += $1} END {print n + 0}'; }
@@ -156,7 +161,8 @@ end() {
   pid=$(living "$1" "$2") || return 0
   kill "$pid" 2> /dev/null || return 0
   for _ in $(seq 40); do
-    kill -0 "$pid" 2> /dev/null || return 0
+    # By number: a daemon removes its pid file before it has ended.
+    is_daemon "$pid" "$2" || return 0
     sleep 0.25
   done
   # shellcheck disable=SC2046

@@ -60,7 +60,8 @@ def cluster() -> Iterator[Cluster]:
     if missing:
         pytest.skip(f"Slurm is not installed here (missing: {', '.join(missing)}); on Debian and Ubuntu: slurm-wlm and munge")
     # Not tmp_path: the path of a unix socket is short.
-    root = tempfile.mkdtemp(prefix="slurm-")
+    folder = tempfile.gettempdir()
+    root = tempfile.mkdtemp(prefix="slurm-", dir=folder if len(folder) <= 40 else "/tmp")
     outer = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "MTP_DIST_SLURM_"))}
     environment = outer | {"PATH": path, "MTP_DIST_SLURM_ROOT": root, "SLURM_CONF": f"{root}/slurm.conf"}
     started = _cluster_command(environment, "start")

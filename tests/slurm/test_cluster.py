@@ -7,6 +7,7 @@ import math
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mtp_dist.tracking.jsonl import read_records
@@ -75,6 +76,31 @@ def test_two_nodes_train_requeue_and_resume_to_the_end(cluster: Cluster, dataset
     assert records[: len(before)] == before
     assert all(math.isfinite(record["loss/total"]) for record in records)
     assert not list(run_dir.glob(".preflight*"))
+
+
+@pytest.mark.full
+def test_a_node_that_dies_and_comes_back_unnoticed_costs_a_requeue(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
+    """Everything of one node is killed and its slurmd started again before Slurm misses it: srun alone would wait for ever."""
+    run_dir = tmp_path / "run"
+    metrics = run_dir / "metrics.jsonl"
+    more = ["checkpoint.every_steps=5", "train.steps=80", "launch.signal_seconds=30"]
+    job = submitted(cluster, *overrides(dataset, run_dir, *more))
+    log = run_dir / f"slurm-{job}.out"
+    cluster.wait("the tenth step", lambda: len(read_records(metrics)) >= 10, log)
+    launcher = psutil.Process(int((run_dir / ".launcher-node2").read_text()))
+    daemon = psutil.Process(int((Path(cluster.environment["MTP_DIST_SLURM_ROOT"]) / "run" / "slurmd-node2.pid").read_text()))
+    step = launcher.parent()
+    assert step is not None
+    node = [daemon, step, *launcher.children(recursive=True), launcher]
+    for process in node:
+        process.kill()
+    psutil.wait_procs(node, timeout=30)
+    cluster.output("bash", str(LOCAL_CLUSTER), "start")
+    cluster.wait("the end", lambda: cluster.job(job)["JobState"] in ENDED, log)
+    assert cluster.job(job)["JobState"] == "COMPLETED", log.read_text()
+    assert cluster.job(job)["Restarts"] == "1"
+    assert "a node is lost; put in the queue again" in log.read_text()
+    assert [record["step"] for record in read_records(metrics)] == list(range(1, 81))
 
 
 def test_a_run_that_fails_stays_down(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
