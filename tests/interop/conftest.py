@@ -17,7 +17,8 @@ KINDS = {
     "tied": ("pp2_zbv", {}),
     # Fragments of two tensor ranks, an output matrix of its own, and W_k with its halves the other way round.
     "untied": ("tp2", {"model.tie_embeddings": False, "mtp.concat": "hidden_first"}),
-    "pre_norm": ("tp2", {"mtp.h0": "pre_norm", "train.dtype": "bfloat16"}),
+    # Shards of two replicas.
+    "pre_norm": ("dp2_zero1", {"mtp.h0": "pre_norm", "train.dtype": "bfloat16"}),
 }
 
 
