@@ -1,4 +1,5 @@
-"""The last words of launch/quickstart.sh: what was done and where it is, in at most 20 lines, read from the files that the steps wrote."""
+"""The last words of launch/quickstart.sh: what was done and where it is, in at most 20 lines, read from the files that the
+steps wrote."""
 
 import json
 import sys
@@ -12,7 +13,8 @@ def main(run: Path, dataset: Path, stopped_at: str) -> None:
     first, last = records[0], records[-1]
     evaluation = json.loads((run / "evaluation.json").read_text())
     generation = json.loads((run / "generation.json").read_text())
-    print(f"data         {dataset}: {splits['train']['tokens']:,} training and {splits['validation']['tokens']:,} held-out tokens")
+    trained, held = splits["train"]["tokens"], splits["validation"]["tokens"]
+    print(f"data         {dataset}: {trained:,} training and {held:,} held-out tokens")
     print(f"run          {run}: {last['step']} steps, {last['data/tokens_seen']:,} tokens (settings: {run}/resolved.yaml)")
     print(f"loss         {first['loss/main']:.3f} at step {first['step']}, {last['loss/main']:.3f} at step {last['step']}")
     if stopped_at:

@@ -63,7 +63,7 @@ def _layout(config: Plan) -> str:
     parallel = config.parallel
     kind = f"{parallel.schedule}, {'V' if is_v(parallel) else 'classic'} placement" if parallel.pipeline > 1 else "no pipeline"
     rows = [["pipeline rank", "global ranks", "chunk", "trunk layers", "also holds"]]
-    layers, count = layers_of_chunks(parallel, config.model.layers), chunks(parallel)
+    layers, count = layers_of_chunks(config), chunks(parallel)
     for pipeline_rank in range(parallel.pipeline):
         shared = False
         for number in chunks_of_rank(parallel, pipeline_rank):
@@ -103,7 +103,7 @@ def _parameters(config: Plan) -> str:
     whole = budget.chunk_parameters(config.model, config.mtp, config.model.layers)
     rows = [["parameters", "trunk", "embedding", "MTP modules", "output matrix", "total"], _parameter_row("whole model", whole)]
     for pipeline_rank in range(config.parallel.pipeline):
-        held = budget.rank_parameters(config.model, config.mtp, config.parallel, pipeline_rank)
+        held = budget.rank_parameters(config, pipeline_rank)
         rows.append(_parameter_row(f"pipeline rank {pipeline_rank}, each", held))
     return _table(rows)
 
@@ -169,7 +169,7 @@ def smallest_layout(config: Plan) -> Plan | None:
         for pipeline, tensor, data in _factors(world):
             candidate = copy.deepcopy(config)
             parallel = candidate.parallel
-            parallel.pipeline, parallel.tensor, parallel.data, parallel.placement = pipeline, tensor, data, []
+            parallel.pipeline, parallel.tensor, parallel.data, parallel.placement = pipeline, tensor, data, "balanced"
             candidate.launch.nodes, candidate.launch.node_rank, candidate.launch.processes_per_node = 1, 0, None
             try:
                 validate_training(candidate, None)

@@ -73,9 +73,9 @@ def test_parameters_of_each_rank_are_those_that_it_builds(layout: list[str], tie
         place: Any = SimpleNamespace(
             parallel=config.parallel, pipeline_rank=rank, tensor=TensorGroup(0, config.parallel.tensor, None)
         )
-        built = global_parameters(build_chunks(config.model, config.mtp, place))
+        built = global_parameters(build_chunks(config, place))
         expected = owned({name: p.numel() for name, p in built.items()})
-        assert budget.rank_parameters(config.model, config.mtp, config.parallel, rank) == expected
+        assert budget.rank_parameters(config, rank) == expected
 
 
 def materialized(config: Plan) -> tuple[Chunk, dict[str, torch.Tensor]]:

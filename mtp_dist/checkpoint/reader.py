@@ -62,6 +62,8 @@ class Checkpoint:
         record = self.manifest.parameters.get(name)
         if record is None:
             raise UserError(f"checkpoint {self.path} has no parameter {name}: it is of another model")
+        if shape is not None and any(a + n > whole for a, n, whole in zip(start or (), shape, record.shape, strict=True)):
+            raise UserError(f"checkpoint {self.path} has {name} of shape {record.shape}: it is of another model")
         shape = tuple(record.shape) if shape is None else shape
         start = (0,) * len(shape) if start is None else start
         wanted = torch.empty(shape)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import mtp_dist
@@ -67,8 +68,8 @@ def save(
         temporary.mkdir(parents=True, exist_ok=True)
         fragments = _write_fragments(temporary / file, engine)
         record = file_record(temporary / file)
-    except OSError as error:
-        record, problem = FileRecord(0, ""), f"{temporary / file}: {error.strerror or error}"
+    except (OSError, SafetensorError) as error:
+        record, problem = FileRecord(0, ""), f"{temporary / file}: {getattr(error, 'strerror', None) or error}"
     reports: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(reports, (file, record, fragments, problem), group=mesh.control)
     problem = next((report[3] for report in reports if report[3]), None)

@@ -8,7 +8,7 @@ import math
 from mtp_dist.config.schema import Evaluation, ParallelConfig, TrainingRun
 
 V_SCHEDULES = ("zbv", "dualpipev")
-SCHEDULES = ("1f1b", *V_SCHEDULES)
+SCHEDULES = ("1f1b", "interleaved", *V_SCHEDULES)
 
 
 def world_size(parallel: ParallelConfig) -> int:
@@ -22,8 +22,16 @@ def is_v(parallel: ParallelConfig) -> bool:
 
 
 def chunks(parallel: ParallelConfig) -> int:
-    """Parts of the trunk: two a pipeline rank in a V placement, one otherwise, one without a pipeline."""
-    return 2 * parallel.pipeline if is_v(parallel) else parallel.pipeline
+    """Parts of the trunk: two a pipeline rank in a V placement, several when interleaved, else one; one without a pipeline."""
+    if parallel.pipeline == 1:
+        return 1
+    per_rank = 2 if is_v(parallel) else parallel.interleave if parallel.schedule == "interleaved" else 1
+    return per_rank * parallel.pipeline
+
+
+def placement_by_hand(placement: str) -> list[int]:
+    """Layers of each chunk from `[3,2,2,1]` (brackets may be missing); ValueError for anything else."""
+    return [int(size) for size in placement.strip("[] ").split(",")]
 
 
 def micro_batches(config: TrainingRun) -> int:
@@ -32,7 +40,8 @@ def micro_batches(config: TrainingRun) -> int:
 
 
 def fewest_micro_batches(parallel: ParallelConfig) -> int:
-    """The least M that torch takes: ZBV fills empty slots itself, 1F1B and DualPipeV refuse fewer than their chunks."""
+    """The least M that torch takes: ZBV and interleaved fill empty slots themselves, 1F1B and DualPipeV refuse fewer than their
+    chunks."""
     if parallel.pipeline > 1 and parallel.schedule in ("1f1b", "dualpipev"):
         return chunks(parallel)
     return 1

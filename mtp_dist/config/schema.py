@@ -135,7 +135,7 @@ class TrainConfig:
     dtype: str = setting("bfloat16", "bfloat16 (with float32 masters, accumulation and reduction) | float32.")
     deterministic: bool = setting(True, "Deterministic kernels and a fixed number of threads: what bit-identical resume promises.")
     nonfinite: str = setting("stop", "A step with a non-finite loss or gradient: stop | skip (the weights and the learning rate stay).")
-    nonfinite_limit: int = setting(5, "With skip: so many skipped steps in a row end the run.")
+    nonfinite_limit: int = setting(5, "With skip: more skipped steps in a row than this end the run.")
     log_every_steps: int = setting(1, "Steps between tracked metrics.")
     log_every_minutes: float = setting(0.0, "Also after so many minutes. 0: never.")
     progress: bool = setting(True, "A progress bar on rank 0 where the output is a terminal, else a line now and then.")

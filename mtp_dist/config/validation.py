@@ -13,6 +13,7 @@ from mtp_dist.config.layout import (
     chunks,
     fewest_micro_batches,
     micro_batches,
+    placement_by_hand,
     processes_per_node,
     tokens_per_step,
     total_steps,
@@ -146,20 +147,28 @@ def _validate_tensor(tensor: int, model: ModelConfig, vocabulary: int | None) ->
 
 
 def _validate_placement(parallel: ParallelConfig, model: ModelConfig) -> None:
+    if parallel.schedule == "interleaved":
+        at_least("parallel.interleave", parallel.interleave, 2)
+    at_least("parallel.tail_cost", parallel.tail_cost, 0)
     parts = chunks(parallel)
     layout = f"parallel.pipeline={parallel.pipeline} with parallel.schedule={parallel.schedule}"
-    placement = parallel.placement
-    if not placement:
-        if model.layers < parts:
-            raise UserError(f"model.layers={model.layers} is less than the {parts} chunks of {layout}; each needs a layer")
+    shown = parallel.placement
+    if shown in ("balanced", "uniform"):
+        # The last chunk may be the heads alone.
+        needed = parts if shown == "uniform" or parts == 1 else parts - 1
+        if model.layers < needed:
+            raise UserError(f"model.layers={model.layers} is too few for the {parts} chunks of {layout}: they need {needed}")
         return
-    shown = str(placement).replace(" ", "")
-    if len(placement) != parts:
-        raise UserError(f"parallel.placement={shown} has {len(placement)} entries; {layout} has {parts} chunks")
-    if min(placement[:-1], default=1) < 1 or placement[-1] < 0:
+    try:
+        sizes = placement_by_hand(shown)
+    except ValueError:
+        raise UserError(f"parallel.placement={shown}: choose balanced, uniform, or a list of layers such as [3,2,2,1]") from None
+    if len(sizes) != parts:
+        raise UserError(f"parallel.placement={shown} has {len(sizes)} entries; {layout} has {parts} chunks")
+    if min(sizes[:-1], default=1) < 1 or sizes[-1] < 0:
         raise UserError(f"parallel.placement={shown}: every chunk needs a layer, only the last one (it has the heads) may have 0")
-    if sum(placement) != model.layers:
-        raise UserError(f"parallel.placement={shown} adds up to {sum(placement)} layers, but model.layers={model.layers}")
+    if sum(sizes) != model.layers:
+        raise UserError(f"parallel.placement={shown} adds up to {sum(sizes)} layers, but model.layers={model.layers}")
 
 
 def _validate_mtp(mtp: MTPConfig, sequence_length: int) -> None:
@@ -258,6 +267,12 @@ def _validate_batches(config: TrainingRun) -> None:
             f"train.global_batch={batch} / ({product}) = {micro_batches(config)} micro-batches, but "
             f"parallel.schedule={parallel.schedule} with parallel.pipeline={parallel.pipeline} needs at least {least}; "
             f"choose train.global_batch={unit * least} or more, or a smaller train.micro_batch"
+        )
+    count, ranks = micro_batches(config), parallel.pipeline
+    if ranks > 1 and parallel.schedule == "interleaved" and count % max(1, count // ranks):
+        raise UserError(
+            f"parallel.schedule=interleaved with parallel.pipeline={ranks} cannot run {count} micro-batches in equal rounds; "
+            f"choose train.global_batch={unit * (count // ranks) * ranks}"
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from mtp_dist.config.layout import chunks, is_v, micro_batches
 from mtp_dist.config.schema import ModelConfig, MTPConfig, ParallelConfig, TrainingRun
+from mtp_dist.parallel.cost import attention_width, block_flops, block_matrices, tail_flops
 from mtp_dist.parallel.placement import chunks_of_rank, layers_of_chunks
 
 GRADIENT_BYTES = 4
@@ -58,8 +59,7 @@ class Memory:
 
 def block_parameters(model: ModelConfig, tensor: int = 1) -> int:
     """One decoder block's share on one of `tensor` ranks; norms are on each."""
-    matrices = model.hidden * (2 * _queries(model) + 2 * _keys(model) + 3 * model.mlp)
-    return matrices // tensor + 2 * model.hidden
+    return block_matrices(model) // tensor + 2 * model.hidden
 
 
 def chunk_parameters(
@@ -78,10 +78,11 @@ def chunk_parameters(
     )
 
 
-def rank_parameters(model: ModelConfig, mtp: MTPConfig, parallel: ParallelConfig, pipeline_rank: int) -> Parameters:
+def rank_parameters(config: TrainingRun, pipeline_rank: int) -> Parameters:
     """What a rank of this pipeline rank holds. In a V placement the first and the last chunk share one embedding; a classic
     layout holds it on the first and on the last rank."""
-    layers, count = layers_of_chunks(parallel, model.layers), chunks(parallel)
+    model, mtp, parallel = config.model, config.mtp, config.parallel
+    layers, count = layers_of_chunks(config), chunks(parallel)
     held = Parameters()
     for number in chunks_of_rank(parallel, pipeline_rank):
         part = chunk_parameters(
@@ -97,6 +98,11 @@ def chunks_in_flight(parallel: ParallelConfig, pipeline_rank: int, micro: int) -
     """Most forward passes of single chunks that wait for their backward pass on a rank, with `micro` micro-batches a step."""
     if parallel.pipeline == 1:
         return 1
+    if parallel.schedule == "interleaved":
+        # Torch's warm-up (arXiv 2104.04473, section 2.2), and the pass that follows it.
+        round_size = micro // max(1, micro // parallel.pipeline)
+        warm_up = (parallel.interleave - 1) * round_size + 2 * (parallel.pipeline - 1 - pipeline_rank)
+        return min(warm_up + 1, parallel.interleave * micro)
     if not is_v(parallel):
         return min(parallel.pipeline - pipeline_rank, micro)
     return min(2 * parallel.pipeline + (parallel.schedule == "dualpipev"), 2 * micro)
@@ -106,7 +112,7 @@ def block_activations(model: ModelConfig, tensor: int = 1) -> int:
     """Elements that one block keeps for its backward pass, a position: of each norm the input, the normalised and the weighted
     state; queries, keys, values, the attention's output; the four inner states of SwiGLU."""
     whole = 6 * model.hidden
-    split = 2 * _queries(model) + 2 * _keys(model) + 4 * model.mlp
+    split = 2 * attention_width(model, model.heads) + 2 * attention_width(model, model.kv_heads) + 4 * model.mlp
     return whole + split // tensor
 
 
@@ -129,10 +135,10 @@ def rank_memory(config: TrainingRun, pipeline_rank: int) -> Memory:
     """Bytes of the fullest moment of a training step on a rank of this pipeline rank."""
     model, parallel = config.model, config.parallel
     assert model.vocab_size is not None
-    parameters = rank_parameters(model, config.mtp, parallel, pipeline_rank).total
+    parameters = rank_parameters(config, pipeline_rank).total
     shards = parallel.data if config.zero.stage else 1
     masters = MASTER_BYTES if config.zero.stage else 0
-    layers, numbers = layers_of_chunks(parallel, model.layers), chunks_of_rank(parallel, pipeline_rank)
+    layers, numbers = layers_of_chunks(config), chunks_of_rank(parallel, pipeline_rank)
     has_last = chunks(parallel) - 1 in numbers
     passes = [chunk_activations(config, len(layers[n]), last=n == chunks(parallel) - 1) for n in numbers]
     in_flight = chunks_in_flight(parallel, pipeline_rank, micro_batches(config))
@@ -151,26 +157,12 @@ def rank_memory(config: TrainingRun, pipeline_rank: int) -> Memory:
 
 
 def flops_per_token(config: TrainingRun) -> int:
-    """Floating-point operations of forward and backward for one trained position: 6 for each matrix element that it passes (the
-    output matrix 1 + D times), and 12 S H c a block for attention, causality not deducted (arXiv 2204.02311, appendix B)."""
-    model, depth = config.model, config.mtp.depth
-    assert model.vocab_size is not None
-    blocks = model.layers + depth
-    matrices = blocks * (block_parameters(model) - 2 * model.hidden) + depth * 2 * model.hidden**2
-    matrices += (1 + depth) * model.vocab_size * model.hidden
-    return 6 * matrices + 12 * blocks * config.train.sequence_length * _queries(model)
+    """Floating-point operations of forward and backward for one trained position."""
+    length = config.train.sequence_length
+    return config.model.layers * block_flops(config.model, length) + tail_flops(config.model, config.mtp, length)
 
 
 def dtype_bytes(config: TrainingRun) -> int:
     """Of one weight or activation."""
     return 4 if config.train.dtype == "float32" else 2
 
-
-def _queries(model: ModelConfig) -> int:
-    assert model.head_dim is not None
-    return model.heads * model.head_dim
-
-
-def _keys(model: ModelConfig) -> int:
-    assert model.head_dim is not None
-    return model.kv_heads * model.head_dim

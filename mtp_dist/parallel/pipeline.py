@@ -12,14 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleDualPipeV, ScheduleZBVZeroBubble
+from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleDualPipeV, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
 
 from mtp_dist.config import layout
 from mtp_dist.model.weight_gradients import WeightGradients
 from mtp_dist.parallel.mesh import Mesh
 from mtp_dist.parallel.placement import chunks_of_rank, rank_of_chunk
 
-SCHEDULES: dict[str, Any] = {"1f1b": Schedule1F1B, "zbv": ScheduleZBVZeroBubble, "dualpipev": ScheduleDualPipeV}
+SCHEDULES: dict[str, Any] = {
+    "1f1b": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+    "zbv": ScheduleZBVZeroBubble, "dualpipev": ScheduleDualPipeV}
 
 
 class Pipeline:

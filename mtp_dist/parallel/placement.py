@@ -5,32 +5,87 @@ V placement, PP = 4 (the embedding, the heads and the loss are all on rank 0):
     rank   0          1          2          3
     down   chunk 0 -> chunk 1 -> chunk 2 -> chunk 3
     up     chunk 7 <- chunk 6 <- chunk 5 <- chunk 4
+
+A step takes as long as its busiest rank, and the MTP modules with their 1 + D projections onto the vocabulary may weigh as much
+as many layers: the balanced placement counts them.
 """
 
-from mtp_dist.config.layout import chunks, is_v
-from mtp_dist.config.schema import ParallelConfig
+from mtp_dist.config.layout import chunks, is_v, placement_by_hand
+from mtp_dist.config.schema import ParallelConfig, TrainingRun
+from mtp_dist.parallel.cost import block_flops, tail_flops
 
 
 def chunks_of_rank(parallel: ParallelConfig, pipeline_rank: int) -> list[int]:
-    """Chunk numbers that a pipeline rank runs, ascending."""
+    """Chunk numbers that a pipeline rank runs, ascending: a V, or round the ranks again (interleaved), or one."""
     if is_v(parallel):
         return [pipeline_rank, 2 * parallel.pipeline - 1 - pipeline_rank]
-    return [pipeline_rank]
+    return list(range(pipeline_rank, chunks(parallel), parallel.pipeline))
 
 
 def rank_of_chunk(parallel: ParallelConfig, chunk: int) -> int:
     if is_v(parallel) and chunk >= parallel.pipeline:
         return 2 * parallel.pipeline - 1 - chunk
-    return chunk
+    return chunk % parallel.pipeline
 
 
-def layers_of_chunks(parallel: ParallelConfig, layers: int) -> list[range]:
-    """The contiguous layers of each chunk. Uneven counts: earlier chunks take the extra layers, as the last one carries the
-    heads."""
-    count = chunks(parallel)
-    sizes = parallel.placement or [layers // count + (i < layers % count) for i in range(count)]
+def layers_of_chunks(config: TrainingRun) -> list[range]:
+    """The contiguous layers of each chunk, as `parallel.placement` says."""
+    parallel, layers = config.parallel, config.model.layers
+    if parallel.placement == "uniform":
+        sizes = uniform(chunks(parallel), layers)
+    elif parallel.placement == "balanced":
+        sizes = balanced(parallel, layers, tail_in_layers(config))
+    else:
+        sizes = placement_by_hand(parallel.placement)
     ranges, begin = [], 0
     for size in sizes:
         ranges.append(range(begin, begin + size))
         begin += size
     return ranges
+
+
+def tail_in_layers(config: TrainingRun) -> float:
+    """Cost of the MTP modules and vocabulary projections in units of one trunk layer: `parallel.tail_cost`, or by operations."""
+    if config.parallel.tail_cost is not None:
+        return config.parallel.tail_cost
+    length = config.train.sequence_length
+    return tail_flops(config.model, config.mtp, length) / block_flops(config.model, length)
+
+
+def uniform(count: int, layers: int) -> list[int]:
+    """As even as can be; earlier chunks take the extra layers, as the last one carries the heads."""
+    return [layers // count + (i < layers % count) for i in range(count)]
+
+
+def balanced(parallel: ParallelConfig, layers: int, tail: float) -> list[int]:
+    """Layers of each chunk such that the busiest rank is as little busy as possible, and then its chunks as even as possible.
+
+    `tail`: cost of what follows the last layer, in layers. All layers cost the same, so giving each next layer to the rank that
+    is least busy with it is optimal. Every chunk has a layer, but the last one, which may be the heads alone.
+    """
+    count = chunks(parallel)
+    if count == 1:
+        return [layers]
+    sizes = [1] * (count - 1) + [0]
+    extra = [0.0] * (count - 1) + [tail]
+
+    def chunk_cost(number: int) -> float:
+        return sizes[number] + extra[number]
+
+    def rank_cost(rank: int) -> float:
+        return sum(chunk_cost(number) for number in chunks_of_rank(parallel, rank))
+
+    for _ in range(layers - sum(sizes)):
+        # Of equal ranks the later one: it is farther from the heads, and has less in flight.
+        rank = min(range(parallel.pipeline), key=lambda r: (rank_cost(r), -r))
+        number = min(chunks_of_rank(parallel, rank), key=chunk_cost)
+        sizes[number] += 1
+    return sizes
+
+
+def rank_costs(config: TrainingRun) -> list[float]:
+    """Work of each pipeline rank, in layers; the largest over the mean is how much longer a step takes than a perfect split."""
+    parallel, layers = config.parallel, layers_of_chunks(config)
+    costs = [float(len(part)) for part in layers]
+    costs[-1] += tail_in_layers(config)
+    return [sum(costs[number] for number in chunks_of_rank(parallel, rank)) for rank in range(parallel.pipeline)]

@@ -4,16 +4,16 @@ import torch
 from torch import nn
 
 from mtp_dist.config import layout
-from mtp_dist.config.schema import ModelConfig, MTPConfig
+from mtp_dist.config.schema import TrainingRun
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.embedding import Embedding
 from mtp_dist.parallel.mesh import Mesh
 from mtp_dist.parallel.placement import chunks_of_rank, layers_of_chunks
 
 
-def build_chunks(model: ModelConfig, mtp: MTPConfig, mesh: Mesh) -> nn.ModuleList:
+def build_chunks(config: TrainingRun, mesh: Mesh) -> nn.ModuleList:
     """This rank's chunks on the meta device, ascending. In a V placement the first and the last share one embedding module."""
-    layers = layers_of_chunks(mesh.parallel, model.layers)
+    model, mtp, layers = config.model, config.mtp, layers_of_chunks(config)
     count = layout.chunks(mesh.parallel)
     embedding: Embedding | None = None
     chunks = nn.ModuleList()

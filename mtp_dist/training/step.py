@@ -46,8 +46,8 @@ class Workload(ForwardOnly):
         """Forward and backward of this replica's rows (`batch` on its reader, else None). `parts`: weights of L_main, L_1 ..
         L_D.
 
-        Gradients are added to the parameters, not yet reduced. Returns what ``gather`` takes: the last chunk's result and the global
-        counts. Collective.
+        Gradients are added to the parameters, not yet reduced. Returns what ``gather`` takes: the last chunk's result and the
+        global counts. Collective.
         """
         train, mesh = self.config.train, self.mesh
         shape = (train.global_batch // mesh.parallel.data, train.sequence_length + 1 + self.config.mtp.depth)
@@ -70,7 +70,7 @@ def _rows(tokens: Tensor, documents: Tensor, scale: Tensor) -> dict[str, Tensor]
 def build(config: TrainingRun, mesh: Mesh) -> Workload:
     """This rank's part of the model with its initial weights, its pipeline and its optimizer. Collective."""
     dtype = getattr(torch, config.train.dtype)
-    chunks = build_chunks(config.model, config.mtp, mesh)
+    chunks = build_chunks(config, mesh)
     for chunk in chunks:
         initialize(chunk, config.seed)
     chunks.to(mesh.device)
@@ -82,7 +82,7 @@ def build(config: TrainingRun, mesh: Mesh) -> Workload:
 
 def load_forward_only(config: TrainingRun, mesh: Mesh, checkpoint: Checkpoint) -> ForwardOnly:
     """This rank's part of the model with a checkpoint's weights, whatever layout saved it. Collective."""
-    chunks = build_chunks(config.model, config.mtp, mesh)
+    chunks = build_chunks(config, mesh)
     checkpoint.load_weights(chunks, getattr(torch, config.train.dtype))
     chunks.to(mesh.device)
     return ForwardOnly(config, mesh, _pipeline(config, mesh, chunks))

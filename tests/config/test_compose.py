@@ -78,7 +78,7 @@ def test_values_have_the_types_of_the_schema() -> None:
     assert config.optim.lr == 3e-4
     assert isinstance(config.optim.eps, float)
     assert config.mtp.loss_weight_points == [[1000.0, 0.1], [10000.0, 0.0]]
-    assert config.parallel.placement == [2, 2]
+    assert config.parallel.placement == "[2,2]"
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_differences_name_each_changed_setting() -> None:
     old = compose("train", TrainingRun, [])
     new = compose("train", TrainingRun, ["optim.lr=2", "parallel.placement=[4]"])
-    assert differences(old, new) == [("parallel.placement", [], [4]), ("optim.lr", 0.001, 2.0)]
+    assert differences(old, new) == [("parallel.placement", "balanced", "[4]"), ("optim.lr", 0.001, 2.0)]
     assert differences(old, old) == []
 
 

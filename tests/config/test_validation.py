@@ -35,7 +35,8 @@ def composed(*overrides: str) -> TrainingRun:
         key, _, text = override.partition("=")
         if override not in options:
             owner, _, name = key.rpartition(".")
-            setattr(value(config, owner) if owner else config, name, yaml.safe_load(text))
+            holder = value(config, owner) if owner else config
+            setattr(holder, name, text if text[:1] == "[" and isinstance(getattr(holder, name), str) else yaml.safe_load(text))
     return config
 
 
@@ -65,9 +66,17 @@ BROKEN = [
     ("parallel.tensor=8", ["parallel.tensor=8", "model.kv_heads=4", "1, 2 or 4"]),
     ("parallel.tensor=4 model.mlp=702", ["parallel.tensor=4", "model.mlp=702", "1 or 2"]),
     ("parallel.tensor=2 model.vocab_size=4097", ["parallel.tensor=2", "model.vocab_size=4097", "model.vocab_size=4098"]),
-    ("parallel.pipeline=2 parallel.schedule=zbw", ["parallel.schedule=zbw", "1f1b, zbv or dualpipev", "did you mean zbv"]),
-    ("parallel=v2 model.layers=3", ["model.layers=3", "4 chunks", "parallel.pipeline=2"]),
-    ("parallel=classic2 model.layers=1", ["model.layers=1", "2 chunks"]),
+    ("parallel.pipeline=2 parallel.schedule=zbw", ["parallel.schedule=zbw", "interleaved, zbv or dualpipev", "did you mean zbv"]),
+    ("parallel=v2 model.layers=2", ["model.layers=2", "4 chunks", "parallel.pipeline=2"]),
+    ("parallel=v2 model.layers=3 parallel.placement=uniform", ["model.layers=3", "4 chunks"]),
+    ("parallel=classic2 model.layers=1 parallel.placement=uniform", ["model.layers=1", "2 chunks"]),
+    ("parallel=v2 parallel.placement=even", ["parallel.placement=even", "balanced, uniform"]),
+    ("parallel=classic2 parallel.schedule=interleaved parallel.interleave=1", ["parallel.interleave=1"]),
+    (
+        "parallel=classic2 parallel.schedule=interleaved train.micro_batch=4 train.global_batch=20 data.lanes=4",
+        ["interleaved", "5 micro-batches", "train.global_batch=16"],
+    ),
+    ("parallel=v2 parallel.tail_cost=-1", ["parallel.tail_cost=-1"]),
     ("parallel=v2 parallel.placement=[4,4]", ["parallel.placement=[4,4]", "2 entries", "4 chunks"]),
     ("parallel=v2 parallel.placement=[2,2,2,1]", ["[2,2,2,1]", "7 layers", "model.layers=8"]),
     ("parallel=v2 parallel.placement=[4,0,2,2]", ["[4,0,2,2]", "only the last"]),

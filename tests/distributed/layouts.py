@@ -27,6 +27,8 @@ LAYOUTS: dict[str, dict[str, object]] = {
     "pp2_1f1b_dp2": {"pipeline": 2, "schedule": "1f1b", "data": 2},
     "pp2_zbv_dp2_zero0": {"pipeline": 2, "schedule": "zbv", "data": 2, "stage": 0},
     "tp2_dp2": {"tensor": 2, "data": 2},
+    "pp2_interleaved": {"pipeline": 2, "schedule": "interleaved"},
+    "pp2_zbv_heads_alone": {"pipeline": 2, "schedule": "zbv", "placement": "[1,1,2,0]"},
     "pp4_zbv": {"pipeline": 4, "schedule": "zbv", "layers": 8},
 }
 
@@ -51,7 +53,7 @@ def configuration(layout: str | None, **train: object) -> TrainingRun:
     config.mtp.depth = int(settings.get("depth", 2))  # type: ignore[call-overload]
     config.mtp.kind = "sequential" if config.mtp.depth else "none"
     config.mtp.depth_weights = [1.0, 0.7][: config.mtp.depth]
-    for axis in ("pipeline", "tensor", "data", "schedule"):
+    for axis in ("pipeline", "tensor", "data", "schedule", "placement"):
         setattr(config.parallel, axis, settings.get(axis, getattr(config.parallel, axis)))
     config.zero.stage = int(settings.get("stage", 1))  # type: ignore[call-overload]
     # A large eps keeps AdamW's update smooth where a gradient is nearly 0: rounding noise there would turn into whole steps.

@@ -29,7 +29,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2_zbv": {"pipeline": 2, "schedule": "zbv"},
     "pp2_dualpipev": {"pipeline": 2, "schedule": "dualpipev"},
     "pp2_1f1b": {"pipeline": 2, "schedule": "1f1b"},
-    "pp2_uneven": {"pipeline": 2, "schedule": "zbv", "placement": [2, 1, 1, 0]},
+    "pp2_uneven": {"pipeline": 2, "schedule": "zbv", "placement": "[2,1,1,0]"},
     "tp2": {"tensor": 2},
     "dp2": {"data": 2},
     "pp2_zbv_tp2": {"pipeline": 2, "schedule": "zbv", "tensor": 2},
