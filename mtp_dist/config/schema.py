@@ -65,6 +65,7 @@ class ParallelConfig:
     pipeline: int = setting(1, "PP: pipeline ranks.")
     tensor: int = setting(1, "TP: ranks that split every matrix.")
     data: int = setting(1, "DP: replicas; the optimizer is sharded over them by ZeRO.")
+    sequence_parallel: bool = setting(False, "Tensor ranks share the positions, too, outside the split matrices: less activation memory. `tensor` must divide train.sequence_length.")
     schedule: str = setting("zbv", "Pipeline schedule: 1f1b (one chunk a rank) | interleaved (several), both with an embedding replica; zbv (zero-bubble V) | dualpipev (DualPipe V).")
     interleave: int = setting(2, "schedule=interleaved: chunks on each rank.")
     placement: str = setting("balanced", "Trunk layers of each chunk: balanced (heads and projections counted) | uniform | a list, first to last, as [3,2,2,1].")

@@ -50,6 +50,7 @@ def validate_training(config: TrainingRun, vocabulary: int | None) -> None:
     _validate_batches(config)
     _validate_lanes(config)
     _validate_lengths(config)
+    _validate_sequence_parallel(config)
     _validate_intervals(config)
     one_of("tracker.wandb", config.tracker.wandb, ["offline", "online", "disabled"])
     one_of("tokenizer.kind", config.tokenizer.kind, ["bpe", "bytes", "file"])
@@ -144,6 +145,15 @@ def _validate_tensor(tensor: int, model: ModelConfig, vocabulary: int | None) ->
     if rows is not None and rows % tensor:
         padded = -(-rows // tensor) * tensor
         raise UserError(f"parallel.tensor={tensor} does not divide model.vocab_size={rows}; pad it: model.vocab_size={padded}")
+
+
+def _validate_sequence_parallel(config: TrainingRun) -> None:
+    length, tensor = config.train.sequence_length, config.parallel.tensor
+    if config.parallel.sequence_parallel and length % tensor:
+        raise UserError(
+            f"parallel.sequence_parallel=true shares train.sequence_length={length} over parallel.tensor={tensor} ranks, which does not "
+            f"divide it; choose train.sequence_length={length // tensor * tensor or tensor}, or parallel.sequence_parallel=false"
+        )
 
 
 def _validate_placement(parallel: ParallelConfig, model: ModelConfig) -> None:

@@ -76,7 +76,7 @@ class Chunk(nn.Module):
     def forward(self, hidden: Tensor | None = None, *, tokens: Tensor, documents: Tensor, scale: Tensor) -> Tensor:
         """tokens int64 and documents int [B, S+1+D], scale float32 [B, 1+D] (see ``head_loss``).
 
-        hidden [B, S, d] (None on the first chunk) -> hidden [B, S, d], or on the last chunk float32 [1 + 4 (1+D)]: the loss to
+        hidden [B, S, d] (None on the first chunk; S/R positions under sequence parallelism) -> hidden of that shape, or on the last chunk float32 [1 + 4 (1+D)]: the loss to
         differentiate, then ``STATISTICS`` of each depth.
         """
         self.forward_calls += 1
@@ -97,13 +97,20 @@ class Chunk(nn.Module):
         normed = self.norm(hidden)
         states = [normed]
         if self.mtp is not None:
-            assert self.embedding is not None
-            embedded = self.embedding(tokens[:, 1 : positions + self.depth])
-            states += self.mtp(hidden, normed, embedded, turn, mask)
+            states += self.mtp(hidden, normed, self._embed_ahead(tokens, positions), turn, mask)
+        states = [self.group.enter(state) for state in states]
         loss, statistics = head_loss(
             states, self.output_weight(), targets(tokens, documents, self.depth), scale, self.group, self.weight_gradients
         )
         return torch.cat((loss.view(1), statistics.flatten()))
+
+    def _embed_ahead(self, tokens: Tensor, positions: int) -> list[Tensor]:
+        """Emb(t[i+k]) for each depth k. Tokens are shifted before they are embedded: an embedding may be a share of the positions."""
+        assert self.embedding is not None
+        if self.group.shares_positions:
+            return [self.embedding(tokens[:, k : k + positions]) for k in range(1, self.depth + 1)]
+        once = self.embedding(tokens[:, 1 : positions + self.depth])
+        return [once[:, k : k + positions] for k in range(self.depth)]
 
     def result_size(self) -> int:
         """Elements of what the last chunk returns."""

@@ -15,8 +15,8 @@ from mtp_dist.model.weight_gradients import WeightGradients, accumulate
 class Linear(nn.Module):
     """y [.., outputs] = x [.., inputs] Wᵀ.
 
-    `split` 0 (column-parallel): this rank computes its slice of the outputs. `split` 1 (row-parallel): it holds a slice of the
-    inputs, the sums are all-reduced. None: each rank of the group computes the whole.
+    `split` 0 (column-parallel): this rank computes its slice of the outputs; its input has been through ``TensorGroup.enter``.
+    `split` 1 (row-parallel): it holds a slice of the inputs; its output has been through ``leave``. None: each rank has it whole.
     """
 
     def __init__(self, inputs: int, outputs: int, *, std: float, group: TensorGroup, split: int | None = None) -> None:
@@ -26,8 +26,6 @@ class Linear(nn.Module):
         self.group, self.split = group, split
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.split == 0:
-            x = self.group.enter(x)
         if self.weight_gradients is None or not torch.is_grad_enabled():
             y = F.linear(x, self.weight)
         else:

@@ -68,15 +68,16 @@ class Attention(nn.Module):
         super().__init__()
         assert config.head_dim is not None
         d, c, std = config.hidden, config.head_dim, config.init_std
-        self.head_dim = c
+        self.head_dim, self.group = c, group
         self.query = Linear(d, config.heads * c, std=std, group=group, split=0)
         self.key = Linear(d, config.kv_heads * c, std=std, group=group, split=0)
         self.value = Linear(d, config.kv_heads * c, std=std, group=group, split=0)
         self.output = Linear(config.heads * c, d, std=std * (2 * config.layers) ** -0.5, group=group, split=1)
 
     def forward(self, x: Tensor, turn: Tensor, mask: Tensor | None, cache: KeyValueCache | None = None) -> Tensor:
-        """x [B, n, d] -> [B, n, d]. mask: bool, broadcast to [B, H, n, total]; None is plainly causal,
+        """x [B, n, d] (a share of the positions under sequence parallelism) -> the same. mask: bool, broadcast to [B, H, n, total]; None is plainly causal,
         or with a cache: every new position sees everything."""
+        x = self.group.enter(x)
         query, key, value = (
             layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
@@ -94,11 +95,13 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, group: TensorGroup = ALONE) -> None:
         super().__init__()
         d, f, std = config.hidden, config.mlp, config.init_std
+        self.group = group
         self.gate = Linear(d, f, std=std, group=group, split=0)
         self.up = Linear(d, f, std=std, group=group, split=0)
         self.down = Linear(f, d, std=std * (2 * config.layers) ** -0.5, group=group, split=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.group.enter(x)
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 

@@ -159,6 +159,7 @@ class Engine:
 
     def step(self, lr: float) -> StepOutcome:
         """Turn the accumulated gradients into new weights. Collective. Leaves no gradient behind."""
+        self._sum_partial_gradients()
         if self.replica_of_first is not None:
             dist.all_reduce(gradient_of(self.replica_of_first), group=self.mesh.tied)
         for group in self._adam.param_groups:
@@ -174,6 +175,15 @@ class Engine:
             norm = float(self.engine.get_global_grad_norm())
         self._drop_gradients()
         return StepOutcome(norm, applied=bool(self.engine.was_step_applied()))
+
+    def _sum_partial_gradients(self) -> None:
+        """Under sequence parallelism a parameter that is whole on each tensor rank has seen that rank's positions only."""
+        if not self.mesh.tensor.shares_positions:
+            return
+        partial = [gradient_of(p) for p in self.parameters.values() if spec_of(p).split is None]
+        flat = self.mesh.tensor.all_reduce(torch.cat([gradient.flatten() for gradient in partial]))
+        for gradient, summed in zip(partial, flat.split([gradient.numel() for gradient in partial]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
 
     def _drop_gradients(self) -> None:
         for p in self.parameters.values():

@@ -133,7 +133,7 @@ def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
         grid.get_data_parallel_group(),
         replica,
         tied,
-        TensorGroup(here.model, parallel.tensor, tensors) if parallel.tensor > 1 else ALONE,
+        TensorGroup(here.model, parallel.tensor, tensors, parallel.sequence_parallel) if parallel.tensor > 1 else ALONE,
         control,
         grid,
     )

@@ -89,5 +89,6 @@ def load_forward_only(config: TrainingRun, mesh: Mesh, checkpoint: Checkpoint) -
 
 
 def _pipeline(config: TrainingRun, mesh: Mesh, chunks: nn.ModuleList) -> Pipeline:
-    edge = (config.train.micro_batch, config.train.sequence_length, config.model.hidden)
+    positions = config.train.sequence_length // (mesh.tensor.size if mesh.tensor.shares_positions else 1)
+    edge = (config.train.micro_batch, positions, config.model.hidden)
     return Pipeline(chunks, mesh, micro_batches(config), edge, getattr(torch, config.train.dtype))

@@ -29,6 +29,9 @@ LAYOUTS: dict[str, dict[str, object]] = {
     "tp2_dp2": {"tensor": 2, "data": 2},
     "pp2_interleaved": {"pipeline": 2, "schedule": "interleaved"},
     "pp2_zbv_heads_alone": {"pipeline": 2, "schedule": "zbv", "placement": "[1,1,2,0]"},
+    "tp2_sequence": {"tensor": 2, "sequence_parallel": True},
+    "pp2_zbv_tp2_sequence": {"pipeline": 2, "schedule": "zbv", "tensor": 2, "sequence_parallel": True},
+    "pp2_1f1b_tp2_sequence": {"pipeline": 2, "schedule": "1f1b", "tensor": 2, "sequence_parallel": True},
     "pp4_zbv": {"pipeline": 4, "schedule": "zbv", "layers": 8},
 }
 
@@ -53,7 +56,7 @@ def configuration(layout: str | None, **train: object) -> TrainingRun:
     config.mtp.depth = int(settings.get("depth", 2))  # type: ignore[call-overload]
     config.mtp.kind = "sequential" if config.mtp.depth else "none"
     config.mtp.depth_weights = [1.0, 0.7][: config.mtp.depth]
-    for axis in ("pipeline", "tensor", "data", "schedule", "placement"):
+    for axis in ("pipeline", "tensor", "data", "schedule", "placement", "sequence_parallel"):
         setattr(config.parallel, axis, settings.get(axis, getattr(config.parallel, axis)))
     config.zero.stage = int(settings.get("stage", 1))  # type: ignore[call-overload]
     # A large eps keeps AdamW's update smooth where a gradient is nearly 0: rounding noise there would turn into whole steps.

@@ -38,6 +38,8 @@ def _reduced_gradients(workload: Workload) -> dict[str, Tensor]:
     found = {}
     for name, p in workload.engine.parameters.items():
         gradient = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        if workload.mesh.tensor.shares_positions and p.spec.split is None:
+            workload.mesh.tensor.all_reduce(gradient)
         if p is workload.engine.replica_of_first:
             dist.all_reduce(gradient, group=workload.mesh.tied)
         dist.all_reduce(gradient, group=workload.mesh.replicas)

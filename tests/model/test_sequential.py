@@ -59,7 +59,7 @@ def test_heads_equal_the_loop(depth: int, variant: dict[str, Any], masked: bool)
     assert chunk.embedding is not None
     assert model.head_dim is not None
     turn = rotation(torch.arange(6), model.head_dim, model.rope_theta)
-    embedded = chunk.embedding(tokens[:, 1 : 6 + depth])
+    embedded = [chunk.embedding(tokens[:, k : k + 6]) for k in range(1, 1 + depth)]
     with torch.no_grad():
         states = chunk.mtp(before, after, embedded, turn, document_mask(documents[:, :6]) if masked else None)
         for row in range(len(tokens)):

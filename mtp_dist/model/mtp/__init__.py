@@ -3,10 +3,10 @@
 A kind of head turns the trunk's output into the hidden state of each depth; projection, loss, layout and decoding are shared, so
 that only the state transition differs from kind to kind. Every kind is a module with
 
-    forward(before_norm [B, S, d], after_norm [B, S, d], embedded [B, S-1+D, d], turn, mask) -> D states [B, S, d]
+    forward(before_norm [B, S, d], after_norm [B, S, d], embedded D x [B, S, d], turn, mask) -> D states [B, S, d]
 
-where `before_norm` and `after_norm` are the trunk's output around its final norm, `embedded` is Emb(t[1]) .. Emb(t[S+D-1]) (depth
-k reads k-1 .. k-1+S of it), and each state is ready for the shared output head.
+where `before_norm` and `after_norm` are the trunk's output around its final norm, `embedded` is Emb(t[i+k]) for k = 1 .. D, and each
+state is ready for the shared output head.
 """
 
 from mtp_dist.config.schema import ModelConfig, MTPConfig

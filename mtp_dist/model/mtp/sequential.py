@@ -5,6 +5,8 @@ head predict t[i+k+1]. Three choices differ between public sources and are setti
 (which half comes first), `mtp.h0` and `mtp.recycle` (whether a state is handed on before or after its norm).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -52,13 +54,11 @@ class SequentialHeads(nn.ModuleDict):
         return after_norm if self.first_normed else before_norm
 
     def forward(
-        self, before_norm: Tensor, after_norm: Tensor, embedded: Tensor, turn: Tensor, mask: Tensor | None
+        self, before_norm: Tensor, after_norm: Tensor, embedded: Sequence[Tensor], turn: Tensor, mask: Tensor | None
     ) -> list[Tensor]:
-        """Trunk output before and after its final norm [B, S, d], embedded [B, S-1+D, d] of t[1] .. t[S+D-1] -> D states [B, S,
-        d]."""
-        positions = before_norm.shape[1]
+        """Trunk output before and after its final norm [B, S, d], embeddings of t[i+k] for k = 1 .. D [B, S, d] -> D states [B, S, d]."""
         hidden, states = self.first(before_norm, after_norm), []
-        for k, module in enumerate(self.values(), start=1):
-            state, hidden = module(hidden, embedded[:, k - 1 : k - 1 + positions], turn, mask)
+        for module, tokens_ahead in zip(self.values(), embedded, strict=True):
+            state, hidden = module(hidden, tokens_ahead, turn, mask)
             states.append(state)
         return states
