@@ -134,6 +134,7 @@ class TrainConfig:
     steps: int | None = setting(None, "Optimizer steps of the whole run; give this or `tokens`.")
     tokens: int | None = setting(None, "Trained positions of the whole run; rounded up to whole steps.")
     dtype: str = setting("bfloat16", "bfloat16 (with float32 masters, accumulation and reduction) | float32.")
+    recompute: str = setting("none", "Activation checkpointing of trunk blocks: none | selective (keep matrix products and attention) | full (keep only inputs).")
     deterministic: bool = setting(True, "Deterministic kernels and a fixed number of threads: what bit-identical resume promises.")
     nonfinite: str = setting("stop", "A step with a non-finite loss or gradient: stop | skip (the weights and the learning rate stay).")
     nonfinite_limit: int = setting(5, "With skip: more skipped steps in a row than this end the run.")

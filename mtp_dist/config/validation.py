@@ -230,6 +230,7 @@ def _validate_zero(config: TrainingRun) -> None:
         )
     if stage >= 2:
         raise UserError(f"zero.stage={stage} is not supported yet; choose zero.stage=1 (or 0)")
+    one_of("train.recompute", config.train.recompute, ["none", "selective", "full"])
     one_of("train.dtype", config.train.dtype, ["bfloat16", "float32"])
     if config.train.dtype == "bfloat16" and stage == 0:
         raise UserError(

@@ -12,6 +12,7 @@ from mtp_dist.model.embedding import Embedding
 from mtp_dist.model.head_loss import STATISTICS, head_loss
 from mtp_dist.model.mtp import build_heads
 from mtp_dist.model.parameter import parameter
+from mtp_dist.model.recompute import run_block
 from mtp_dist.model.targets import targets
 from mtp_dist.model.tensor_group import ALONE, TensorGroup
 from mtp_dist.model.trunk import Block, RMSNorm, document_mask, rotation
@@ -59,6 +60,7 @@ class Chunk(nn.Module):
         self.mtp = build_heads(model, mtp, group) if last else None
         self.head = OutputHead(model, group) if last and not model.tie_embeddings else None
         self.weight_gradients: WeightGradients | None = None
+        self.recompute = "none"
         self.forward_calls = 0
 
     def defer_weight_gradients(self, queue: WeightGradients) -> None:
@@ -89,7 +91,8 @@ class Chunk(nn.Module):
         turn = rotation(torch.arange(positions, device=hidden.device), self.model.head_dim, self.model.rope_theta)
         mask = document_mask(documents[:, :positions]) if self.model.document_mask else None
         for block in self.layers.values():
-            hidden = block(hidden, turn, mask)
+            assert isinstance(block, Block)
+            hidden = run_block(block, hidden, turn, mask, self.recompute)
         assert hidden is not None
         if not self.last:
             return hidden

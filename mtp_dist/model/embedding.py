@@ -38,14 +38,13 @@ class _DeferredEmbedding(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: nn.Parameter, tokens: Tensor, elsewhere: Tensor, queue: WeightGradients) -> Tensor:
-        ctx.save_for_backward(weight, tokens, elsewhere)
-        ctx.queue = queue
+        ctx.save_for_backward(tokens, elsewhere)
+        ctx.weight, ctx.queue = weight, queue
         return F.embedding(tokens, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:
-        weight, tokens, elsewhere = ctx.saved_tensors
-        grad = grads[0]
+        (tokens, elsewhere), weight, grad = ctx.saved_tensors, ctx.weight, grads[0]
 
         def add_rows() -> None:
             buffer = gradient_of(weight)

@@ -36,14 +36,14 @@ class Linear(nn.Module):
 class _DeferredLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter, queue: WeightGradients) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.queue = queue
+        ctx.save_for_backward(x)
+        # Not saved as a tensor: activation checkpointing hands those back detached, and the gradient belongs to the parameter.
+        ctx.weight, ctx.queue = weight, queue
         return F.linear(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
-        grad = grads[0]
+        (x,), weight, grad = ctx.saved_tensors, ctx.weight, grads[0]
         if ctx.needs_input_grad[1]:
             ctx.queue.add(lambda: accumulate(weight, grad.flatten(0, -2).T @ x.flatten(0, -2)))
         return (grad @ weight if ctx.needs_input_grad[0] else None), None, None

@@ -32,6 +32,10 @@ LAYOUTS: dict[str, dict[str, object]] = {
     "tp2_sequence": {"tensor": 2, "sequence_parallel": True},
     "pp2_zbv_tp2_sequence": {"pipeline": 2, "schedule": "zbv", "tensor": 2, "sequence_parallel": True},
     "pp2_1f1b_tp2_sequence": {"pipeline": 2, "schedule": "1f1b", "tensor": 2, "sequence_parallel": True},
+    "pp2_zbv_full": {"pipeline": 2, "schedule": "zbv", "recompute": "full"},
+    "pp2_1f1b_selective": {"pipeline": 2, "schedule": "1f1b", "recompute": "selective"},
+    "tp2_sequence_selective": {"tensor": 2, "sequence_parallel": True, "recompute": "selective"},
+    "pp2_zbv_causal": {"pipeline": 2, "schedule": "zbv", "document_mask": False},
     "pp4_zbv": {"pipeline": 4, "schedule": "zbv", "layers": 8},
 }
 
@@ -53,6 +57,7 @@ def configuration(layout: str | None, **train: object) -> TrainingRun:
     # Larger than usual, so that every gradient is far from rounding noise.
     config.model.init_std = 0.15
     config.model.tie_embeddings = bool(settings.get("tie", True))
+    config.model.document_mask = bool(settings.get("document_mask", True))
     config.mtp.depth = int(settings.get("depth", 2))  # type: ignore[call-overload]
     config.mtp.kind = "sequential" if config.mtp.depth else "none"
     config.mtp.depth_weights = [1.0, 0.7][: config.mtp.depth]
@@ -64,6 +69,7 @@ def configuration(layout: str | None, **train: object) -> TrainingRun:
     config.data.lanes = 8
     config.train.global_batch, config.train.micro_batch, config.train.sequence_length = 16, 2, 16
     config.train.steps, config.train.dtype = 3, "float32"
+    config.train.recompute = str(settings.get("recompute", "none"))
     for name, value in train.items():
         setattr(config.train, name, value)
     validate_training(config, None)
