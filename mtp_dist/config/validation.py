@@ -151,8 +151,8 @@ def _validate_sequence_parallel(config: TrainingRun) -> None:
     length, tensor = config.train.sequence_length, config.parallel.tensor
     if config.parallel.sequence_parallel and length % tensor:
         raise UserError(
-            f"parallel.sequence_parallel=true shares train.sequence_length={length} over parallel.tensor={tensor} ranks, which does not "
-            f"divide it; choose train.sequence_length={length // tensor * tensor or tensor}, or parallel.sequence_parallel=false"
+            f"parallel.sequence_parallel=true: parallel.tensor={tensor} does not divide train.sequence_length={length}; "
+            f"choose train.sequence_length={length // tensor * tensor or tensor}, or parallel.sequence_parallel=false"
         )
 
 

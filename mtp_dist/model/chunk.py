@@ -78,8 +78,8 @@ class Chunk(nn.Module):
     def forward(self, hidden: Tensor | None = None, *, tokens: Tensor, documents: Tensor, scale: Tensor) -> Tensor:
         """tokens int64 and documents int [B, S+1+D], scale float32 [B, 1+D] (see ``head_loss``).
 
-        hidden [B, S, d] (None on the first chunk; S/R positions under sequence parallelism) -> hidden of that shape, or on the last chunk float32 [1 + 4 (1+D)]: the loss to
-        differentiate, then ``STATISTICS`` of each depth.
+        hidden [B, S, d] (None on the first chunk; S/R positions under sequence parallelism) -> hidden of that shape, or on the
+        last chunk float32 [1 + 4 (1+D)]: the loss to differentiate, then ``STATISTICS`` of each depth.
         """
         self.forward_calls += 1
         positions = tokens.shape[1] - 1 - self.depth
@@ -108,7 +108,8 @@ class Chunk(nn.Module):
         return torch.cat((loss.view(1), statistics.flatten()))
 
     def _embed_ahead(self, tokens: Tensor, positions: int) -> list[Tensor]:
-        """Emb(t[i+k]) for each depth k. Tokens are shifted before they are embedded: an embedding may be a share of the positions."""
+        """Emb(t[i+k]) for each depth k. Tokens are shifted before they are embedded: an embedding may be a share of the
+        positions."""
         assert self.embedding is not None
         if self.group.shares_positions:
             return [self.embedding(tokens[:, k : k + positions]) for k in range(1, self.depth + 1)]

@@ -2,8 +2,8 @@
 
 Logits are never whole: the shared head runs over chunks of positions, one depth at a time, and each chunk's gradient is formed
 while its logits exist. One float32 buffer of the head's own shape holds its gradient for the main head and all depths, so head
-memory does not grow with D. Under tensor parallelism every rank holds a slice of the vocabulary and sees the same states, which have been through
-``TensorGroup.enter``: what comes back for them is this slice's share of the gradient.
+memory does not grow with D. Under tensor parallelism every rank holds a slice of the vocabulary and sees the same states, which
+have been through ``TensorGroup.enter``: what comes back for them is this slice's share of the gradient.
 """
 
 from typing import Any

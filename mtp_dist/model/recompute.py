@@ -1,14 +1,14 @@
 """Activation checkpointing: what of a block's forward pass is kept for its backward pass.
 
-none keeps everything; full keeps the block's input and runs it again; selective keeps the results of matrix products and of attention,
-which are dear to compute, and runs the rest again (norms, rotations, activations, casts).
+none keeps everything; full keeps the block's input and runs it again; selective keeps the results of matrix products and of
+attention, which are dear to compute, and runs the rest again (norms, rotations, activations, casts).
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from mtp_dist.model.trunk import Block
 
@@ -35,5 +35,5 @@ def run_block(block: Block, hidden: Tensor, turn: Tensor, mask: Tensor | None, k
     """The block's output [B, n, d], kept or computed again as `kind` says. Blocks draw no random numbers."""
     if kind == "none" or not torch.is_grad_enabled():
         return block(hidden, turn, mask)
-    extra = {"context_fn": _contexts} if kind == "selective" else {}
-    return checkpoint(block, hidden, turn, mask, use_reentrant=False, preserve_rng_state=False, **extra)
+    contexts = _contexts if kind == "selective" else noop_context_fn
+    return checkpoint(block, hidden, turn, mask, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)

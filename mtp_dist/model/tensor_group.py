@@ -1,9 +1,10 @@
 """The tensor-parallel group that a module is handed, and the two collectives around its split matrices.
 
-`enter` stands before column-parallel layers, `leave` after row-parallel ones: f and g of Megatron (arXiv 1909.08053, section 3), or with
-sequence parallelism g-bar and its converse (arXiv 2205.05198, section 4.2.2), where between `leave` and `enter` each rank holds its share of the
-positions. Without it activations there are replicated: every rank holds the same values, and replicated parameters get the same
-gradient on every rank; with it their gradients are partial and must be summed over the group.
+`enter` stands before column-parallel layers, `leave` after row-parallel ones: f and g of Megatron (arXiv 1909.08053, section
+3), or with sequence parallelism g-bar and its converse (arXiv 2205.05198, section 4.2.2), where between `leave` and `enter`
+each rank holds its share of the positions. Without it activations there are replicated: every rank holds the same values, and
+replicated parameters get the same gradient on every rank; with it their gradients are partial and must be summed over the
+group.
 """
 
 from dataclasses import dataclass

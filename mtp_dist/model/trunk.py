@@ -75,8 +75,8 @@ class Attention(nn.Module):
         self.output = Linear(config.heads * c, d, std=std * (2 * config.layers) ** -0.5, group=group, split=1)
 
     def forward(self, x: Tensor, turn: Tensor, mask: Tensor | None, cache: KeyValueCache | None = None) -> Tensor:
-        """x [B, n, d] (a share of the positions under sequence parallelism) -> the same. mask: bool, broadcast to [B, H, n, total]; None is plainly causal,
-        or with a cache: every new position sees everything."""
+        """x [B, n, d] (a share of the positions under sequence parallelism) -> the same. mask: bool, broadcast to [B, H, n,
+        total]; None is plainly causal, or with a cache: every new position sees everything."""
         x = self.group.enter(x)
         query, key, value = (
             layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.query, self.key, self.value)

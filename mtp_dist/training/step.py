@@ -73,7 +73,7 @@ def build(config: TrainingRun, mesh: Mesh) -> Workload:
     chunks = build_chunks(config, mesh)
     for chunk in chunks:
         initialize(chunk, config.seed)
-        chunk.recompute = config.train.recompute
+        chunk.recompute = config.train.recompute  # type: ignore[assignment]
     chunks.to(mesh.device)
     engine = Engine(chunks, mesh, config.optim, config.zero, dtype)
     if dtype != torch.float32:

@@ -5,8 +5,8 @@ that only the state transition differs from kind to kind. Every kind is a module
 
     forward(before_norm [B, S, d], after_norm [B, S, d], embedded D x [B, S, d], turn, mask) -> D states [B, S, d]
 
-where `before_norm` and `after_norm` are the trunk's output around its final norm, `embedded` is Emb(t[i+k]) for k = 1 .. D, and each
-state is ready for the shared output head.
+where `before_norm` and `after_norm` are the trunk's output around its final norm, `embedded` is Emb(t[i+k]) for k = 1 .. D, and
+each state is ready for the shared output head.
 """
 
 from mtp_dist.config.schema import ModelConfig, MTPConfig

@@ -56,7 +56,8 @@ class SequentialHeads(nn.ModuleDict):
     def forward(
         self, before_norm: Tensor, after_norm: Tensor, embedded: Sequence[Tensor], turn: Tensor, mask: Tensor | None
     ) -> list[Tensor]:
-        """Trunk output before and after its final norm [B, S, d], embeddings of t[i+k] for k = 1 .. D [B, S, d] -> D states [B, S, d]."""
+        """Trunk output before and after its final norm [B, S, d], embeddings of t[i+k] for k = 1 .. D [B, S, d] -> D states [B,
+        S, d]."""
         hidden, states = self.first(before_norm, after_norm), []
         for module, tokens_ahead in zip(self.values(), embedded, strict=True):
             state, hidden = module(hidden, tokens_ahead, turn, mask)
