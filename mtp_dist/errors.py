@@ -6,3 +6,7 @@ class UserError(Exception):
 
     Entry points print it as ``error: ...`` and exit with status 2, without a traceback.
     """
+
+
+class AgreedError(UserError):
+    """One that every rank raises alike, after they agreed on it: rank 0 alone prints it."""

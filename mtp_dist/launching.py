@@ -33,7 +33,7 @@ def torchrun_command(config: TrainingRun | Evaluation, module: str, arguments: l
     the nodes in the order of ``launch.node_rank``; every node runs the same command with its own rank.
     """
     launch = config.launch
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes_per_node(config)}"]
+    command = [sys.executable, "-m", "mtp_dist.elastic_agent", f"--nproc-per-node={processes_per_node(config)}"]
     if launch.nodes == 1 and launch.master_port == 0:
         # Without --local-addr the machine's own name must resolve, which is not so on many laptops and in many containers.
         command += ["--standalone", "--local-addr=127.0.0.1"]

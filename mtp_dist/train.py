@@ -10,7 +10,7 @@ import sys
 
 from mtp_dist.config.command import application
 from mtp_dist.config.schema import TrainingRun
-from mtp_dist.errors import UserError
+from mtp_dist.errors import AgreedError, UserError
 from mtp_dist.freezing import continued, frozen, prepare, under_launcher
 from mtp_dist.launching import start
 
@@ -60,7 +60,8 @@ def main() -> None:
     try:
         sys.exit(work(sys.argv[1:]))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if not isinstance(error, AgreedError) or os.environ.get("RANK") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

@@ -41,7 +41,7 @@ def run(pipeline: int = 1, data: int = 1, **launch: object) -> TrainingRun:
 
 def test_one_node_needs_no_address_and_no_port() -> None:
     command = torchrun_command(run(pipeline=2, data=2), "some.module", ["run_dir=runs/x"])
-    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert command[:3] == [sys.executable, "-m", "mtp_dist.elastic_agent"]
     assert {"--nproc-per-node=4", "--standalone"} < set(command)
     assert command[-3:] == ["-m", "some.module", "run_dir=runs/x"]
 

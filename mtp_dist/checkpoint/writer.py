@@ -33,7 +33,7 @@ from mtp_dist.checkpoint.manifest import (
 )
 from mtp_dist.config import compose
 from mtp_dist.config.schema import TrainingRun
-from mtp_dist.errors import UserError
+from mtp_dist.errors import AgreedError
 from mtp_dist.model.parameter import spec_of
 from mtp_dist.parallel.engine import Engine
 from mtp_dist.parallel.mesh import Mesh
@@ -55,7 +55,7 @@ def save(
 ) -> Path:
     """Write `root`/step_N and prune old ones. Collective; only rank 0's progress, data, tracker count.
 
-    Raises UserError on every rank if any rank could not write.
+    Raises AgreedError on every rank if any rank could not write.
     """
     target = root / folders.name_of(step)
     if _agree(lambda: target.exists(), mesh):
@@ -84,7 +84,7 @@ def save(
     if outcome[0] is not None:
         if mesh.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"checkpoint of step {step} not written: {outcome[0]}; the last one before it is untouched")
+        raise AgreedError(f"checkpoint of step {step} not written: {outcome[0]}; the last one before it is untouched")
     return target
 
 

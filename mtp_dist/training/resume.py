@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from mtp_dist.checkpoint import folder as folders
 from mtp_dist.checkpoint.reader import Checkpoint
-from mtp_dist.errors import UserError
+from mtp_dist.errors import AgreedError, UserError
 from mtp_dist.parallel.mesh import Mesh
 
 
@@ -35,7 +35,7 @@ def newest_sound(root: Path, mesh: Mesh) -> Checkpoint | None:
         if mesh.rank == 0:
             print(f"warning: checkpoint {name} skipped: {problem}", file=sys.stderr, flush=True)
     if names[0]:
-        raise UserError(
+        raise AgreedError(
             f"no checkpoint in {root} is sound ({', '.join(names[0])}); remove them to start over, or choose a new run_dir"
         )
     return None

@@ -19,7 +19,7 @@ from mtp_dist.data.batch import Batch
 from mtp_dist.data.dataset import Dataset
 from mtp_dist.data.prefetch import Batches, Prefetch
 from mtp_dist.data.stream import State, Stream, merge_states
-from mtp_dist.errors import UserError
+from mtp_dist.errors import AgreedError
 from mtp_dist.parallel.engine import StepOutcome
 from mtp_dist.parallel.mesh import Mesh
 from mtp_dist.tracking import names
@@ -180,7 +180,7 @@ class Trainer:
         return stop, log, validate, keep
 
     def _on_nonfinite(self, batch: Batch | None, totals: Totals, outcome: StepOutcome) -> None:
-        """Keep the rows; raise UserError on all ranks where the policy says stop. The step left the weights as they were."""
+        """Keep the rows; raise AgreedError on all ranks where the policy says stop. The step left the weights as they were."""
         step, train = self.progress.step + 1, self.config.train
         if batch is not None:
             keep_batch(self.run_dir, step, self.mesh.data_rank, batch, totals, outcome)
@@ -196,8 +196,8 @@ class Trainer:
         self._mark(status.FAILED)
         if train.nonfinite == "skip":
             row = self.progress.skipped_in_row + 1
-            raise UserError(f"{what}; {row} such steps in a row exceed train.nonfinite_limit={train.nonfinite_limit}")
-        raise UserError(f"{what}; lower optim.lr, or set train.nonfinite=skip to go on without such steps")
+            raise AgreedError(f"{what}; {row} such steps in a row exceed train.nonfinite_limit={train.nonfinite_limit}")
+        raise AgreedError(f"{what}; lower optim.lr, or set train.nonfinite=skip to go on without such steps")
 
     def _metrics(
         self, totals: Totals, outcome: StepOutcome, lr: float, weight: float, elapsed: float, waited: float
