@@ -170,6 +170,8 @@ def smallest_layout(config: Plan) -> Plan | None:
             candidate = copy.deepcopy(config)
             parallel = candidate.parallel
             parallel.pipeline, parallel.tensor, parallel.data, parallel.placement = pipeline, tensor, data, "balanced"
+            if candidate.train.tokens is not None:
+                candidate.train.steps = None  # derived from the tokens before, and given only once
             candidate.launch.nodes, candidate.launch.node_rank, candidate.launch.processes_per_node = 1, 0, None
             try:
                 validate_training(candidate, None)

@@ -32,6 +32,9 @@ T = TypeVar("T")
 
 _OVERRIDE = re.compile(r"(?P<prefix>\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@-]*)(?P<equals>=)?(?P<value>.*)", re.DOTALL)
 
+# 2e9 is how people write a number of tokens; a whole number so written is one.
+_POWER = re.compile(r"\d+(\.\d+)?[eE]\+?\d{1,2}")
+
 
 def compose(config_name: str, schema: type[T], overrides: list[str]) -> T:
     """``conf/<config_name>.yaml`` with ``key=value`` overrides, as an instance of ``schema``. Raises UserError."""
@@ -45,6 +48,8 @@ def compose(config_name: str, schema: type[T], overrides: list[str]) -> T:
             texts[key] = _unquoted(value)
         elif kinds.get(key) == list[list[float]]:
             rest.append(f"{key}={_with_points(value)}")
+        elif _takes_whole(kinds.get(key)) and _POWER.fullmatch(value) and float(value).is_integer():
+            rest.append(f"{key}={int(float(value))}")
         else:
             rest.append(override)
     config = _composed(config_name, schema, rest, kinds)
@@ -183,6 +188,10 @@ def _first_field(key: str, kinds: dict[str, Any]) -> str:
 
 def _takes_text(kind: Any, value: str) -> bool:
     return kind is str or (str in typing.get_args(kind) and type(None) in typing.get_args(kind) and value != "null")
+
+
+def _takes_whole(kind: Any) -> bool:
+    return kind is int or int in typing.get_args(kind)
 
 
 def _unquoted(value: str) -> str:

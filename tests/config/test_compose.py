@@ -100,7 +100,7 @@ def test_values_have_the_types_of_the_schema() -> None:
         (["model.layers=null"], ["model.layers=null", "int"]),
         (["model.layers=1,2"], ["model.layers=1,2", "int"]),
         (["model.layers={"], ["model.layers={", "int"]),
-        (["seed=1e3"], ["seed=1e3", "int"]),
+        (["seed=1.5"], ["seed=1.5", "int"]),
         (["optim.lr="], ["optim.lr", "number"]),
         (["train.deterministic=maybe"], ["train.deterministic=maybe", "true or false"]),
         (["mtp.loss_weight_points=[[1,a]]"], ["list of list of number"]),
@@ -195,3 +195,10 @@ def test_every_setting_of_every_command_has_a_text() -> None:
             for name in key.split(".")[:-1]:
                 owner = owner.__dataclass_fields__[name].type  # type: ignore[attr-defined]
             assert owner.__dataclass_fields__[key.split(".")[-1]].metadata["text"]  # type: ignore[attr-defined]
+
+
+def test_whole_numbers_may_be_powers_of_ten() -> None:
+    config = compose("train", TrainingRun, ["train.tokens=2e9", "train.steps=1.5e3"])
+    assert (config.train.tokens, config.train.steps) == (2_000_000_000, 1500)
+    with pytest.raises(UserError, match=r"train\.tokens=2\.5e0"):
+        compose("train", TrainingRun, ["train.tokens=2.5e0"])
