@@ -1,0 +1,68 @@
+"""Promise: a benchmark compares the same computation on both sides. Nothing is timed here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.head_memory import inputs, own_loss, whole_loss
+from benchmarks.notebook_loop import Setup
+from benchmarks.timing import median_interval, take_turns
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_head_memory_compares_equal_losses_and_gradients(depth: int) -> None:
+    found = []
+    for compute in (own_loss, whole_loss):
+        states, weight, wanted = inputs(depth, rows=2, sequence=24, hidden=8, vocabulary=50)
+        loss = compute(states, weight, wanted)
+        loss.backward()
+        found.append([loss.detach(), weight.grad, *(state.grad for state in states)])
+    for own, whole in zip(*found, strict=True):
+        torch.testing.assert_close(own, whole, rtol=1e-4, atol=1e-6)
+
+
+@torch.inference_mode()
+def test_notebook_loop_gives_the_same_logits() -> None:
+    setup = Setup(hidden=16, depth=3, vocabulary=40, tokens=20, rows=2)
+    assert setup.loop().shape == (2, 17, 3, 40)
+    assert setup.difference() < 1e-5
+    # The check can fail: causal attention sees more than the position itself.
+    assert (setup.loop() - setup.vectorised()).abs().max() > 1e-3
+
+
+def test_all_pipelines_compute_the_same_losses() -> None:
+    """DeepSpeed's 1F1B at two partitions, its DualPipeV, and this project's two placements, for three optimizer steps."""
+    sizes = {"layers": 4, "hidden": 32, "vocabulary": 128, "depth": 2, "sequence": 16, "micro-batches": 8}
+    options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, "-m", "benchmarks.pipeline_step", "--check", *options],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.split("losses of the first steps:")[1].splitlines()
+    losses = {line.split()[0]: [float(value) for value in line.split()[1:]] for line in lines if line.startswith("  ")}
+    assert set(losses) == {"balanced", "uniform", "default", "best", "dualpipev"}
+    for values in losses.values():
+        assert values == pytest.approx(losses["balanced"], abs=1e-4)
+        assert values[0] > values[2] + 1e-3  # the weights move
+
+
+def test_interval_holds_the_median_and_turns_alternate() -> None:
+    middle, low, high = median_interval([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert low <= middle == 3.0 <= high
+    assert median_interval([2.0] * 5) == (2.0, 2.0, 2.0)
+    called: list[str] = []
+    times = take_turns({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, rounds=2, warm_up=0)
+    assert called == ["a", "b", "b", "a"]
+    assert [len(values) for values in times.values()] == [2, 2]
