@@ -53,7 +53,7 @@ class MTPConfig:
     h0: str = setting("post_norm", "Trunk state given to depth 1: post_norm (after the final norm) | pre_norm.")
     recycle: str = setting("post_norm", "State of depth k given to depth k+1: post_norm (after norm_k) | pre_norm.")
     loss_weight: float = setting(0.3, "Lambda, the weight of the MTP losses from the first token on.")
-    loss_weight_points: list[list[float]] = setting([], "Later values of lambda as [tokens seen, value] pairs, ascending; each holds from there on.")
+    loss_weight_points: list[list[float]] = setting([], "Later values of lambda as [tokens trained, value] pairs, ascending; each holds from there on.")
     normalize: str = setting("mean", "mean: lambda / D * sum_k w_k L_k | sum: lambda * sum_k w_k L_k.")
     depth_weights: list[float] = setting([], "w_1 .. w_D. Empty: all 1.")
 
@@ -77,7 +77,7 @@ class ParallelConfig:
 class ZeroConfig:
     """DeepSpeed ZeRO."""
 
-    stage: int = setting(1, "0: replicated optimizer | 1: optimizer sharded over replicas | 2: gradients too | 3: parameters too.")
+    stage: int = setting(1, "0: replicated optimizer | 1: optimizer sharded over replicas (2 and 3: not yet).")
     reduce_bucket_size: int = setting(50_000_000, "Elements reduced in one collective.")
     allgather_bucket_size: int = setting(50_000_000, "Elements gathered in one collective.")
 
@@ -136,6 +136,7 @@ class TrainConfig:
     dtype: str = setting("bfloat16", "bfloat16 (with float32 masters, accumulation and reduction) | float32.")
     recompute: str = setting("none", "Activation checkpointing of trunk blocks: none | selective (keep matrix products and attention) | full (keep only inputs).")
     deterministic: bool = setting(True, "Deterministic kernels and a fixed number of threads: what bit-identical resume promises.")
+    trace: bool = setting(False, "Record one optimizer step (the third of this start, or the last if there are fewer): run_dir/trace/step_N.json for Perfetto, step_N.png, and the pipeline bubble as a metric.")
     nonfinite: str = setting("stop", "A step with a non-finite loss or gradient: stop | skip (the weights and the learning rate stay).")
     nonfinite_limit: int = setting(5, "With skip: more skipped steps in a row than this end the run.")
     log_every_steps: int = setting(1, "Steps between tracked metrics.")

@@ -19,6 +19,7 @@ from mtp_dist.model.parameter import initial_value, spec_of
 from mtp_dist.model.weight_gradients import gradient_of
 from mtp_dist.parallel.mesh import Mesh, import_deepspeed
 from mtp_dist.parallel.stages import global_parameters
+from mtp_dist.parallel.timeline import Timeline, span
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PARTS = ("master", *MOMENTS)
@@ -48,11 +49,15 @@ class StepOutcome:
 class Engine:
     """Owns the parameters' optimizer state. Build it on chunks whose parameters hold their initial values."""
 
-    def __init__(self, chunks: nn.ModuleList, mesh: Mesh, optim: OptimConfig, zero: ZeroConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, chunks: nn.ModuleList, mesh: Mesh, optim: OptimConfig, zero: ZeroConfig, dtype: torch.dtype, *, replica: bool
+    ) -> None:
+        """`replica`: whether a classic pipeline's last chunk holds a copy of the embedding. Collective."""
         deepspeed = import_deepspeed()
         self.mesh, self.chunks, self.optim, self.stage, self.dtype = mesh, chunks, optim, zero.stage, dtype
         self.parameters = global_parameters(chunks)
-        self.replica_of_first = self._mark_replica()
+        self.timeline: Timeline | None = None
+        self.replica_of_first = self._mark_replica() if replica and mesh.tied is not None else None
         optimizer = torch.optim.AdamW(
             _groups(self.parameters, optim),
             lr=optim.lr,
@@ -85,9 +90,7 @@ class Engine:
         self._states = [self._fresh_state(flat) for flat in self._flats()]
 
     def _mark_replica(self) -> nn.Parameter | None:
-        """The tied embedding where a classic layout keeps two copies; the last stage's is left out of the norm."""
-        if self.mesh.tied is None:
-            return None
+        """The embedding that a classic layout keeps on both ends; the last stage's copy is left out of the norm."""
         shared = self.parameters.get("embedding.weight")
         if shared is not None and self.mesh.pipeline_rank > 0:
             shared.ds_pipe_replicated = True  # type: ignore[attr-defined]
@@ -159,12 +162,18 @@ class Engine:
 
     def step(self, lr: float) -> StepOutcome:
         """Turn the accumulated gradients into new weights. Collective. Leaves no gradient behind."""
-        self._sum_partial_gradients()
-        if self.replica_of_first is not None:
-            dist.all_reduce(gradient_of(self.replica_of_first), group=self.mesh.tied)
+        with span(self.timeline, "reduce"):
+            self._sum_partial_gradients()
+            if self.replica_of_first is not None:
+                dist.all_reduce(gradient_of(self.replica_of_first), group=self.mesh.tied)
+            self.engine.allreduce_gradients()
+        with span(self.timeline, "optimizer"):
+            return self._apply(lr)
+
+    def _apply(self, lr: float) -> StepOutcome:
+        """Norm, clipping, AdamW and the gathering of weights, from gradients that are reduced."""
         for group in self._adam.param_groups:
             group["lr"] = lr
-        self.engine.allreduce_gradients()
         if self.stage == 0:
             norm = self._clip_by_own_norm()
             if not math.isfinite(norm):

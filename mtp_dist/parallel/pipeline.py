@@ -18,6 +18,7 @@ from mtp_dist.config import layout
 from mtp_dist.model.weight_gradients import WeightGradients
 from mtp_dist.parallel.mesh import Mesh
 from mtp_dist.parallel.placement import chunks_of_rank, rank_of_chunk
+from mtp_dist.parallel.timeline import Timeline, span, watched
 
 SCHEDULES: dict[str, Any] = {
     "1f1b": Schedule1F1B,
@@ -44,6 +45,8 @@ class Pipeline:
         for chunk in chunks:
             chunk.defer_weight_gradients(self.queue)  # type: ignore[operator]
         self.results: list[Tensor] = []
+        self.timeline: Timeline | None = None
+        self.stages: list[PipelineStage] = []
         self.schedule = self._build_schedule() if self.count > 1 else None
 
     @property
@@ -54,7 +57,7 @@ class Pipeline:
     def _build_schedule(self) -> Any:
         mesh = self.mesh
         edge = torch.empty(self.edge, dtype=self.dtype, device=mesh.device, requires_grad=True)
-        stages = []
+        stages = self.stages
         for chunk, number in zip(self.chunks, self.numbers, strict=True):
             last = number == self.count - 1
             result = torch.empty(chunk.result_size(), device=mesh.device) if last else edge  # type: ignore[operator]
@@ -85,22 +88,34 @@ class Pipeline:
         """
         self.results = []
         if self.schedule is None:
-            for part in _split(rows, self.micro_batches):
-                self._collect(self.chunks[0](**part), part["tokens"]).backward()
-                self.queue.take()()
+            for i, part in enumerate(_split(rows, self.micro_batches)):
+                with span(self.timeline, "F", 0, i):
+                    loss = self._collect(self.chunks[0](**part), part["tokens"])
+                with span(self.timeline, "B", 0, i):
+                    loss.backward()
+                    self.queue.take()()
         else:
             target = {"target": rows["tokens"]} if self.has_last else {}
-            self.schedule.step(**rows, **target, return_outputs=False)
+            with watched(self.timeline, self.stages):
+                self.schedule.step(**rows, **target, return_outputs=False)
         return torch.stack(self.results).sum(0) if self.has_last else None
 
     @torch.no_grad()
     def evaluate(self, rows: dict[str, Tensor], micro_batches: int) -> Tensor | None:
         """Forward only: every chunk of this rank in ascending order over all micro-batches, sends not waited for until the end.
+        Where chunks go round the ranks more than once in one direction (interleaved), micro-batches go one by one: a rank's
+        sends to the next one would else stand before the receives that the ring needs, and NCCL keeps that order.
 
         The V schedules of torch cannot evaluate. No gradient, optimizer or random state is touched. Returns as ``step``.
         """
         parts = _split(rows, micro_batches)
         edge = (parts[0]["tokens"].shape[0], *self.edge[1:])
+        ring = len(self.numbers) > 1 and not layout.is_v(self.mesh.parallel)
+        results = [out for turn in ([[part] for part in parts] if ring else [parts]) for out in self._walk(turn, edge)]
+        return torch.stack(results).sum(0) if results else None
+
+    def _walk(self, parts: list[dict[str, Tensor]], edge: tuple[int, ...]) -> list[Tensor]:
+        """The last chunk's results for these micro-batches, where this rank holds it."""
         sending: list[tuple[dist.Work | None, Tensor]] = []
         carried: list[Tensor] = []
         results: list[Tensor] = []
@@ -126,7 +141,7 @@ class Pipeline:
         for work, _ in sending:
             if work is not None:
                 work.wait()
-        return torch.stack(results).sum(0) if results else None
+        return results
 
 
 def _split(rows: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:

@@ -26,6 +26,7 @@ EPOCH = "data/epoch"
 TOKENS_PER_SECOND = "speed/tokens_per_second"
 STEP_TIME = "time/step"
 DATA_WAIT = "time/data_wait"
+PIPELINE_BUBBLE = "pipeline/bubble"
 MEMORY_RSS = "memory/rss_gib"
 MEMORY_DEVICE_PEAK = "memory/device_peak_gib"
 
@@ -46,11 +47,12 @@ MEANING = {
     GRADIENT_NORM: "Global gradient norm before clipping.",
     SKIPPED_STEPS: "Steps skipped so far because a loss or gradient was not finite (train.nonfinite=skip).",
     LOSS_WEIGHT: "Lambda of the step.",
-    TOKENS_SEEN: "Positions trained since the start of the run, resumes included.",
+    TOKENS_SEEN: "Positions read since the start of the run, resumes and skipped steps included.",
     EPOCH: "Passes over the training split, as a fraction.",
     TOKENS_PER_SECOND: "Trained positions a second over all replicas.",
     STEP_TIME: "Seconds of a step, data included.",
     DATA_WAIT: "Seconds of a step spent waiting for data.",
+    PIPELINE_BUBBLE: "Share of the recorded step's schedule (train.trace) in which a rank computes nothing, mean over ranks.",
     MEMORY_RSS: "Resident memory of rank 0, GiB (CPU runs).",
     MEMORY_DEVICE_PEAK: "Peak allocated device memory of rank 0, GiB (CUDA runs).",
 }

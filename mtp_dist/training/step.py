@@ -14,6 +14,7 @@ from mtp_dist.parallel.engine import Engine, StepOutcome
 from mtp_dist.parallel.mesh import Mesh
 from mtp_dist.parallel.pipeline import Pipeline
 from mtp_dist.parallel.stages import build_chunks
+from mtp_dist.parallel.timeline import Timeline, span
 from mtp_dist.training.exchange import global_counts, share
 from mtp_dist.training.objective import target_scale
 from mtp_dist.training.statistics import Totals, gather
@@ -42,6 +43,10 @@ class Workload(ForwardOnly):
 
     engine: Engine
 
+    def record(self, timeline: Timeline | None) -> None:
+        """From now on steps are recorded there; None: no longer."""
+        self.pipeline.timeline = self.engine.timeline = timeline
+
     def gradients(self, batch: Batch | None, parts: list[float]) -> tuple[Tensor | None, Tensor]:
         """Forward and backward of this replica's rows (`batch` on its reader, else None). `parts`: weights of L_main, L_1 ..
         L_D.
@@ -51,8 +56,9 @@ class Workload(ForwardOnly):
         """
         train, mesh = self.config.train, self.mesh
         shape = (train.global_batch // mesh.parallel.data, train.sequence_length + 1 + self.config.mtp.depth)
-        tokens, documents = share(batch, shape, mesh)
-        counts = global_counts(tokens, documents, self.config.mtp.depth, mesh)
+        with span(self.pipeline.timeline, "exchange"):
+            tokens, documents = share(batch, shape, mesh)
+            counts = global_counts(tokens, documents, self.config.mtp.depth, mesh)
         scale = target_scale(parts, counts, mesh.parallel.data)
         return self.pipeline.step(_rows(tokens, documents, scale)), counts
 
@@ -75,7 +81,8 @@ def build(config: TrainingRun, mesh: Mesh) -> Workload:
         initialize(chunk, config.seed)
         chunk.recompute = config.train.recompute  # type: ignore[assignment]
     chunks.to(mesh.device)
-    engine = Engine(chunks, mesh, config.optim, config.zero, dtype)
+    replica = config.model.tie_embeddings or config.mtp.depth > 0
+    engine = Engine(chunks, mesh, config.optim, config.zero, dtype, replica=replica)
     if dtype != torch.float32:
         engine.write_initial_masters(config.seed)
     return Workload(config, mesh, _pipeline(config, mesh, chunks), engine)

@@ -1,6 +1,7 @@
 """The training loop: read, step, agree, track, validate, save; from the newest checkpoint on, until the last step or a request to
 stop."""
 
+import contextlib
 import math
 import os
 import time
@@ -19,12 +20,13 @@ from mtp_dist.data.batch import Batch
 from mtp_dist.data.dataset import Dataset
 from mtp_dist.data.prefetch import Batches, Prefetch
 from mtp_dist.data.stream import State, Stream, merge_states
-from mtp_dist.errors import AgreedError
+from mtp_dist.errors import AgreedError, UserError
 from mtp_dist.parallel.engine import StepOutcome
 from mtp_dist.parallel.mesh import Mesh
 from mtp_dist.tracking import names
 from mtp_dist.tracking.tracker import Tracker
 from mtp_dist.training import status
+from mtp_dist.training.agreement import raise_together, together
 from mtp_dist.training.console import Console
 from mtp_dist.training.held_out import HeldOut
 from mtp_dist.training.learning_rate import learning_rate
@@ -35,6 +37,7 @@ from mtp_dist.training.resume import newest_sound
 from mtp_dist.training.signals import StopRequest
 from mtp_dist.training.statistics import Totals
 from mtp_dist.training.step import Workload, build
+from mtp_dist.training.trace import Trace
 
 
 class Clock:
@@ -69,13 +72,18 @@ class Trainer:
         self.workload: Workload = build(config, mesh)
         run_id = self._resume()
         self.data_end: State | None = None
-        self.source = self._open_stream()
+        self.source = together(mesh, self._open_stream)
+        self.upcoming: tuple[Batch, State] | None = None
+        self.problem: str | None = None
         self.held_out = self._open_held_out()
         leader = mesh.rank == 0
         self.console = Console(self.total, self.progress.step, on=leader and config.train.progress)
         self.tracker = Tracker(
             self.run_dir, config.tracker, settings=asdict(config), run_id=run_id, resume_step=self.progress.step, on=leader
         )
+        first = self.progress.step + 1
+        traced = config.train.trace and first <= self.total
+        self.trace = Trace(self.run_dir / "trace", mesh, self.workload, first, self.total) if traced else None
         self.log_clock = Clock(config.train.log_every_steps, config.train.log_every_minutes)
         self.validation_clock = Clock(config.validation.every_steps, config.validation.every_minutes)
         self.save_clock = Clock(config.checkpoint.every_steps, config.checkpoint.every_minutes)
@@ -127,20 +135,33 @@ class Trainer:
     def run(self) -> str:
         """Train until the last step or a request to stop; returns the final ``status`` state."""
         self._mark(status.RUNNING)
+        try:
+            return self._train()
+        except BaseException:
+            with contextlib.suppress(OSError):  # a full disk may be the reason
+                self._mark(status.FAILED)
+            raise
+
+    def _train(self) -> str:
+        if self.progress.step < self.total:
+            self._read()
+            raise_together(self.mesh, self.problem)
         stopped = False
         while self.progress.step < self.total and not stopped:
             stopped = self._one_step()
         if self.progress.step != self.saved_step:
             self.save()
+        raise_together(self.mesh, self.problem)
         state = status.STOPPED if stopped and self.progress.step < self.total else status.FINISHED
         self._mark(state)
         return state
 
     def _one_step(self) -> bool:
         """Returns whether all ranks agreed to stop after it."""
+        if self.trace is not None:
+            self.trace.before(self.progress.step + 1)
         began = time.perf_counter()
-        batch, following = self.source.next() if self.source is not None else (None, None)
-        waited = time.perf_counter() - began
+        batch, following = self.upcoming or (None, None)
         trained = self.progress.tokens_trained
         lr = learning_rate(self.config.schedule, self.config.optim.lr, trained + self.step_tokens, self.total * self.step_tokens)
         totals, outcome = self.workload.step(batch, coefficients(self.config.mtp, trained), lr)
@@ -148,11 +169,14 @@ class Trainer:
             self._on_nonfinite(batch, totals, outcome)
         self.progress.advance(self.step_tokens, applied=outcome.applied)
         self.data_end = following  # None but on readers
+        waited = self._read() if self.progress.step < self.total else 0.0
         elapsed = time.perf_counter() - began
         stop, log, validate, keep = self._agree()
         metrics: dict[str, float] = {}
         if log:
             metrics = self._metrics(totals, outcome, lr, loss_weight(self.config.mtp, trained), elapsed, waited)
+        if self.trace is not None:
+            metrics |= self.trace.after(self.progress.step)
         if validate:
             metrics |= self.validate()
         if metrics:
@@ -162,11 +186,22 @@ class Trainer:
             self.save()
         return stop
 
+    def _read(self) -> float:
+        """Fetch the next step's rows, ahead of it: a reader's trouble must reach the others before they wait for its rows.
+        Returns the seconds that it took."""
+        began = time.perf_counter()
+        try:
+            self.upcoming = self.source.next() if self.source is not None else None
+        except UserError as error:
+            self.problem = str(error)
+        return time.perf_counter() - began
+
     def _agree(self) -> tuple[bool, bool, bool, bool]:
-        """What every rank does after this step: stop (any rank was asked to), log, validate, save (rank 0's clocks)."""
+        """What every rank does after this step: stop (any rank was asked to, or cannot go on), log, validate, save (rank 0's
+        clocks)."""
         step, last, leader = self.progress.step, self.progress.step == self.total, self.mesh.rank == 0
         wishes = [
-            self.stop.asked,
+            self.stop.asked or self.problem is not None,
             leader and (last or self.log_clock.due(step)),
             leader and (last or self.validation_clock.due(step)) and self.held_out is not None,
             leader and self.save_clock.due(step),
@@ -193,7 +228,6 @@ class Trainer:
             return
         if self.progress.step != self.saved_step:
             self.save()
-        self._mark(status.FAILED)
         if train.nonfinite == "skip":
             row = self.progress.skipped_in_row + 1
             raise AgreedError(f"{what}; {row} such steps in a row exceed train.nonfinite_limit={train.nonfinite_limit}")
