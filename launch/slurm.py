@@ -4,8 +4,8 @@
     python launch/slurm.py dry_run=true ...        print the script, write nothing
 
 It takes the settings of ``python -m mtp_dist.train``: composes, checks and freezes them in the run folder, writes
-``<run_dir>/train.sbatch`` from ``slurm/train.sbatch.template`` and submits it. With ``run_dir=FOLDER`` alone, a run that exists
-goes on with its own settings. ``docs/operations.md`` says how such a job stops, requeues and resumes.
+``<run_dir>/train.sbatch`` from ``slurm/train.sbatch.template`` and submits it. With ``run_dir=FOLDER`` (and settings of ``launch.``) alone,
+a run that exists goes on with its own settings. ``docs/operations.md`` says how such a job stops, requeues and resumes.
 """
 
 import os
@@ -18,14 +18,12 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from mtp_dist.config import versions
 from mtp_dist.config.command import application
 from mtp_dist.config.layout import processes_per_node
 from mtp_dist.config.schema import TrainingRun, setting
-from mtp_dist.config.validation import resolve, validate
-from mtp_dist.data.dataset import Dataset
 from mtp_dist.errors import UserError
-from mtp_dist.freezing import continued, prepare
+from mtp_dist.freezing import check, continued, freeze
+from mtp_dist.run_lock import held
 
 FOLDER = Path(__file__).resolve().parents[1]
 TEMPLATE = FOLDER / "slurm" / "train.sbatch.template"
@@ -122,15 +120,6 @@ def _refuse_control_characters(name: str, value: str) -> None:
         raise UserError(f"{name}={value!r} holds a control character (a line break?), which a batch script cannot; remove it")
 
 
-def check(config: TrainingRun) -> TrainingRun:
-    """What ``prepare`` checks, without writing anything."""
-    versions.check()
-    validate(config, None)
-    vocabulary = Dataset.open(config.data.path).vocab_size
-    validate(config, vocabulary)
-    return resolve(config, vocabulary)
-
-
 def submit(script: Path) -> str:
     """Hand the script to sbatch; the job id. Raises UserError with Slurm's own reason."""
     if shutil.which("sbatch") is None:
@@ -149,7 +138,8 @@ def launch(config: SlurmRun) -> int:
     """Check, freeze, render and submit; or print the script."""
     run = TrainingRun(**{item.name: getattr(config, item.name) for item in fields(TrainingRun)})
     run.run_dir = os.path.abspath(run.run_dir) if run.run_dir else ""
-    run = check(run) if config.dry_run else prepare(run)
+    # The cores of the nodes are not those of this machine.
+    run = check(run, cores=0)
     # Not resolved: the link of a virtual environment is what makes it one.
     python = os.path.abspath(sys.executable)
     text = render(run, TEMPLATE.read_text(encoding="utf-8"), python, str(FOLDER), os.getcwd())
@@ -157,8 +147,13 @@ def launch(config: SlurmRun) -> int:
         print(text, end="")
         return 0
     script = Path(run.run_dir) / SCRIPT
-    script.write_text(text, encoding="utf-8")
+    # Refused while a job is at work there.
+    with held(run.run_dir):
+        freeze(run)
+        script.write_text(text, encoding="utf-8")
     job = submit(script)
+    if run.train.deterministic and not run.launch.threads:
+        print("note: neither launch.threads nor launch.cpus_per_task is given: a start on nodes with other cores differs in rounding")
     print(f"submitted job {job}")
     print(f"  watch:           squeue --job {job}; tail -F {shlex.quote(f'{run.run_dir}/slurm-{job}.out')}")
     print(f"  save and requeue: scancel --batch --signal=USR1 {job}")

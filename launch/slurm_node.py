@@ -9,6 +9,7 @@ makes the node save and stop. At the end it becomes ``RUN_DIR/.ended-<node>``.
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from mtp_dist.config.command import guarded
@@ -17,6 +18,9 @@ from mtp_dist.config.schema import TrainingRun
 from mtp_dist.errors import UserError
 from mtp_dist.freezing import resolved_file
 from mtp_dist.launching import start
+from mtp_dist.run_lock import held
+
+LOCK_SECONDS = 180.0
 
 
 def node_settings(run_dir: str, address: str, port: str, node: int) -> TrainingRun:
@@ -36,8 +40,13 @@ def run() -> int:
     node = os.environ["SLURMD_NODENAME"]
     launcher = Path(run_dir) / f".launcher-{node}"
     launcher.write_text(str(os.getpid()))
+    settings = node_settings(run_dir, address, port, int(os.environ["SLURM_NODEID"]))
+    # A lost node's lock lives on in a file server for a while.
+    lock = held(run_dir, wait_seconds=LOCK_SECONDS) if settings.launch.node_rank == 0 else nullcontext()
     try:
-        return start(node_settings(run_dir, address, port, int(os.environ["SLURM_NODEID"])))
+        with lock:
+            # Slurm repeats its signals, and kills by itself what does not end.
+            return start(settings, kill_on_second=False)
     finally:
         ended = launcher.with_name(f".ended-{node}")
         ended.write_text(str(os.getpid()))

@@ -4,24 +4,20 @@
     python launch/torchrun.py run_dir=runs/big parallel.data=8 launch.nodes=2 launch.master_addr=10.0.0.1 launch.node_rank=0 ...
 
 It takes the settings of ``python -m mtp_dist.train``: composes, checks and freezes them in the run folder, then starts processes.
-With ``run_dir=FOLDER`` alone, a run that exists goes on with its own settings.
+With ``run_dir=FOLDER`` alone, or with settings of ``launch.`` beside it, a run that exists goes on with its own settings: on the
+second of two machines, ``run_dir=FOLDER launch.node_rank=1``.
 """
 
 from mtp_dist.config.command import application
 from mtp_dist.config.schema import TrainingRun
-from mtp_dist.freezing import continued, prepare
-from mtp_dist.launching import start
+from mtp_dist.freezing import continued
+from mtp_dist.train import launch
 
 EXAMPLES = (
     "python launch/torchrun.py experiment=quickstart",
     "python launch/torchrun.py run_dir=runs/big data.path=datasets/mine model=1b parallel.data=16 train.steps=1000 "
     "launch.nodes=2 launch.master_addr=10.0.0.1 launch.node_rank=0",
 )
-
-
-def launch(config: TrainingRun) -> int:
-    """Freeze a run and start this node's processes."""
-    return start(prepare(config))
 
 
 def main() -> None:

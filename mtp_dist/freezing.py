@@ -1,26 +1,30 @@
 """A run's settings, frozen: checked once, written to ``<run_dir>/resolved.yaml``, and read by every process.
 
-``prepare`` is the step that all launchers share; it runs in one process, before any other starts. ``frozen`` is what a process of
-the job calls. Nothing here imports torch, so bad input is answered at once.
+``check`` and ``freeze`` (together ``prepare``) are the steps that all launchers share; they run in one process, before any other
+starts. ``frozen`` is what a process of the job calls. Nothing here imports torch, so bad input is answered at once.
 
 A run folder belongs to one model on one stream of data; a changed setting that makes another of either is refused (``IDENTITY``).
 Any other setting may change from one start to the next; the earlier file stays as ``resolved.<n>.yaml``.
 """
 
 import os
+import shutil
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from mtp_dist.checkpoint import folder
 from mtp_dist.checkpoint.compatibility import require_same_model
 from mtp_dist.config import versions
-from mtp_dist.config.compose import differences, load, save
+from mtp_dist.config.compose import compose, differences, load, save
 from mtp_dist.config.layout import world_size
 from mtp_dist.config.schema import ParallelConfig, TrainingRun
 from mtp_dist.config.validation import resolve, validate
 from mtp_dist.data.dataset import Dataset, file_sha256
 from mtp_dist.errors import UserError
+from mtp_dist.launching import available_cores, threads_of_each
+from mtp_dist.slurm_step import is_task
 
 # A trailing dot stands for the whole group.
 IDENTITY = (
@@ -32,6 +36,7 @@ IDENTITY = (
     "data.lanes",
     "data.block_samples",
     "train.sequence_length",
+    "train.global_batch",
 )
 # How losses are weighted is training policy: it changes neither the parameters nor the rows that are read.
 NOT_IDENTITY = ("mtp.loss_weight", "mtp.loss_weight_points", "mtp.normalize", "mtp.depth_weights")
@@ -44,11 +49,22 @@ def resolved_file(run_dir: str | os.PathLike[str]) -> Path:
 
 
 def prepare(config: TrainingRun) -> TrainingRun:
-    """Check a composed configuration, its dataset and the run's newest checkpoint (if there is one), freeze the configuration in
-    its run folder, and return it with derived settings filled.
+    """``check`` and, on the first node, ``freeze``; returns the checked settings.
 
     Of several nodes only the first writes (the others wait for it in the rendezvous), so the file says ``launch.node_rank: 0``
     and the returned configuration says this node's. Raises UserError.
+    """
+    full = check(config)
+    if full.launch.node_rank == 0:
+        freeze(full)
+    return full
+
+
+def check(config: TrainingRun, cores: int | None = None) -> TrainingRun:
+    """Check a composed configuration, its dataset, the run's newest checkpoint and its frozen settings (if there are any), and
+    return the configuration with derived settings filled. Writes nothing. Raises UserError.
+
+    ``cores``: CPU cores that the processes of one node will share; None: those of this machine; 0: not known.
     """
     versions.check()
     validate(config, None)
@@ -58,36 +74,36 @@ def prepare(config: TrainingRun) -> TrainingRun:
     # Before anything is written: settings of another model, once frozen, would refuse the right ones.
     for checkpoint in folder.complete(Path(full.run_dir) / "checkpoints")[-1:]:
         require_same_model(checkpoint, full)
-    if full.launch.node_rank == 0:
-        freeze(full)
+    old = _frozen_before(full.run_dir)
+    if full.train.deterministic:
+        full.launch.threads = _threads(full, old, available_cores() if cores is None else cores)
+    if old is not None:
+        _changes(old, full)
     return full
 
 
 def freeze(config: TrainingRun) -> Path:
     """Write ``resolved.yaml`` unless the same is there; keep one that differs, refuse one of another model or data."""
     path = resolved_file(config.run_dir)
-    if path.exists():
-        old = load(path, TrainingRun)
-        changed = [(key, was, now) for key, was, now in differences(old, config) if not _same_place(key, was, now)]
-        for key, was, now in changed:
-            if _is_identity(key) and not _moved(key, was):
-                raise UserError(
-                    f"{key}={_shown(now)}, but the run in {config.run_dir} has {key}={_shown(was)}; "
-                    f"choose a new run_dir, or keep {key}={_shown(was)}"
-                )
-        if not changed:
-            return path
-        os.replace(path, _next_name(path))
+    old = _frozen_before(config.run_dir)
+    if old is not None and not _changes(old, config):
+        return path
+    kept = None
     try:
+        if old is not None:
+            # A copy, so that at no moment the run is without its settings.
+            kept = Path(shutil.copyfile(path, _next_name(path)))
         save(config, path)
     except OSError as error:
+        if kept is not None:
+            kept.unlink(missing_ok=True)
         raise UserError(f"run_dir={config.run_dir} cannot be written: {error.strerror}") from None
     return path
 
 
 def under_launcher(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this is one process of a job that torchrun or srun started."""
-    return "RANK" in environment or ("SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment)
+    return "RANK" in environment or is_task(environment)
 
 
 def frozen(argv: list[str], environment: Mapping[str, str] = os.environ) -> TrainingRun:
@@ -111,8 +127,10 @@ def frozen(argv: list[str], environment: Mapping[str, str] = os.environ) -> Trai
 
 
 def continued(argv: list[str]) -> TrainingRun | None:
-    """The frozen settings of a run that exists, when ``run_dir=FOLDER`` is all that was typed: continue as it was. Else None."""
-    run_dir = _only_run_dir(argv)
+    """The frozen settings of a run that exists, when ``run_dir=FOLDER`` and settings of ``launch.`` are all that was typed:
+    continue as it was, started as asked. Else None. Raises UserError for a setting of ``launch.`` that does not exist."""
+    places = [word for word in argv if word.startswith("launch.")]
+    run_dir = _only_run_dir([word for word in argv if word not in places])
     if run_dir is None or not resolved_file(run_dir).exists():
         return None
     config = load(resolved_file(run_dir), TrainingRun)
@@ -120,6 +138,14 @@ def continued(argv: list[str]) -> TrainingRun | None:
     if config.train.tokens is not None:
         # The steps were derived from the tokens, and will be again.
         config.train.steps = None
+    typed = {word.partition("=")[0].removeprefix("launch.") for word in places}
+    if "nodes" in typed:
+        # Derived from the nodes of before, as the threads may be.
+        config.launch.processes_per_node, config.launch.threads = None, 0
+    asked = compose("train", TrainingRun, places).launch
+    for field in fields(asked):
+        if field.name in typed:
+            setattr(config.launch, field.name, getattr(asked, field.name))
     return config
 
 
@@ -157,6 +183,38 @@ def _dataset(config: TrainingRun) -> Dataset:
                 f"(sha256 {dataset.tokenizer_sha256[:12]}); leave tokenizer.path empty to take the dataset's own"
             )
     return dataset
+
+
+def _frozen_before(run_dir: str) -> TrainingRun | None:
+    path = resolved_file(run_dir)
+    try:
+        return load(path, TrainingRun) if path.exists() else None
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir} cannot be read: {error.strerror}") from None
+
+
+def _changes(old: TrainingRun, new: TrainingRun) -> list[str]:
+    """Settings that differ from the frozen ones. Raises UserError where one makes another model or another stream of data."""
+    found = []
+    for key, was, now in differences(old, new):
+        if _same_place(key, was, now):
+            continue
+        if _is_identity(key) and not _moved(key, was):
+            raise UserError(
+                f"{key}={_shown(now)}, but the run in {new.run_dir} has {key}={_shown(was)}; "
+                f"choose a new run_dir, or keep {key}={_shown(was)}"
+            )
+        found.append(key)
+    return found
+
+
+def _threads(config: TrainingRun, old: TrainingRun | None, cores: int) -> int:
+    """``launch.threads`` as a number that stays the same from start to start: sums depend on it. 0 where it cannot be known."""
+    if config.launch.threads:
+        return config.launch.threads
+    if old is not None and old.launch.threads and old.launch.processes_per_node == config.launch.processes_per_node:
+        return old.launch.threads
+    return threads_of_each(config, cores, os.environ) if cores else config.launch.cpus_per_task or 0
 
 
 def _is_identity(key: str) -> bool:

@@ -2,10 +2,11 @@
 
 ``torchrun_command`` and ``process_environment`` are pure; ``start`` runs the command as a child, so that a signal can be answered
 well: torchrun itself would kill its processes 30 seconds after it, which may be less than a checkpoint takes. Here the first
-SIGTERM or SIGINT goes straight to the processes, as SIGTERM (save and stop); a second one goes to torchrun, which ends them. A
-SIGUSR1 goes to the processes. Source: https://docs.pytorch.org/docs/stable/elastic/run.html
+SIGTERM or SIGINT goes straight to the processes, as SIGTERM (save and stop); a second one kills them and torchrun. A SIGUSR1 goes
+to the processes. A SIGINT that was ignored on entry stays so, as shells want it of what they start in the background. Source: https://docs.pytorch.org/docs/stable/elastic/run.html
 """
 
+import contextlib
 import ctypes
 import importlib.metadata
 import os
@@ -56,10 +57,7 @@ def process_environment(
     """
     environment = dict(outer)
     processes = processes_per_node(config)
-    if config.launch.threads:
-        environment["OMP_NUM_THREADS"] = str(config.launch.threads)
-    else:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    environment["OMP_NUM_THREADS"] = str(config.launch.threads or threads_of_each(config, cores, outer))
     device = config.launch.device
     if device == "cuda" and not cuda_devices:
         raise UserError("launch.device=cuda, but torch sees no GPU here; choose launch.device=cpu (or auto)")
@@ -73,9 +71,18 @@ def process_environment(
     return environment
 
 
-def start(config: TrainingRun) -> int:
+def threads_of_each(config: TrainingRun | Evaluation, cores: int, outer: Mapping[str, str]) -> int:
+    """CPU threads of a process where none are asked for: OMP_NUM_THREADS of ``outer``, else an equal share of ``cores``."""
+    given = outer.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and int(given):
+        return int(given)
+    return max(1, cores // processes_per_node(config))
+
+
+def start(config: TrainingRun, *, kill_on_second: bool = True) -> int:
     """Run this node's share of a prepared run, and return torchrun's exit status (128 + n when signal n ended it)."""
-    return start_module(config, "mtp_dist.train", [f"run_dir={config.run_dir}"])
+    command = torchrun_command(config, "mtp_dist.train", [f"run_dir={config.run_dir}"])
+    return run_child(command, node_environment(config), kill_on_second=kill_on_second)
 
 
 def start_module(config: TrainingRun | Evaluation, module: str, arguments: list[str]) -> int:
@@ -86,11 +93,14 @@ def start_module(config: TrainingRun | Evaluation, module: str, arguments: list[
 def node_environment(config: TrainingRun | Evaluation) -> dict[str, str]:
     """``process_environment`` of this machine."""
     devices = 0 if config.launch.device == "cpu" else _cuda_devices()
-    return process_environment(config, _cores(), devices, os.environ)
+    return process_environment(config, available_cores(), devices, os.environ)
 
 
-def run_child(command: list[str], environment: Mapping[str, str]) -> int:
-    """Run torchrun as a child of this process, passing on signals as the module says, and return its exit status."""
+def run_child(command: list[str], environment: Mapping[str, str], *, kill_on_second: bool = True) -> int:
+    """Run torchrun as a child of this process, passing on signals as the module says, and return its exit status.
+
+    ``kill_on_second`` False is for a launcher above that repeats its signals and ends by itself what does not end in time.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     # A session of its own: else Ctrl-C would reach the processes twice, from the terminal and from here.
     child = subprocess.Popen(
@@ -104,7 +114,10 @@ def run_child(command: list[str], environment: Mapping[str, str]) -> int:
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         asked += 1
-        if asked == 1 and _signal_processes(child.pid, signal.SIGTERM):
+        if asked > 1:
+            if kill_on_second:
+                _kill(child)
+        elif _signal_processes(child.pid, signal.SIGTERM):
             print("stopping: the processes save and stop; once more to end them at once", file=sys.stderr, flush=True)
         else:
             child.send_signal(signal.SIGTERM)
@@ -113,7 +126,8 @@ def run_child(command: list[str], environment: Mapping[str, str]) -> int:
         _signal_processes(child.pid, signal.SIGUSR1)
 
     handlers = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGUSR1: notify}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    heard = [number for number in handlers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handlers[number]) for number in heard}
     try:
         status = child.wait()
     finally:
@@ -136,12 +150,24 @@ def _signal_processes(torchrun: int, number: signal.Signals) -> bool:
     return bool(processes)
 
 
+def _kill(torchrun: subprocess.Popen[bytes]) -> None:
+    """End torchrun and everything below it. Its processes have sessions of their own, so no group holds them all."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        # Stopped, it cannot start another one in the meantime.
+        torchrun.send_signal(signal.SIGSTOP)
+        for process in psutil.Process(torchrun.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    torchrun.kill()
+
+
 def _die_with_parent(libc: ctypes.CDLL) -> None:
     if hasattr(libc, "prctl"):
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _cores() -> int:
+def available_cores() -> int:
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,34 +1,48 @@
 """Train: ``python -m mtp_dist.train key=value ...``.
 
 Started by hand it composes the settings, checks and freezes them in ``run_dir``, and starts torchrun on this machine. Under
-torchrun or srun it is one process of the job: it takes ``run_dir=`` alone and reads what was frozen there. Started again in the
-same folder it resumes.
+torchrun, or as one of several tasks of srun, it is one process of the job: it takes ``run_dir=`` alone and reads what was frozen
+there. Started again in the same folder it resumes.
 """
 
 import os
 import sys
+from contextlib import nullcontext
 
 from mtp_dist.config.command import application
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.errors import AgreedError, UserError
-from mtp_dist.freezing import continued, frozen, prepare, under_launcher
+from mtp_dist.freezing import check, continued, freeze, frozen, under_launcher
 from mtp_dist.launching import start
+from mtp_dist.run_lock import held, shared
+from mtp_dist.slurm_step import adopt
 
 EXAMPLES = (
     "python -m mtp_dist.train experiment=quickstart",
     "python -m mtp_dist.train run_dir=runs/one data.path=datasets/mine model=small train.steps=1000 parallel=v2",
-    "python -m mtp_dist.train run_dir=runs/one    (go on with the run's own settings)",
+    "python -m mtp_dist.train run_dir=runs/one    (go on with the run's own settings; launch.KEY=VALUE may follow)",
 )
 
 
 def launch(config: TrainingRun) -> int:
-    """Freeze the run and start its processes on this machine."""
-    return start(prepare(config))
+    """Freeze the run and start its processes on this machine. The first node holds the run folder until they have ended."""
+    full = check(config)
+    if full.launch.node_rank != 0:
+        return start(full)
+    with held(full.run_dir):
+        freeze(full)
+        return start(full)
 
 
 def work(argv: list[str]) -> int:
     """One process of the job; returns its exit status."""
     config = frozen(argv)
+    adopt(config.launch)
+    with shared(config.run_dir) if os.environ["RANK"] == "0" else nullcontext():
+        return _train(config)
+
+
+def _train(config: TrainingRun) -> int:
     # Torch and DeepSpeed are imported only here: bad input is answered before.
     import torch
 

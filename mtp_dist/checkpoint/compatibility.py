@@ -8,13 +8,18 @@ from mtp_dist.config import compose
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.errors import UserError
 
-_MODEL = ("model.", "mtp.kind", "mtp.depth", "mtp.concat", "mtp.h0", "mtp.recycle")
+_HEADS = ("mtp.kind", "mtp.depth", "mtp.concat", "mtp.h0", "mtp.recycle")
 
 
 def require_same_model(checkpoint: Path, config: TrainingRun) -> None:
-    """Raise UserError naming the first setting of the model that differs."""
-    for key, here, wanted in compose.differences(compose.load(checkpoint / CONFIG, TrainingRun), config):
-        if key.startswith(_MODEL) and key != "model.init_std":
+    """Raise UserError naming the first setting of the model that differs. A checkpoint whose settings cannot be read is passed
+    over: it is damaged, and resuming will say so and take another."""
+    try:
+        saved = compose.load(checkpoint / CONFIG, TrainingRun)
+    except UserError:
+        return
+    for key, here, wanted in compose.differences(saved, config):
+        if (key.startswith("model.") and key != "model.init_std") or key in _HEADS:
             raise UserError(
                 f"checkpoint {checkpoint} is of another model: its {key} is {here}, this run's is {wanted}; "
                 f"set {key}={here}, or choose a new run_dir"

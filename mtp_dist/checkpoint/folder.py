@@ -71,6 +71,17 @@ def sound(path: str | Path, setting: str = "checkpoint") -> Path:
     raise UserError(f"{setting}={path} holds no sound checkpoint: {'; '.join(skipped)}")
 
 
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is no candidate any more, does not count in pruning, and its step can be saved
+    again."""
+    target, number = folder.with_name(f"{folder.name}.damaged"), 1
+    while target.exists():
+        target, number = folder.with_name(f"{folder.name}.damaged-{number}"), number + 1
+    os.rename(folder, target)
+    sync_path(folder.parent)
+    return target
+
+
 def point_latest(root: Path, folder: Path) -> None:
     """Replace the file `latest`, which holds the newest checkpoint's name, in one move."""
     temporary = root / f".{LATEST}.{os.getpid()}"

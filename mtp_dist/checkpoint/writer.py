@@ -146,6 +146,10 @@ def _commit(root: Path, temporary: Path, target: Path, manifest: Manifest, confi
     for name in (CONFIG, TOKENIZER):
         sync_path(temporary / name)
         manifest.files[name] = file_record(temporary / name)
+    for name, record in manifest.files.items():
+        # On a folder that nodes do not share, the others' files are not here.
+        if not (temporary / name).is_file() or (temporary / name).stat().st_size != record.size:
+            raise OSError(f"{name} is not to be seen from rank 0; run_dir must be on a file system that all nodes share")
     manifest.write(temporary / MANIFEST)
     sync_path(temporary)
     os.rename(temporary, target)

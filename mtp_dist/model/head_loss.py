@@ -32,7 +32,8 @@ def head_loss(
 
     Returns (float32 scalar: sum over valid targets of scale[b, k] * cross-entropy, float32 [1+D, 4]: ``STATISTICS``).
     """
-    return _HeadLoss.apply(weight, wanted, scale, group, queue, *states)
+    # A Function cannot tell: a parameter needs a gradient for it even where gradients are off.
+    return _HeadLoss.apply(weight, wanted, scale, group, queue, torch.is_grad_enabled(), *states)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -44,9 +45,10 @@ class _HeadLoss(torch.autograd.Function):
         scale: Tensor,
         group: TensorGroup,
         queue: WeightGradients | None,
+        learn: bool,
         *states: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        learn_weight, learn_states = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:])
+        learn_weight, learn_states = learn and ctx.needs_input_grad[0], learn and any(ctx.needs_input_grad[6:])
         rows, width = wanted.shape[0] * wanted.shape[1], states[0].shape[-1]
         ctx.weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if learn_weight else None
         ctx.state_gradients = [torch.empty_like(s, memory_format=torch.contiguous_format) for s in states] if learn_states else []
@@ -83,7 +85,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         upstream = grads[0]
-        states = [gradient.mul_(upstream) for gradient in ctx.state_gradients] or [None] * (len(ctx.needs_input_grad) - 5)
+        states = [gradient.mul_(upstream) for gradient in ctx.state_gradients] or [None] * (len(ctx.needs_input_grad) - 6)
         weight: Tensor | None = None
         if ctx.weight_gradient is not None:
             gradient = ctx.weight_gradient.mul_(upstream)
@@ -93,7 +95,7 @@ class _HeadLoss(torch.autograd.Function):
                 ctx.queue.add(lambda target=ctx.weight: accumulate(target, gradient))
         ctx.weight = ctx.weight_gradient = None
         ctx.state_gradients = []
-        return weight, None, None, None, None, *states
+        return weight, None, None, None, None, None, *states
 
 
 def _chunk(

@@ -12,8 +12,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from mtp_dist.model.trunk import Block
 
-KINDS = ("none", "selective", "full")
-
 _KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,

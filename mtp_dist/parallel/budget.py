@@ -108,12 +108,24 @@ def chunks_in_flight(parallel: ParallelConfig, pipeline_rank: int, micro: int) -
     return min(2 * parallel.pipeline + (parallel.schedule == "dualpipev"), 2 * micro)
 
 
-def block_activations(model: ModelConfig, tensor: int = 1) -> int:
+def block_activations(model: ModelConfig, parallel: ParallelConfig) -> int:
     """Elements that one block keeps for its backward pass, a position: of each norm the input, the normalised and the weighted
-    state; queries, keys, values, the attention's output; the four inner states of SwiGLU."""
-    whole = 6 * model.hidden
+    state (a share of the positions under sequence parallelism); queries, keys, values, the attention's output; the four inner
+    states of SwiGLU."""
     split = 2 * attention_width(model, model.heads) + 2 * attention_width(model, model.kv_heads) + 4 * model.mlp
-    return whole + split // tensor
+    return 6 * model.hidden // _position_shares(parallel) + split // parallel.tensor
+
+
+def kept_activations(model: ModelConfig, parallel: ParallelConfig, recompute: str) -> int:
+    """Elements that stay of one trunk block, a position, until its backward pass: all, its input, or that and the results of
+    matrix products and attention."""
+    if recompute == "none":
+        return block_activations(model, parallel)
+    outside = model.hidden // _position_shares(parallel)
+    if recompute == "full":
+        return outside
+    products = 2 * attention_width(model, model.heads) + 2 * attention_width(model, model.kv_heads) + 2 * model.mlp
+    return 3 * outside + products // parallel.tensor
 
 
 def chunk_activations(config: TrainingRun, layers: int, *, last: bool) -> int:
@@ -122,13 +134,22 @@ def chunk_activations(config: TrainingRun, layers: int, *, last: bool) -> int:
     An estimate: torch's fused attention keeps no scores, but a mask of its own for each block where documents are masked.
     """
     model, depth, length = config.model, config.mtp.depth, config.train.sequence_length
-    block = block_activations(model, config.parallel.tensor) + (length if model.document_mask else 0)
-    elements = layers * block
+    mask = length if model.document_mask else 0
+    block = block_activations(model, config.parallel) + mask
+    kept = kept_activations(model, config.parallel, config.train.recompute)
+    elements = layers * (kept + (0 if config.train.recompute == "full" else mask))
+    if config.train.recompute != "none" and layers:
+        elements += block - kept  # one block at a time is whole again
     if last:
         # A module: its block, the concatenation and what its three norms keep beside it. Then the final norm, and the gradients
         # of 1 + D states, which the loss forms in the forward pass.
-        elements += depth * (block + 7 * model.hidden) + 3 * model.hidden + (1 + depth) * model.hidden
+        outside = model.hidden // _position_shares(config.parallel)
+        elements += depth * (block + 7 * outside) + 3 * outside + (1 + depth) * model.hidden
     return config.train.micro_batch * length * elements * dtype_bytes(config)
+
+
+def _position_shares(parallel: ParallelConfig) -> int:
+    return parallel.tensor if parallel.sequence_parallel else 1
 
 
 def rank_memory(config: TrainingRun, pipeline_rank: int) -> Memory:

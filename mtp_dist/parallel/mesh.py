@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from mtp_dist.config.layout import is_v
 from mtp_dist.config.schema import ParallelConfig
@@ -86,6 +87,8 @@ def connect(device: torch.device, timeout_minutes: float) -> None:
     if dist.is_initialized():
         return
     timeout = timedelta(minutes=timeout_minutes)
+    # What groups get that are made without one, DeepSpeed's among them.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 

@@ -30,7 +30,7 @@ class Console:
             return
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
-        if not metrics:
+        if names.LOSS_TOTAL not in metrics:
             return
         depths = [metrics[name] for k in range(1, 100) if (name := names.of_depth(names.LOSS_DEPTH, k)) in metrics]
         figures = f"loss {metrics.get(names.LOSS_TOTAL, float('nan')):.4f}  main {metrics.get(names.LOSS_MAIN, float('nan')):.4f}"

@@ -14,8 +14,8 @@ from mtp_dist.parallel.mesh import Mesh
 def newest_sound(root: Path, mesh: Mesh) -> Checkpoint | None:
     """The newest checkpoint under `root` whose files all verify; None if there is none at all. Collective: ranks share the work.
 
-    Says on rank 0 which it skipped and why. Raises UserError where checkpoints exist but none is sound: starting over would bury
-    them.
+    Those that do not verify are renamed, so that a later save of their step can take their place. Says on rank 0 which and why.
+    Raises UserError where checkpoints exist but none is sound: starting over would bury them.
     """
     names = [[path.name for path in folders.complete(root)[::-1]]]
     dist.broadcast_object_list(names, src=0, group=mesh.control)
@@ -33,7 +33,8 @@ def newest_sound(root: Path, mesh: Mesh) -> Checkpoint | None:
         if problem is None:
             return checkpoint
         if mesh.rank == 0:
-            print(f"warning: checkpoint {name} skipped: {problem}", file=sys.stderr, flush=True)
+            aside = folders.set_aside(root / name)
+            print(f"warning: checkpoint {name} is kept as {aside.name} and skipped: {problem}", file=sys.stderr, flush=True)
     if names[0]:
         raise AgreedError(
             f"no checkpoint in {root} is sound ({', '.join(names[0])}); remove them to start over, or choose a new run_dir"

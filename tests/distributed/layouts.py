@@ -10,6 +10,8 @@ from mtp_dist.config.validation import resolve, validate_training
 from mtp_dist.data.batch import Batch
 
 LAYOUTS: dict[str, dict[str, object]] = {
+    "one_process": {},
+    "one_process_zero0": {"stage": 0},
     "pp2_1f1b": {"pipeline": 2, "schedule": "1f1b"},
     "pp2_zbv": {"pipeline": 2, "schedule": "zbv"},
     "pp2_dualpipev": {"pipeline": 2, "schedule": "dualpipev"},
@@ -20,6 +22,7 @@ LAYOUTS: dict[str, dict[str, object]] = {
     "tp2_zero0": {"tensor": 2, "stage": 0},
     "pp2_zbv_untied": {"pipeline": 2, "schedule": "zbv", "tie": False},
     "pp2_1f1b_untied": {"pipeline": 2, "schedule": "1f1b", "tie": False},
+    "pp2_1f1b_untied_no_heads": {"pipeline": 2, "schedule": "1f1b", "tie": False, "depth": 0},
     "pp2_zbv_no_heads": {"pipeline": 2, "schedule": "zbv", "depth": 0},
     "pp2_zbv_tp2": {"pipeline": 2, "schedule": "zbv", "tensor": 2},
     "pp2_1f1b_tp2": {"pipeline": 2, "schedule": "1f1b", "tensor": 2},

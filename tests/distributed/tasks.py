@@ -1,6 +1,7 @@
 """What pools run under a layout, and the same on one process without any of the parallel code."""
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mtp_dist.config.schema import Evaluation, ParallelConfig, TrainingRun
+from mtp_dist.errors import UserError
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.parameter import initialize
 from mtp_dist.model.targets import targets, valid_counts
@@ -276,3 +278,38 @@ def _most_in_flight(order: list[Any]) -> int:
             count += {"FORWARD": 1, "FULL_BACKWARD": -1, "BACKWARD_WEIGHT": -1}.get(part.computation_type.name, 0)
             most = max(most, count)
     return most
+
+
+def trouble(
+    layout: str, data: str, run_dir: str, steps: int, overrides: dict[str, Any], read_fails_at: int | None = None
+) -> str | None:
+    """Train; returns the message of the error that this rank raised. `read_fails_at`: one reader cannot read that step's rows."""
+    from mtp_dist.data.stream import Stream
+
+    read, count = Stream.next, 0
+
+    def next_rows(self: Stream) -> Any:
+        nonlocal count
+        count += 1
+        if count == read_fails_at and dist.get_rank() == 0:
+            raise UserError("shard lost")
+        return read(self)
+
+    Stream.next = next_rows  # type: ignore[method-assign]
+    try:
+        _train(_settings(layout, data, run_dir, steps, overrides))
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        Stream.next = read  # type: ignore[method-assign]
+    return None
+
+
+def damage(checkpoint: str) -> None:
+    """Flip a bit in the middle of rank 0's file."""
+    if dist.get_rank() == 0:
+        path = Path(checkpoint) / "rank_00000.safetensors"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    dist.barrier()

@@ -158,3 +158,16 @@ def test_a_queue_holds_the_weight_gradient_back() -> None:
     queue.take()()
     assert weight.grad is not None
     assert weight.grad.equal(want)
+
+
+def test_evaluation_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parameter needs a gradient for an autograd Function even where gradients are off: the loss must be told."""
+    asked: list[bool] = []
+    chunk = module._chunk
+    monkeypatch.setattr(module, "_chunk", lambda *arguments: (asked.append(arguments[3] is not None), chunk(*arguments))[1])
+    weight, states = torch.nn.Parameter(torch.randn(7, 4)), [torch.randn(2, 3, 4)]
+    wanted, scale = torch.randint(0, 7, (2, 3, 1)), torch.ones(2, 1)
+    with torch.no_grad():
+        module.head_loss(states, weight, wanted, scale, ALONE, None)
+    module.head_loss(states, weight, wanted, scale, ALONE, None)
+    assert asked == [False, True]

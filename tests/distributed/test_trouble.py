@@ -1,0 +1,54 @@
+"""Promise: what one rank finds out, all ranks act on: a reader's error or a damaged checkpoint neither hangs nor loses a run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtp_dist.checkpoint.reader import Checkpoint
+from mtp_dist.tracking.jsonl import read_records
+from tests.distributed.pool import run_jobs
+
+LAYOUT = "pp2_zbv"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> Callable[[str], tuple[list[Any], Path]]:
+    """name -> (what each rank raised, run folder)."""
+    folder = tmp_path_factory.mktemp("trouble")
+    saving = {"checkpoint.every_steps": 2, "checkpoint.keep_last": 1}
+
+    def job(name: str, run: str, steps: int, **more: Any) -> dict[str, Any]:
+        places = {"data": str(tiny_dataset), "run_dir": str(folder / run)}
+        arguments = {"layout": LAYOUT, **places, "steps": steps, "overrides": saving}
+        return {"name": name, "task": "trouble", "arguments": arguments | more}
+
+    newest = {"checkpoint": str(folder / "damaged" / "checkpoints" / "step_00000004")}
+    jobs = [
+        job("read", "read", 5, read_fails_at=4),
+        job("first", "damaged", 4, overrides=saving | {"checkpoint.keep_last": 2}),
+        {"name": "flip", "task": "damage", "arguments": newest},
+        job("second", "damaged", 4),
+    ]
+    results = run_jobs(2, jobs, folder)
+    return lambda name: (results[name], folder / {"first": "damaged", "second": "damaged"}.get(name, name))
+
+
+def test_a_reader_that_fails_stops_all_ranks_after_a_save(runs: Any) -> None:
+    raised, run = runs("read")
+    assert raised == ["AgreedError: shard lost"] * 2
+    assert json.loads((run / "status.json").read_text())["state"] == "failed"
+    assert [record["step"] for record in read_records(run / "metrics.jsonl")] == [1, 2, 3]
+    assert Checkpoint(run / "checkpoints" / "step_00000003").damages() == []
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_its_step_saved_again(runs: Any) -> None:
+    raised, run = runs("second")
+    assert raised == [None, None]
+    names = sorted(path.name for path in (run / "checkpoints").iterdir() if path.is_dir())
+    assert names == ["step_00000004", "step_00000004.damaged"], "keep_last=1 keeps the sound one"
+    assert Checkpoint(run / "checkpoints" / "step_00000004").damages() == []
+    assert Checkpoint(run / "checkpoints" / "step_00000004.damaged").damages() != []
+    assert [record["step"] for record in read_records(run / "metrics.jsonl")] == [1, 2, 3, 4]
