@@ -77,7 +77,7 @@ class ParallelConfig:
 class ZeroConfig:
     """DeepSpeed ZeRO."""
 
-    stage: int = setting(1, "0: replicated optimizer | 1: optimizer sharded over replicas (2 and 3: not yet).")
+    stage: int = setting(1, "0: replicated optimizer | 1: optimizer sharded over replicas | 2: gradients too, without a pipeline (3: not yet).")
     reduce_bucket_size: int = setting(50_000_000, "Elements reduced in one collective.")
     allgather_bucket_size: int = setting(50_000_000, "Elements gathered in one collective.")
 
@@ -135,6 +135,7 @@ class TrainConfig:
     tokens: int | None = setting(None, "Trained positions of the whole run; rounded up to whole steps.")
     dtype: str = setting("bfloat16", "bfloat16 (with float32 masters, accumulation and reduction) | float32.")
     recompute: str = setting("none", "Activation checkpointing of trunk blocks: none | selective (keep matrix products and attention) | full (keep only inputs).")
+    compile: bool = setting(False, "torch.compile of every block; needs a C++ compiler on CPU, Triton on CUDA. Weight gradients of blocks are then not split from their backward pass.")
     deterministic: bool = setting(True, "Deterministic kernels and a fixed number of threads: what bit-identical resume promises.")
     trace: bool = setting(False, "Record one optimizer step (the third of this start, or the last if there are fewer): run_dir/trace/step_N.json for Perfetto, step_N.png, and the pipeline bubble as a metric.")
     nonfinite: str = setting("stop", "A step with a non-finite loss or gradient: stop | skip (the weights and the learning rate stay).")

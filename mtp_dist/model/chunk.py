@@ -61,12 +61,32 @@ class Chunk(nn.Module):
         self.head = OutputHead(model, group) if last and not model.tie_embeddings else None
         self.weight_gradients: WeightGradients | None = None
         self.recompute = "none"
+        self.compiled = False
         self.forward_calls = 0
 
-    def defer_weight_gradients(self, queue: WeightGradients) -> None:
-        """From now on weight gradients wait in the queue after each backward pass."""
+    def defer_weight_gradients(self, queue: WeightGradients | None) -> None:
+        """From now on weight gradients wait in the queue after each backward pass (those of compiled blocks do not); None:
+        autograd forms them in it."""
         self.weight_gradients = queue
         hand_out(self, queue)
+        if self.compiled:
+            for block in self._blocks():
+                hand_out(block, None)
+
+    def compile_blocks(self) -> None:
+        """From now on ``torch.compile`` runs every block of the trunk and the MTP modules; call before
+        ``defer_weight_gradients``. Blocks are alike, so they share a graph for training and one for evaluation.
+
+        A queue is a side effect that cannot be traced: compiled blocks leave their weight gradients to autograd, which adds them
+        up in ``grad_dtype`` as the queue would. Where no graph can be made (a gradient of another dtype than its parameter is
+        there already) the block runs uncompiled.
+        """
+        self.compiled = True
+        for block in self._blocks():
+            block.compile(dynamic=False)
+
+    def _blocks(self) -> list[Block]:
+        return [module for module in self.modules() if isinstance(module, Block)]
 
     def output_weight(self) -> nn.Parameter:
         """[V/R, d]: the matrix that turns states into logits. Only on the last chunk."""

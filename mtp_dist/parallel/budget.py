@@ -170,7 +170,7 @@ def rank_memory(config: TrainingRun, pipeline_rank: int) -> Memory:
     shard_gradient = 4 * parameters // shards if config.zero.stage else 0
     return Memory(
         weights=parameters * dtype_bytes(config),
-        gradients=parameters * GRADIENT_BYTES,
+        gradients=parameters * GRADIENT_BYTES // (parallel.data if config.zero.stage >= 2 else 1),
         optimizer=parameters * (masters + MOMENT_BYTES) // shards,
         activations=activations,
         working=max(loss, bucket + shard_gradient),

@@ -50,7 +50,15 @@ class Engine:
     """Owns the parameters' optimizer state. Build it on chunks whose parameters hold their initial values."""
 
     def __init__(
-        self, chunks: nn.ModuleList, mesh: Mesh, optim: OptimConfig, zero: ZeroConfig, dtype: torch.dtype, *, replica: bool
+        self,
+        chunks: nn.ModuleList,
+        mesh: Mesh,
+        optim: OptimConfig,
+        zero: ZeroConfig,
+        dtype: torch.dtype,
+        *,
+        replica: bool,
+        micro_batches: int,
     ) -> None:
         """`replica`: whether a classic pipeline's last chunk holds a copy of the embedding. Collective."""
         deepspeed = import_deepspeed()
@@ -67,7 +75,7 @@ class Engine:
         )
         config = {
             "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
+            "gradient_accumulation_steps": micro_batches if zero.stage >= 2 else 1,
             # DeepSpeed's default is 1.0. Without ZeRO it misses some parameters under model parallelism: clipped here.
             "gradient_clipping": optim.clip if zero.stage > 0 else 0.0,
             "communication_data_type": "fp32",
@@ -84,7 +92,8 @@ class Engine:
         self.engine, *_ = deepspeed.initialize(
             model=chunks, optimizer=optimizer, config=config, mpu=mesh.grid, dist_init_required=False
         )
-        self.engine.pipeline_parallelism = True
+        # With the gradients reduced only on request: the schedule, not DeepSpeed, knows when a step's last backward pass was.
+        self.engine.pipeline_parallelism = not self.shards_gradients
         for p in self.parameters.values():
             p.grad_dtype = torch.float32
         self._states = [self._fresh_state(flat) for flat in self._flats()]
@@ -160,13 +169,25 @@ class Engine:
         for state in self._states:
             state["step"].fill_(steps)
 
+    @property
+    def shards_gradients(self) -> bool:
+        """ZeRO-2: gradients are reduced and sharded during each backward pass, which ``backward`` must run."""
+        return self.stage >= 2
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """One micro-batch's backward pass where gradients are sharded in it; `last` of the step's, after which comes ``step``."""
+        self.engine.backward(loss, scale_wrt_gas=False)
+        if not last:
+            self.engine.step()
+
     def step(self, lr: float) -> StepOutcome:
         """Turn the accumulated gradients into new weights. Collective. Leaves no gradient behind."""
         with span(self.timeline, "reduce"):
             self._sum_partial_gradients()
             if self.replica_of_first is not None:
                 dist.all_reduce(gradient_of(self.replica_of_first), group=self.mesh.tied)
-            self.engine.allreduce_gradients()
+            if not self.shards_gradients:
+                self.engine.allreduce_gradients()
         with span(self.timeline, "optimizer"):
             return self._apply(lr)
 

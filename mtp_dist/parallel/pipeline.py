@@ -6,6 +6,7 @@ leak in); gradients are not rescaled by the schedule (the loss is already normal
 through ``dw_builder`` (torch's own split of backward fails where the shared embedding reaches the loss by several paths).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class Pipeline:
         self.count = layout.chunks(mesh.parallel)
         # One queue for all chunks of the rank: they may share the embedding, and torch takes it right after each backward.
         self.queue = WeightGradients()
+        self.backward: Callable[[Tensor, bool], None] = self._backward
         for chunk in chunks:
             chunk.defer_weight_gradients(self.queue)  # type: ignore[operator]
         self.results: list[Tensor] = []
@@ -80,6 +82,18 @@ class Pipeline:
         self.results.append(result.detach())
         return result[0]
 
+    def leave_gradients_to(self, backward: Callable[[Tensor, bool], None]) -> None:
+        """For an optimizer that shards gradients during each backward pass: it runs `backward(loss, last)` of a micro-batch
+        itself, and autograd forms the weight gradients. Only without a pipeline."""
+        assert self.schedule is None
+        self.backward = backward
+        for chunk in self.chunks:
+            chunk.defer_weight_gradients(None)  # type: ignore[operator]
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+        self.queue.take()()
+
     def step(self, rows: dict[str, Tensor]) -> Tensor | None:
         """Forward and backward of all micro-batches; gradients are added to the parameters.
 
@@ -92,8 +106,7 @@ class Pipeline:
                 with span(self.timeline, "F", 0, i):
                     loss = self._collect(self.chunks[0](**part), part["tokens"])
                 with span(self.timeline, "B", 0, i):
-                    loss.backward()
-                    self.queue.take()()
+                    self.backward(loss, i == self.micro_batches - 1)
         else:
             target = {"target": rows["tokens"]} if self.has_last else {}
             with watched(self.timeline, self.stages):

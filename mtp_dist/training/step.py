@@ -80,12 +80,17 @@ def build(config: TrainingRun, mesh: Mesh) -> Workload:
     for chunk in chunks:
         initialize(chunk, config.seed)
         chunk.recompute = config.train.recompute  # type: ignore[assignment]
+        if config.train.compile:
+            chunk.compile_blocks()  # type: ignore[operator]
     chunks.to(mesh.device)
     replica = config.model.tie_embeddings or config.mtp.depth > 0
-    engine = Engine(chunks, mesh, config.optim, config.zero, dtype, replica=replica)
+    engine = Engine(chunks, mesh, config.optim, config.zero, dtype, replica=replica, micro_batches=micro_batches(config))
     if dtype != torch.float32:
         engine.write_initial_masters(config.seed)
-    return Workload(config, mesh, _pipeline(config, mesh, chunks), engine)
+    pipeline = _pipeline(config, mesh, chunks)
+    if engine.shards_gradients:
+        pipeline.leave_gradients_to(engine.backward)
+    return Workload(config, mesh, pipeline, engine)
 
 
 def load_forward_only(config: TrainingRun, mesh: Mesh, checkpoint: Checkpoint) -> ForwardOnly:

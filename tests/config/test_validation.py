@@ -121,7 +121,11 @@ BROKEN = [
     ("zero.stage=4", ["zero.stage=4", "0, 1, 2 or 3"]),
     ("zero.stage=2 parallel=v2", ["zero.stage=2", "gradients", "every backward", "zero.stage=1"]),
     ("zero.stage=3 parallel=classic2", ["zero.stage=3", "parameters", "every backward", "zero.stage=1"]),
-    ("zero.stage=2", ["zero.stage=2", "not supported yet"]),
+    ("zero.stage=3", ["zero.stage=3", "not supported yet", "zero.stage=2"]),
+    (
+        "zero.stage=2 parallel=tensor2 parallel.sequence_parallel=true",
+        ["zero.stage=2", "sequence parallelism", "zero.stage=1"],
+    ),
     ("zero.stage=0", ["train.dtype=bfloat16", "phantom Adam step", "zero.stage=1", "float32"]),
     ("zero.reduce_bucket_size=0", ["zero.reduce_bucket_size"]),
     ("schedule.kind=linear", ["schedule.kind=linear", "cosine, wsd or constant"]),

@@ -18,6 +18,8 @@ LAYOUTS: dict[str, dict[str, object]] = {
     "tp2": {"tensor": 2},
     "dp2_zero0": {"data": 2, "stage": 0},
     "dp2_zero1": {"data": 2},
+    "dp2_zero2": {"data": 2, "stage": 2},
+    "tp2_zero2": {"tensor": 2, "stage": 2},
     "pp2_1f1b_zero0": {"pipeline": 2, "schedule": "1f1b", "stage": 0},
     "tp2_zero0": {"tensor": 2, "stage": 0},
     "pp2_zbv_untied": {"pipeline": 2, "schedule": "zbv", "tie": False},

@@ -4,9 +4,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from mtp_dist.config.schema import Evaluation, ParallelConfig, TrainingRun
 from mtp_dist.errors import UserError
@@ -38,6 +40,8 @@ def _slices(workload: Workload, values: dict[str, Tensor]) -> dict[str, tuple[tu
 def _reduced_gradients(workload: Workload) -> dict[str, Tensor]:
     """What the epilogue will make of the gradients, computed here on copies: tied sum, then mean over replicas."""
     found = {}
+    if workload.engine.shards_gradients:
+        return {name: deepspeed.utils.safe_get_full_grad(p) for name, p in workload.engine.parameters.items()}
     for name, p in workload.engine.parameters.items():
         gradient = torch.zeros_like(p) if p.grad is None else p.grad.clone()
         if workload.mesh.tensor.shares_positions and p.spec.split is None:
@@ -49,9 +53,9 @@ def _reduced_gradients(workload: Workload) -> dict[str, Tensor]:
     return found
 
 
-def parity(layout: str) -> dict[str, Any]:
+def parity(layout: str, **train: object) -> dict[str, Any]:
     """Losses and norms of three steps, the first step's gradients, the weights after the last, and an evaluation."""
-    config = configuration(layout)
+    config = configuration(layout, **train)
     mesh = build_mesh(config.parallel, torch.device("cpu"))
     workload = build(config, mesh)
     parts = coefficients(config.mtp, 0)
@@ -81,6 +85,14 @@ def parity(layout: str) -> dict[str, Any]:
         "micro_batches": workload.pipeline.micro_batches,
         "held_out": held_out.means(),
     }
+
+
+def compiled(layout: str, **train: object) -> dict[str, Any]:
+    """``parity`` with compiled blocks, and what the compiler counted."""
+    torch.compiler.reset()
+    counters.clear()
+    result = parity(layout, compile=True, **train)
+    return result | {"graphs": counters["stats"]["unique_graphs"], "breaks": dict(counters["graph_break"])}
 
 
 def reference(layout: str) -> dict[str, Any]:
@@ -249,6 +261,12 @@ def _state(trainer: Any) -> dict[str, Tensor]:
     return found
 
 
+def _gradient_bytes(engine: Any) -> int:
+    if engine.shards_gradients:
+        return sum(part.nbytes for parts in engine.engine.optimizer.averaged_gradients.values() for part in parts)
+    return sum(p.grad.nbytes for p in engine.parameters.values() if p.grad is not None)
+
+
 def held(layout: str) -> dict[str, Any]:
     """Bytes that a rank really holds after one step's gradients, its place, and its schedule's passes in flight."""
     config = configuration(layout)
@@ -264,7 +282,7 @@ def held(layout: str) -> dict[str, Any]:
         "rank": mesh.rank,
         "pipeline_rank": mesh.pipeline_rank,
         "weights": sum(p.nbytes for p in parameters),
-        "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
+        "gradients": _gradient_bytes(engine),
         "optimizer": sum(tensor.nbytes for tensor in optimizer),
         "in_flight": _most_in_flight(order) if order else None,
     }

@@ -32,7 +32,8 @@ def test_bytes_of_a_rank(held: Any, layout: str) -> None:
     for found in held(layout):
         planned = rank_memory(config, found["pipeline_rank"])
         assert found["rank"] in global_ranks(config.parallel, found["pipeline_rank"])
-        assert (found["weights"], found["gradients"]) == (planned.weights, planned.gradients)
+        assert found["weights"] == planned.weights
+        assert planned.gradients == pytest.approx(found["gradients"], abs=PADDING if config.zero.stage >= 2 else 0)
         assert planned.optimizer == pytest.approx(found["optimizer"], abs=PADDING)
 
 

@@ -17,8 +17,22 @@ from tests.distributed.pool import run_jobs
 
 STEPS = 6
 RESUMED = [
-    "one_process", "pp2_1f1b", "pp2_zbv", "pp2_dualpipev", "pp2_interleaved", "tp2", "tp2_sequence", "dp2_zero0", "dp2_zero1",
-    "pp2_zbv_tp2", "pp2_1f1b_tp2", "pp2_zbv_dp2", "pp2_1f1b_dp2", "pp2_zbv_dp2_zero0", "tp2_dp2",
+    "one_process",
+    "pp2_1f1b",
+    "pp2_zbv",
+    "pp2_dualpipev",
+    "pp2_interleaved",
+    "tp2",
+    "tp2_sequence",
+    "dp2_zero0",
+    "dp2_zero1",
+    "dp2_zero2",
+    "pp2_zbv_tp2",
+    "pp2_1f1b_tp2",
+    "pp2_zbv_dp2",
+    "pp2_1f1b_dp2",
+    "pp2_zbv_dp2_zero0",
+    "tp2_dp2",
 ]
 EXACT = ("loss/total", "loss/main", "loss/depth_1", "loss/depth_2", "optim/gradient_norm", "optim/lr", "data/tokens_seen")
 

@@ -1,0 +1,62 @@
+"""Promise: ``train.compile`` compiles every block, whole, and leaves the model what it was: the one-process reference's losses,
+gradients and weights in every kind of layout.
+
+Tolerance, float32: that of the parity grid; fused operations only change the order of sums. bfloat16: compiled code keeps
+intermediate values in float32 that are rounded to 8 bits (4e-3) otherwise, so a gradient may differ by some such roundings.
+"""
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from tests.distributed.pool import run_jobs
+from tests.distributed.tasks import reference
+from tests.distributed.test_parity import TOLERANCE, assert_slices
+
+FLOAT32: dict[str, dict[str, str]] = {
+    "pp2_zbv": {},
+    "pp2_1f1b": {"recompute": "full"},
+    "tp2_sequence": {},
+}
+BFLOAT16 = {"dtype": "bfloat16"}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """Job -> what each rank found: the layouts of ``FLOAT32``, and pp2_zbv in bfloat16 "compiled" and "plain"."""
+    jobs = [{"name": name, "task": "compiled", "arguments": {"layout": name, **train}} for name, train in FLOAT32.items()]
+    jobs.append({"name": "compiled", "task": "compiled", "arguments": {"layout": "pp2_zbv", **BFLOAT16}})
+    jobs.append({"name": "plain", "task": "parity", "arguments": {"layout": "pp2_zbv", **BFLOAT16}})
+    return run_jobs(2, jobs, tmp_path_factory.mktemp("compile"))
+
+
+expected = cache(reference)
+
+
+@pytest.mark.parametrize("job", [*FLOAT32, "compiled"])
+def test_blocks_are_compiled_whole(results: dict[str, list[Any]], job: str) -> None:
+    """One graph serves all blocks of a rank in training and one in evaluation; nothing was left to Python."""
+    for found in results[job]:
+        assert (found["graphs"], found["breaks"]) == (2, {})
+
+
+@pytest.mark.parametrize("layout", FLOAT32)
+def test_compiled_blocks_are_the_same_model(results: dict[str, list[Any]], layout: str) -> None:
+    want = expected(layout)
+    for found in results[layout]:
+        assert found["losses"] == pytest.approx(want["losses"], rel=TOLERANCE)
+        assert found["norms"] == pytest.approx(want["norms"], rel=TOLERANCE)
+        assert found["held_out"]["loss"] == pytest.approx(want["held_out"]["loss"], rel=TOLERANCE)
+    assert_slices(results[layout], want["gradients"], "gradients")
+    assert_slices(results[layout], want["weights"], "weights")
+
+
+def test_bfloat16_gradients_are_added_up_in_float32(results: dict[str, list[Any]]) -> None:
+    for found, plain in zip(results["compiled"], results["plain"], strict=True):
+        assert found["losses"] == pytest.approx(plain["losses"], rel=1e-3)
+        assert found["norms"] == pytest.approx(plain["norms"], rel=1e-2)
+        for name, (_, _, gradient) in found["gradients"].items():
+            other = plain["gradients"][name][2]
+            assert str(gradient.dtype) == "torch.float32"
+            assert (gradient - other).norm() <= 2e-2 * other.norm(), name
