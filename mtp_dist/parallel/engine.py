@@ -206,6 +206,19 @@ class Engine:
         self._drop_gradients()
         return StepOutcome(norm, applied=bool(self.engine.was_step_applied()))
 
+    @torch.no_grad()
+    def replica_drift(self) -> float:
+        """Largest difference between the two copies of the embedding (0 without a replica). Collective over its ranks.
+
+        They get the same gradient and the same update, so anything but 0 is a fault that would grow unseen.
+        """
+        if self.replica_of_first is None:
+            return 0.0
+        low, high = self.replica_of_first.detach().clone(), self.replica_of_first.detach().clone()
+        dist.all_reduce(low, op=dist.ReduceOp.MIN, group=self.mesh.tied)
+        dist.all_reduce(high, op=dist.ReduceOp.MAX, group=self.mesh.tied)
+        return (high - low).abs().max().item()
+
     def _sum_partial_gradients(self) -> None:
         """Under sequence parallelism a parameter that is whole on each tensor rank has seen that rank's positions only."""
         if not self.mesh.tensor.shares_positions:

@@ -89,3 +89,21 @@ def rank_costs(config: TrainingRun) -> list[float]:
     costs = [float(len(part)) for part in layers]
     costs[-1] += tail_in_layers(config)
     return [sum(costs[number] for number in chunks_of_rank(parallel, rank)) for rank in range(parallel.pipeline)]
+
+
+def placement_table(config: TrainingRun) -> str:
+    """One line a pipeline rank: its layers, what else it holds, and its work in trunk layers."""
+    parallel, layers, count = config.parallel, layers_of_chunks(config), chunks(config.parallel)
+    kind = f"{parallel.schedule}, placement {parallel.placement}" if parallel.pipeline > 1 else "no pipeline"
+    attention = "masked by document" if config.model.document_mask else "causal"
+    sizes = f"pipeline {parallel.pipeline} ({kind}) x tensor {parallel.tensor} x data {parallel.data}"
+    lines = [f"layout: {sizes}; attention {attention}"]
+    for rank, cost in enumerate(rank_costs(config)):
+        held = []
+        for number in chunks_of_rank(parallel, rank):
+            part = layers[number]
+            held += ["embedding"] if number == 0 else []
+            held += [f"layers {part[0]}-{part[-1]}"] if part else []
+            held += [f"{config.mtp.depth} MTP modules and head"] if number == count - 1 else []
+        lines.append(f"  pipeline rank {rank}: {', '.join(held)} (work of {cost:.1f} layers)")
+    return "\n".join(lines)

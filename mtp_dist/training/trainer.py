@@ -23,6 +23,7 @@ from mtp_dist.data.stream import State, Stream, merge_states
 from mtp_dist.errors import AgreedError, UserError
 from mtp_dist.parallel.engine import StepOutcome
 from mtp_dist.parallel.mesh import Mesh
+from mtp_dist.parallel.placement import placement_table
 from mtp_dist.tracking import names
 from mtp_dist.tracking.tracker import Tracker
 from mtp_dist.training import status
@@ -143,6 +144,7 @@ class Trainer:
             raise
 
     def _train(self) -> str:
+        self.console.say(placement_table(self.config))
         if self.progress.step < self.total:
             self._read()
             raise_together(self.mesh, self.problem)
@@ -264,6 +266,8 @@ class Trainer:
 
     def save(self) -> Path:
         """A checkpoint of the step that was last applied."""
+        drift = self.workload.engine.replica_drift()
+        raise_together(self.mesh, f"the copies of the embedding differ by {drift}; nothing was saved" if drift else None)
         states: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(states, self.data_end, group=self.mesh.control)
         folder = save(

@@ -331,3 +331,15 @@ def damage(checkpoint: str) -> None:
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
     dist.barrier()
+
+
+def drift(layout: str) -> list[float]:
+    """What the check of the embedding's two copies finds after a step, and after one copy was touched."""
+    config = configuration(layout)
+    mesh = build_mesh(config.parallel, torch.device("cpu"))
+    workload = build(config, mesh)
+    workload.step(_own_rows(config, mesh, 0), coefficients(config.mtp, 0), config.optim.lr)
+    found = [workload.engine.replica_drift()]
+    if mesh.pipeline_rank == 1:
+        workload.engine.parameters["embedding.weight"].data[3, 0] += 0.25
+    return [*found, workload.engine.replica_drift()]

@@ -1,14 +1,16 @@
 """Promise: ``train.compile`` compiles every block, whole, and leaves the model what it was: the one-process reference's losses,
 gradients and weights in every kind of layout.
 
-Tolerance, float32: that of the parity grid; fused operations only change the order of sums. bfloat16: compiled code keeps
-intermediate values in float32 that are rounded to 8 bits (4e-3) otherwise, so a gradient may differ by some such roundings.
+Tolerance, float32: that of the parity grid; fused operations only change the order of sums. bfloat16: compiled code rounds at
+other places, so its gradients are held to be as near to the float32 ones as those of uncompiled blocks (1% to 2% for either),
+within half as much again: single parameters are lucky or unlucky. Sums in bfloat16 would be no such thing: the dtype is asserted.
 """
 
 from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed.pool import run_jobs
 from tests.distributed.tasks import reference
@@ -57,6 +59,6 @@ def test_bfloat16_gradients_are_added_up_in_float32(results: dict[str, list[Any]
         assert found["losses"] == pytest.approx(plain["losses"], rel=1e-3)
         assert found["norms"] == pytest.approx(plain["norms"], rel=1e-2)
         for name, (_, _, gradient) in found["gradients"].items():
-            other = plain["gradients"][name][2]
-            assert str(gradient.dtype) == "torch.float32"
-            assert (gradient - other).norm() <= 2e-2 * other.norm(), name
+            want = expected("pp2_zbv")["gradients"][name]
+            assert gradient.dtype == torch.float32
+            assert (gradient - want).norm() <= 1.5 * (plain["gradients"][name][2] - want).norm(), name

@@ -52,3 +52,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_its_step_saved_again(runs: Any) -
     assert Checkpoint(run / "checkpoints" / "step_00000004").damages() == []
     assert Checkpoint(run / "checkpoints" / "step_00000004.damaged").damages() != []
     assert [record["step"] for record in read_records(run / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_drifting_copy_of_the_embedding_is_noticed(tmp_path: Path) -> None:
+    found = run_jobs(2, [{"name": "drift", "task": "drift", "arguments": {"layout": "pp2_1f1b"}}], tmp_path)["drift"]
+    assert found == [[0.0, pytest.approx(0.25)]] * 2

@@ -13,6 +13,7 @@ from mtp_dist.parallel.placement import (
     balanced,
     chunks_of_rank,
     layers_of_chunks,
+    placement_table,
     rank_costs,
     rank_of_chunk,
     tail_in_layers,
@@ -117,3 +118,11 @@ def test_heads_count() -> None:
     assert [len(part) for part in layers_of_chunks(config)] == [1, 4, 3, 0]
     even = run(ParallelConfig(pipeline=2, schedule="zbv"), 8, "uniform", tail_in_layers(config))
     assert max(rank_costs(config)) < 0.8 * max(rank_costs(even))
+
+
+def test_the_table_at_start() -> None:
+    config = run(ParallelConfig(pipeline=2, schedule="zbv"), 8, "[1,4,3,0]", 7.7)
+    assert placement_table(config).splitlines()[1:] == [
+        "  pipeline rank 0: embedding, layers 0-0, 2 MTP modules and head (work of 8.7 layers)",
+        "  pipeline rank 1: layers 1-4, layers 5-7 (work of 7.0 layers)",
+    ]
