@@ -4,8 +4,9 @@
     python launch/slurm.py dry_run=true ...        print the script, write nothing
 
 It takes the settings of ``python -m mtp_dist.train``: composes, checks and freezes them in the run folder, writes
-``<run_dir>/train.sbatch`` from ``slurm/train.sbatch.template`` and submits it. With ``run_dir=FOLDER`` (and settings of ``launch.``) alone,
-a run that exists goes on with its own settings. ``docs/operations.md`` says how such a job stops, requeues and resumes.
+``<run_dir>/train.sbatch`` from ``slurm/train.sbatch.template`` and submits it. With ``run_dir=FOLDER`` alone, or with settings of
+``launch.`` beside it, a run that exists goes on with its own settings. How such a job stops,
+requeues and resumes: ``docs/operations.md``.
 """
 
 import os
@@ -153,7 +154,7 @@ def launch(config: SlurmRun) -> int:
         script.write_text(text, encoding="utf-8")
     job = submit(script)
     if run.train.deterministic and not run.launch.threads:
-        print("note: neither launch.threads nor launch.cpus_per_task is given: a start on nodes with other cores differs in rounding")
+        print("note: launch.threads and launch.cpus_per_task are not given: other nodes may round otherwise")
     print(f"submitted job {job}")
     print(f"  watch:           squeue --job {job}; tail -F {shlex.quote(f'{run.run_dir}/slurm-{job}.out')}")
     print(f"  save and requeue: scancel --batch --signal=USR1 {job}")

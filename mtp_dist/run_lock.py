@@ -5,8 +5,8 @@ so that the folder stays taken until both have ended, whichever ends first. The 
 by kill -9, so the file may stay: alone it means nothing.
 
 Between machines this holds as far as the file system's flock does: NFS (Linux clients pass it to the server, which keeps the lock
-of a lost machine until its lease ends, usually 90 s), Lustre mounted with ``flock``, BeeGFS and GPFS where so configured. On a file
-system without flock one warning says so, and nothing is locked; one with locks of each machine alone sees only its own.
+of a lost machine until its lease ends, usually 90 s), others where they are mounted so (Lustre: ``-o flock``). On a file system
+without flock a warning says so, and nothing is locked; where locks stay on one machine, only jobs of that machine see each other.
 Source: https://man7.org/linux/man-pages/man2/flock.2.html
 """
 
@@ -35,7 +35,8 @@ _TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 def held(run_dir: str | os.PathLike[str], *, wait_seconds: float = 0.0) -> Iterator[None]:
     """Hold the run folder (made if it is missing) for the block, as the launcher of its processes.
 
-    ``wait_seconds``: how long to wait for one that has it. Raises UserError naming who has it, or that the folder cannot be written.
+    ``wait_seconds``: how long to wait for one that has it. Raises UserError naming who has it, and for a folder that
+    cannot be written.
     """
     with _opened(run_dir) as file:
         _lock(file, run_dir, wait_seconds)
@@ -97,7 +98,7 @@ def _flock(file: IO[str], operation: int) -> bool:
         if error.errno not in _UNSUPPORTED:
             raise UserError(f"{file.name} cannot be locked: {error.strerror}") from None
         print(
-            f"warning: the file system of {file.name} has no locks ({error.strerror}); see that one job at a time uses the folder",
+            f"warning: the file system of {file.name} has no locks ({error.strerror}); start one job at a time there",
             file=sys.stderr,
         )
     return True

@@ -17,8 +17,11 @@ LOOPBACK = "127.0.0.1"
 
 
 def is_task(environment: Mapping[str, str]) -> bool:
-    """Whether this is one of several tasks of a step of Slurm. A step of one task is a shell (``srun --pty bash``) or one command,
-    which starts processes as on any machine; a batch script is no step's task."""
+    """Whether this is one of several tasks of a step of Slurm.
+
+    A step of one task is a shell (``srun --pty bash``) or one command, which starts processes as anywhere else. A batch script is
+    no task.
+    """
     in_step = "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment
     return in_step and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
@@ -56,7 +59,7 @@ def _address(launch: LaunchConfig, slurm: Mapping[str, str]) -> str:
     names = _scontrol("show", "hostnames", slurm.get("SLURM_STEP_NODELIST", "")).split()
     found = re.search(r"\bNodeAddr=(\S+)", _scontrol("show", "node", names[0], "--oneliner")) if names else None
     if found is None:
-        raise UserError("Slurm knows no address of this step's first node; give launch.master_addr=ADDRESS when the run is prepared")
+        raise UserError("Slurm knows no address of this step's first node; prepare the run with launch.master_addr=ADDRESS")
     return found[1]
 
 

@@ -159,7 +159,11 @@ def test_a_run_folder_without_write_permission(place: Place) -> None:
     assert f"run_dir={locked}/run" in said
 
 
-@pytest.mark.parametrize("launcher", [{"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0"}], ids=repr)
+@pytest.mark.parametrize(
+    "launcher",
+    [{"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}],
+    ids=["torchrun", "srun"],
+)
 def test_composing_in_a_process_of_a_job(place: Place, launcher: dict[str, str]) -> None:
     """Every rank would write the run folder: the right command is shown instead."""
     composing = [f"run_dir={place.folder}/never", f"data.path={place.data}", "train.steps=2"]
@@ -217,6 +221,8 @@ def test_a_world_of_another_size(place: Place, trained: Callable[[str], Path]) -
         (["out=x", "source=text", "input=[texts]", "tokenizer=bytes", "validation_share=2"], ["validation_share=2"]),
         (["out=x", "source=text", "input=[texts]", "tokenizer=file", "tokenizer.path=none.json"], ["none.json"]),
         (["out=texts", "source=text", "input=[texts]", "tokenizer=bytes"], ["out=texts"]),
+        (["out=texts/0.txt/x", "source=text", "input=[texts]", "tokenizer=bytes"], ["out=texts/0.txt/x", "cannot be written"]),
+        (["out=/proc/x", "source=text", "input=[texts]", "tokenizer=bytes"], ["out=/proc/x"]),
     ],
     ids=lambda value: "-".join(value),
 )

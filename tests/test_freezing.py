@@ -1,6 +1,8 @@
 """Promise: a run folder holds the settings of one model on one stream of data, checked before any process starts."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +14,7 @@ from mtp_dist.config.compose import compose, load
 from mtp_dist.config.schema import ShardBuild, TokenizerConfig, TrainingRun
 from mtp_dist.data.building import build
 from mtp_dist.errors import UserError
-from mtp_dist.freezing import continued, frozen, prepare, resolved_file, under_launcher
+from mtp_dist.freezing import check, continued, freeze, frozen, prepare, resolved_file, under_launcher
 
 Composer = Callable[..., TrainingRun]
 
@@ -68,7 +70,7 @@ def test_the_same_settings_again_leave_the_file_alone(composed: Composer) -> Non
 def test_changed_settings_replace_the_file_and_keep_the_earlier_ones(composed: Composer) -> None:
     prepare(composed())
     prepare(composed("train.steps=60", "parallel=v2", "mtp.loss_weight=0.1", "optim.lr=0.5"))
-    last = prepare(composed("train.steps=70", "train.global_batch=64", "train.log_every_steps=5"))
+    last = prepare(composed("train.steps=70", "train.micro_batch=2", "train.log_every_steps=5"))
     assert files(last) == ["resolved.1.yaml", "resolved.2.yaml", "resolved.yaml"]
     steps = [load(Path(last.run_dir) / name, TrainingRun).train.steps for name in files(last)]
     assert steps == [50, 60, 70]
@@ -84,6 +86,7 @@ def test_changed_settings_replace_the_file_and_keep_the_earlier_ones(composed: C
         ("seed=1", ["seed=1", "seed=1234"]),
         ("data.lanes=4", ["data.lanes=4", "data.lanes=8"]),
         ("data.block_samples=3", ["data.block_samples=3"]),
+        ("train.global_batch=64", ["train.global_batch=64", "train.global_batch=32"]),
         ("train.sequence_length=64", ["train.sequence_length=64", "train.sequence_length=256"]),
     ],
 )
@@ -158,8 +161,8 @@ def test_a_run_that_was_not_prepared_and_a_wrong_number_of_processes_are_named(c
     config = prepare(composed("parallel=v2"))
     with pytest.raises(UserError, match=r"WORLD_SIZE=3 .* 2 x 1 x 1 = 2"):
         frozen([f"run_dir={config.run_dir}"], {"RANK": "0", "WORLD_SIZE": "3"})
-    with pytest.raises(UserError, match="SLURM_STEP_NUM_TASKS=1"):
-        frozen([f"run_dir={config.run_dir}"], {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"})
+    with pytest.raises(UserError, match="SLURM_STEP_NUM_TASKS=3"):
+        frozen([f"run_dir={config.run_dir}"], {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3"})
 
 
 def test_a_moved_run_folder_reads_as_where_it_is(composed: Composer, tmp_path: Path) -> None:
@@ -173,7 +176,11 @@ def test_a_moved_run_folder_reads_as_where_it_is(composed: Composer, tmp_path: P
     [
         ({}, False),
         ({"RANK": "3"}, True),
-        ({"SLURM_PROCID": "0", "SLURM_STEP_ID": "2"}, True),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "4"}, True),
+        # srun --pty bash: settings are composed there as on a laptop.
+        ({"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}, False),
+        # One task a node, each of which starts torchrun.
+        ({"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "RANK": "0"}, True),
         ({"SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}, False),
     ],
 )
@@ -192,3 +199,79 @@ def test_the_run_folder_alone_continues_a_run_with_its_own_settings(composed: Co
     assert files(config) == ["resolved.yaml"]
     assert continued([f"run_dir={config.run_dir}", "optim.lr=1"]) is None
     assert continued(["run_dir=does/not/exist"]) is None
+
+
+def test_another_node_continues_a_run_with_its_own_place(composed: Composer) -> None:
+    config = prepare(composed("parallel.data=2", "launch.nodes=2", "launch.master_addr=10.0.0.1", "optim.lr=0.25"))
+    again = continued([f"run_dir={config.run_dir}", "launch.node_rank=1"])
+    assert again is not None
+    assert prepare(again) == replace(config, launch=replace(config.launch, node_rank=1))
+    assert files(config) == ["resolved.yaml"]
+    moved = continued([f"run_dir={config.run_dir}", "launch.master_addr=10.0.0.2", "launch.master_port=4000"])
+    assert moved is not None
+    assert prepare(moved) == replace(config, launch=replace(config.launch, master_addr="10.0.0.2", master_port=4000))
+    together = continued([f"run_dir={config.run_dir}", "launch.nodes=1"])
+    assert together is not None
+    assert prepare(together).launch.processes_per_node == 2
+    with pytest.raises(UserError, match=r"launch\.node_rnk is not a setting .* launch\.node_rank"):
+        continued([f"run_dir={config.run_dir}", "launch.node_rnk=1"])
+    with pytest.raises(UserError, match=r"launch\.node_rank takes int"):
+        continued([f"run_dir={config.run_dir}", "launch.node_rank=one"])
+    assert continued([f"run_dir={config.run_dir}", "launch.node_rank=1", "optim.lr=1"]) is None
+
+
+def test_the_settings_are_there_at_every_moment(composed: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that fails leaves the folder as it was; while the new settings are written, the old ones can be read."""
+    config = prepare(composed())
+    before = resolved_file(config.run_dir).read_bytes()
+    real = os.replace
+
+    def full_disk(source: str, target: str) -> None:
+        assert resolved_file(config.run_dir).read_bytes() == before
+        os.unlink(source)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    message = refusal(composed("train.steps=60"))
+    assert "run_dir=" in message and os.strerror(errno.ENOSPC) in message
+    assert files(config) == ["resolved.yaml"]
+    assert resolved_file(config.run_dir).read_bytes() == before
+    monkeypatch.setattr(os, "replace", real)
+    prepare(composed("train.steps=60"))
+    assert files(config) == ["resolved.1.yaml", "resolved.yaml"]
+
+
+def test_a_check_refuses_what_preparing_refuses_and_writes_nothing(composed: Composer, tmp_path: Path) -> None:
+    checked = check(composed())
+    assert not (tmp_path / "run").exists()
+    assert prepare(composed()) == checked
+    for asked in (composed("model.layers=5"), composed("tokenizer.path=nowhere.json")):
+        with pytest.raises(UserError) as caught:
+            check(asked)
+        assert str(caught.value) == refusal(asked)
+    check(composed("train.steps=70"))
+    assert files(checked) == ["resolved.yaml"]
+
+
+def test_threads_stay_from_start_to_start_whatever_the_machine_has(
+    composed: Composer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    first = check(composed("parallel=v2"), cores=12)
+    assert first.launch.threads == 6
+    freeze(first)
+    assert check(composed("parallel=v2"), cores=64) == first
+    assert prepare(composed("parallel=v2")) == first
+    again = continued([f"run_dir={first.run_dir}"])
+    assert again is not None
+    assert check(again, cores=64) == first
+    assert files(first) == ["resolved.yaml"]
+    # Asked for, or with another number of processes on a node, it is another number.
+    assert check(composed("parallel=v2", "launch.threads=3"), cores=12).launch.threads == 3
+    assert check(composed("parallel=v2_data2"), cores=12).launch.threads == 3
+    assert check(composed("parallel=v2", "train.deterministic=false"), cores=12).launch.threads == 0
+
+
+def test_threads_of_nodes_that_are_not_known_yet_are_the_cores_asked_for(composed: Composer) -> None:
+    assert check(composed("launch.cpus_per_task=7"), cores=0).launch.threads == 7
+    assert check(composed(), cores=0).launch.threads == 0

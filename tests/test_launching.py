@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mtp_dist.config.schema import LaunchConfig, ParallelConfig, TrainingRun
@@ -75,10 +76,25 @@ def test_the_accelerator_is_the_gpu_only_where_there_is_one_for_each_process() -
         process_environment(run(data=4), 8, 2, {})
 
 
-def launched(folder: Path, exit_status: int) -> subprocess.Popen[str]:
-    (folder / "process_of_a_job.py").write_text(PROCESS)
+# Hears no signal but SIGKILL, and has a process of its own that hears none either.
+STUBBORN = """
+import os, pathlib, signal, subprocess, sys, time
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.SIG_IGN)
+child = subprocess.Popen(["sleep", "3600"], start_new_session=True)
+folder = pathlib.Path(sys.argv[1].removeprefix("run_dir="))
+(folder / f"pids.{os.environ['RANK']}").write_text(f"{os.getpid()} {child.pid} {os.getppid()}")
+(folder / f"started.{os.environ['RANK']}").touch()
+while True:
+    time.sleep(1)
+"""
+
+
+def launched(folder: Path, exit_status: int, process: str = PROCESS) -> subprocess.Popen[str]:
+    (folder / "process_of_a_job.py").write_text(process)
     code = f"""
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # even where the tests themselves run in the background
 from mtp_dist.config.schema import LaunchConfig, ParallelConfig, TrainingRun
 from mtp_dist.launching import process_environment, run_child, torchrun_command
 config = TrainingRun(parallel=ParallelConfig(pipeline=2), launch=LaunchConfig(threads=1))
@@ -118,3 +134,33 @@ def test_a_process_that_fails_makes_the_launcher_fail(tmp_path: Path) -> None:
     launcher.send_signal(signal.SIGTERM)
     _, errors = launcher.communicate()
     assert launcher.returncode == 1, errors
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_everything_at_once(tmp_path: Path, number: signal.Signals) -> None:
+    launcher = launched(tmp_path, 0, STUBBORN)
+    wait_for(tmp_path, "started", launcher)
+    pids = {int(pid) for file in tmp_path.glob("pids.*") for pid in file.read_text().split()}
+    processes = [psutil.Process(pid) for pid in pids]
+    launcher.send_signal(number)
+    assert launcher.stderr is not None
+    assert "save and stop" in launcher.stderr.readline()
+    launcher.send_signal(number)
+    launcher.communicate()
+    assert launcher.returncode == 128 + signal.SIGKILL
+    gone, alive = psutil.wait_procs(processes, timeout=30)
+    assert len(gone) == 5  # torchrun, and two processes with one of their own each
+    assert not alive
+
+
+def test_an_interrupt_that_was_ignored_stays_so() -> None:
+    """As in a script's background job, which its shell stops by SIGTERM alone: Ctrl-C reaches both, and would count twice."""
+    code = """
+import os, signal, sys
+from mtp_dist.launching import run_child
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+sys.exit(run_child([sys.executable, "-c", "import os, signal; os.kill(os.getppid(), signal.SIGINT)"], os.environ))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
