@@ -1,5 +1,6 @@
 """Make a dataset of tokenised shards: `python data/build_shards.py source=... out=...`; see `--help` and docs/data-format.md."""
 
+from mtp_dist.config import versions
 from mtp_dist.config.command import application
 from mtp_dist.config.schema import ShardBuild
 
@@ -12,6 +13,7 @@ EXAMPLES = (
 
 def run(config: ShardBuild) -> None:
     """Build, or find complete, the dataset that `config` describes, and say what it holds."""
+    versions.check()
     # Here, so that --help and a bad setting are answered without loading torch (which webdataset imports).
     from mtp_dist.data.building import build
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from mtp_dist.checkpoint import folder
 from mtp_dist.checkpoint.manifest import CONFIG, TOKENIZER, read_manifest, sync_path
+from mtp_dist.config import versions
 from mtp_dist.config.command import application
 from mtp_dist.config.compose import load
 from mtp_dist.config.rules import above, given, one_of
@@ -40,6 +41,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 def export(config: Export) -> Path:
     """Write the folder and return it. Raises UserError where the settings, the checkpoint or the disk do not allow it."""
+    versions.check()
     given("out", config.out, "FOLDER")
     one_of("format", config.format, ["hf"])
     above("shard_gb", config.shard_gb, 0)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mtp_dist.config import versions
 from mtp_dist.config.command import application
 from mtp_dist.config.schema import DecodeConfig, Generation
 from mtp_dist.decoding import request
@@ -79,6 +80,7 @@ class Writer:
 
 def run(config: Generation) -> int:
     """The command. Raises UserError before any weight is read where the settings, the prompts or the checkpoint do not fit."""
+    versions.check()
     request.validate(config)
     prompts = request.read_prompts(config)
 

@@ -19,7 +19,12 @@ _PIN = re.compile(r"\s*([A-Za-z0-9._-]+)\s*==\s*([A-Za-z0-9.]+)\s*")
 
 def check() -> None:
     """Compare what is installed with the pins. Warnings go to the standard error; raises UserError (see ``findings``)."""
-    pins = exact_pins(importlib.metadata.requires("mtp_dist") or [])
+    try:
+        pins = exact_pins(importlib.metadata.requires("mtp_dist") or [])
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            "mtp_dist is not installed, only what it needs; in its folder run: bash launch/install.sh (or pip install --editable .)"
+        ) from None
     warnings, errors = findings(pins, {name: _installed(name) for name in pins})
     if errors and os.environ.get(ALLOW) != "1":
         raise UserError(errors[0])

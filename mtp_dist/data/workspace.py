@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from mtp_dist.errors import UserError
 
@@ -20,10 +21,7 @@ def building_folder(out: Path) -> Iterator[Path]:
     that name was not made by a build.
     """
     folder = out.with_name(out.name + ".building")
-    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
-        raise UserError(f"{folder} is in the way and was not made by a build; move it, or choose another out=")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / MARKER).open("w") as marker:
+    with _marked(folder, out) as marker:
         try:
             # Held until the process ends, however it ends.
             fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -40,6 +38,17 @@ def building_folder(out: Path) -> Iterator[Path]:
         # After the rename: killed in between, a complete dataset keeps a stray file, and nothing is lost.
         (out / MARKER).unlink()
         _sync(out.parent)
+
+
+def _marked(folder: Path, out: Path) -> IO[str]:
+    """The open marker of the folder, both made if they are missing."""
+    try:
+        if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
+            raise UserError(f"{folder} is in the way and was not made by a build; move it, or choose another out=")
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / MARKER).open("w")
+    except OSError as error:
+        raise UserError(f"out={out} cannot be written: {error.strerror}; choose another out=") from None
 
 
 def check_free(folder: Path, needed: int) -> None:

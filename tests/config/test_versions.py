@@ -1,10 +1,14 @@
 """Promise: a library of another version than the pinned one is named at start, with the command that mends it."""
 
 import importlib.metadata
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from mtp_dist.config import versions
+from data import build_shards
+from mtp_dist import evaluate, export, freezing, generate
+from mtp_dist.config import schema, versions
 from mtp_dist.errors import UserError
 
 PINS = {"torch": "2.13.0", "deepspeed": "0.19.8"}
@@ -36,6 +40,32 @@ def test_anything_else_is_an_error(name: str, found: str | None) -> None:
     assert warnings == []
     assert (found or "not installed") in errors[0]
     assert f"pip install {name}=={PINS[name]}" in errors[0]
+
+
+def test_a_package_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", absent)
+    with pytest.raises(UserError, match=r"mtp_dist is not installed.* launch/install\.sh"):
+        versions.check()
+
+
+def test_every_command_that_needs_the_libraries_checks_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> None:
+        raise UserError("refused")
+
+    monkeypatch.setattr(versions, "check", refused)
+    commands: list[tuple[Callable[[Any], Any], Any]] = [
+        (evaluate.prepare, schema.Evaluation()),
+        (export.run, schema.Export(out="x")),
+        (freezing.check, schema.TrainingRun()),
+        (generate.run, schema.Generation()),
+        (build_shards.run, schema.ShardBuild()),
+    ]
+    for command, config in commands:
+        with pytest.raises(UserError, match=r"^refused$"):
+            command(config)
 
 
 def test_an_error_may_be_turned_into_a_warning(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
