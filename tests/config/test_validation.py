@@ -115,6 +115,7 @@ BROKEN = [
     ("train.tokens=1000", ["train.steps and train.tokens", "both given"]),
     ("train.steps=0", ["train.steps=0"]),
     ("train.dtype=float16", ["train.dtype=float16", "bfloat16 or float32"]),
+    ("train.compile=true train.recompute=selective", ["train.compile=true", "train.recompute=selective", "full or none"]),
     ("train.nonfinite=skipp", ["train.nonfinite=skipp", "did you mean skip"]),
     ("train.nonfinite_limit=0", ["train.nonfinite_limit"]),
     ("train.log_every_steps=0", ["train.log_every_steps"]),

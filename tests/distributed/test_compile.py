@@ -7,11 +7,14 @@ within half as much again: single parameters are lucky or unlucky. Sums in bfloa
 """
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mtp_dist.tracking import names
+from mtp_dist.tracking.jsonl import read_records
 from tests.distributed.pool import run_jobs
 from tests.distributed.tasks import reference
 from tests.distributed.test_parity import TOLERANCE, assert_slices
@@ -25,12 +28,18 @@ BFLOAT16 = {"dtype": "bfloat16"}
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """Job -> what each rank found: the layouts of ``FLOAT32``, and pp2_zbv in bfloat16 "compiled" and "plain"."""
+def results(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> dict[str, list[Any]]:
+    """Job -> what each rank found: the layouts of ``FLOAT32``, and pp2_zbv in bfloat16 "compiled" and "plain". "folder": where
+    the runs "straight" and "resumed" are."""
     jobs = [{"name": name, "task": "compiled", "arguments": {"layout": name, **train}} for name, train in FLOAT32.items()]
     jobs.append({"name": "compiled", "task": "compiled", "arguments": {"layout": "pp2_zbv", **BFLOAT16}})
     jobs.append({"name": "plain", "task": "parity", "arguments": {"layout": "pp2_zbv", **BFLOAT16}})
-    return run_jobs(2, jobs, tmp_path_factory.mktemp("compile"))
+    folder = tmp_path_factory.mktemp("compile")
+    for name, stops in (("straight", []), ("resumed", [2])):
+        arguments = {"layout": "pp2_zbv", "data": str(tiny_dataset), "run_dir": str(folder / name), "steps": 4, "stops": stops}
+        overrides = {"train.compile": True, "validation.every_steps": 1}
+        jobs.append({"name": name, "task": "train", "arguments": arguments | {"overrides": overrides}})
+    return run_jobs(2, jobs, folder) | {"folder": [folder]}
 
 
 expected = cache(reference)
@@ -62,3 +71,13 @@ def test_bfloat16_gradients_are_added_up_in_float32(results: dict[str, list[Any]
             want = expected("pp2_zbv")["gradients"][name]
             assert gradient.dtype == torch.float32
             assert (gradient - want).norm() <= 1.5 * (plain["gradients"][name][2] - want).norm(), name
+
+
+def test_a_compiled_run_resumes_to_the_same_bits(results: dict[str, list[Any]]) -> None:
+    compared = (names.LOSS_TOTAL, names.GRADIENT_NORM, names.VALIDATION_LOSS_TOTAL)
+    straight, resumed = (
+        [[record[name] for name in compared] for record in read_records(results["folder"][0] / run / "metrics.jsonl")]
+        for run in ("straight", "resumed")
+    )
+    assert len(straight) == 4
+    assert straight == resumed
