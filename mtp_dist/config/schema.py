@@ -182,7 +182,7 @@ class LaunchConfig:
 
     nodes: int = setting(1, "Machines.")
     processes_per_node: int | None = setting(None, "Processes on each machine, one an accelerator. null: world size / nodes.")
-    threads: int = setting(0, "CPU threads of each process. 0: cores / processes of the node.")
+    threads: int = setting(0, "CPU threads of each process. 0: cores / processes of the node (Slurm: launch.cpus_per_task); with train.deterministic the number found at the first start stays, wherever the run resumes.")
     master_addr: str = setting("127.0.0.1", "Several nodes by torchrun: address of the first one.")
     master_port: int = setting(0, "Port of the rendezvous. 0: a free one (one node), 29400 (several).")
     node_rank: int = setting(0, "Several nodes by torchrun: which one this is.")
