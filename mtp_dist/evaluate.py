@@ -2,9 +2,9 @@
 
 Model, heads and dataset are the checkpoint's; the layout is chosen anew, and any layout gives the same numbers up to rounding.
 Started by hand it checks everything that needs no weights, freezes the settings beside the result, and starts torchrun on this
-machine; a world of one process runs in place. Under torchrun or srun it is one process of the job: it takes
-``settings=FROZEN_FILE`` alone. The result is a table and a JSON file: by default in ``evaluation/`` of the run folder, where the
-name depends on what is evaluated, or ``output=``.
+machine; a world of one process runs in place. Under torchrun, or as one of several tasks of srun, it is one process of the job:
+it takes ``settings=FROZEN_FILE`` alone. The result is a table and a JSON file: by default in ``evaluation/`` of the run folder,
+where the name depends on what is evaluated, or ``output=``.
 """
 
 import copy
@@ -25,13 +25,14 @@ from mtp_dist.config.command import application
 from mtp_dist.config.compose import load, save
 from mtp_dist.config.layout import fewest_micro_batches, world_size
 from mtp_dist.config.rules import at_least, one_of
-from mtp_dist.config.schema import Evaluation, TrainingRun
-from mtp_dist.config.validation import validate_launch, validate_parallel
+from mtp_dist.config.schema import Evaluation, ParallelConfig, TrainingRun
+from mtp_dist.config.validation import validate_launch, validate_parallel, validate_sequence_parallel
 from mtp_dist.data.dataset import Dataset, file_sha256
 from mtp_dist.data.packing import full_rows, row_length
 from mtp_dist.errors import UserError
 from mtp_dist.freezing import check_world, under_launcher
 from mtp_dist.launching import node_environment, start_module
+from mtp_dist.slurm_step import adopt
 
 if TYPE_CHECKING:  # torch takes seconds to load: wrong settings are answered before
     from mtp_dist.parallel.mesh import Mesh
@@ -62,6 +63,7 @@ def prepare(config: Evaluation) -> Evaluation:
     full.dtype = config.dtype or trained.train.dtype
     one_of("dtype", full.dtype, ["float32", "bfloat16"])
     validate_parallel(config.parallel, trained.model, None)
+    validate_sequence_parallel(config.parallel, trained.train.sequence_length)
     validate_launch(config.launch, config.parallel)
     full.data = str(_dataset(config, trained, checkpoint).path.resolve())
     full.output = str(_result_file(config, full))
@@ -148,6 +150,7 @@ def frozen(argv: list[str]) -> Evaluation:
 
 def work(config: Evaluation) -> int:
     """One process of the job; returns its exit status."""
+    adopt(config.launch)
     import torch
 
     from mtp_dist.parallel.mesh import build_mesh, choose_device, connect, disconnect
@@ -173,12 +176,22 @@ def run_settings(config: Evaluation, trained: TrainingRun) -> TrainingRun:
     run.train.dtype, run.train.micro_batch = config.dtype, config.micro_batch
     rows = config.micro_batch * config.parallel.data
     wanted = min(-(-config.sequences // rows), MICRO_BATCHES_A_RANK * config.parallel.pipeline)
-    run.train.global_batch = rows * max(wanted, fewest_micro_batches(config.parallel))
+    run.train.global_batch = rows * equal_rounds(max(wanted, fewest_micro_batches(config.parallel)), config.parallel)
     return run
+
+
+def equal_rounds(micro_batches: int, parallel: ParallelConfig) -> int:
+    """So many micro-batches, or a few more (padding) where the interleaved schedule takes them in rounds of its ranks."""
+    ranks = parallel.pipeline
+    if parallel.schedule != "interleaved" or micro_batches <= ranks:
+        return micro_batches
+    return -(-micro_batches // ranks) * ranks
 
 
 def measure(config: Evaluation, mesh: "Mesh") -> dict[str, Any]:
     """The result of a prepared evaluation, the same on every rank, ready for JSON. Collective."""
+    from tqdm import tqdm
+
     from mtp_dist.checkpoint.reader import Checkpoint
     from mtp_dist.config.layout import micro_batches
     from mtp_dist.training.held_out import HeldOut
@@ -188,7 +201,9 @@ def measure(config: Evaluation, mesh: "Mesh") -> dict[str, Any]:
     run = run_settings(config, checkpoint.config)
     dataset = Dataset.open(config.data)
     held_out = HeldOut(load_forward_only(run, mesh, checkpoint), dataset, config.split, config.sequences)
-    totals = held_out.run(run.train.micro_batch, micro_batches(run))
+    # One bar for all ranks, where there is a terminal.
+    with tqdm(total=held_out.count, desc="rows", unit="row", disable=None if mesh.rank == 0 else True) as bar:
+        totals = held_out.run(run.train.micro_batch, micro_batches(run), lambda done: bar.update(done - bar.n) and None)
     return {
         "checkpoint": config.checkpoint,
         "step": checkpoint.step,

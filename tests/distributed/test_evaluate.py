@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 
-from mtp_dist.config.schema import Evaluation, ParallelConfig, ShardBuild
+from mtp_dist import evaluate
+from mtp_dist.config.compose import load
+from mtp_dist.config.schema import Evaluation, ParallelConfig, ShardBuild, TrainingRun
 from mtp_dist.data.building import build
 from mtp_dist.errors import UserError
-from mtp_dist.evaluate import prepare
+from mtp_dist.evaluate import equal_rounds, prepare
 from tests.distributed.pool import ROOT, run_jobs
 
 TOLERANCE = 1e-5
@@ -29,6 +31,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2_zbv": {"pipeline": 2, "schedule": "zbv"},
     "pp2_dualpipev": {"pipeline": 2, "schedule": "dualpipev"},
     "pp2_1f1b": {"pipeline": 2, "schedule": "1f1b"},
+    # 5 rows are 3 micro-batches, which do not make equal rounds of 2 ranks.
+    "pp2_interleaved": {"pipeline": 2, "schedule": "interleaved"},
     "pp2_uneven": {"pipeline": 2, "schedule": "zbv", "placement": "[2,1,1,0]"},
     "tp2": {"tensor": 2},
     "dp2": {"data": 2},
@@ -151,6 +155,25 @@ def test_what_cannot_be_evaluated_is_told_before_any_process_starts(trained: Pat
     other.tokenizer.vocab_size = 264
     build(other)
     assert "another tokenizer" in refusal(asked(data=str(tmp_path / "set")))
+
+
+def test_positions_that_cannot_be_shared_are_told_before_any_start(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd(path: Path, schema: type[TrainingRun]) -> TrainingRun:
+        run = load(path, schema)
+        run.train.sequence_length = 15
+        return run
+
+    monkeypatch.setattr(evaluate, "load", odd)
+    layout = ParallelConfig(tensor=2, sequence_parallel=True)
+    assert "parallel.tensor=2 does not divide train.sequence_length=15" in refusal(
+        Evaluation(checkpoint=str(trained), parallel=layout)
+    )
+
+
+@pytest.mark.parametrize(("wanted", "given"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 8), (8, 8), (9, 12)])
+def test_interleaved_micro_batches_make_equal_rounds(wanted: int, given: int) -> None:
+    assert equal_rounds(wanted, ParallelConfig(pipeline=4, schedule="interleaved")) == given
+    assert equal_rounds(wanted, ParallelConfig(pipeline=4, schedule="zbv")) == wanted
 
 
 def test_a_checkpoint_outside_a_run_needs_a_place_for_its_result(trained: Path, tmp_path: Path) -> None:
