@@ -61,6 +61,17 @@ install_pip() {
     "$VENV_PYTHON" -m pip install --disable-pip-version-check "$@"
 }
 
+# What libraries would put into the home folder and the system's temporary one goes into .cache of the checkout. A variable of a tool
+# that is set already stays. A unix socket's path holds 107 characters, so TMPDIR moves only where the checkout's own path is short.
+keep_inside() {
+  local cache=$install_root/.cache
+  mkdir -p "$cache/tmp"
+  export XDG_CACHE_HOME=$cache MPLCONFIGDIR=$cache/matplotlib HF_HOME=$cache/huggingface TRITON_HOME=$cache
+  export TORCHINDUCTOR_CACHE_DIR=$cache/inductor TORCH_EXTENSIONS_DIR=$cache/torch_extensions
+  export WANDB_CACHE_DIR=${WANDB_CACHE_DIR:-$cache/wandb} WANDB_DATA_DIR=${WANDB_DATA_DIR:-$cache/wandb-data}
+  if [ "${#install_root}" -lt 60 ]; then export TMPDIR=$cache/tmp; fi
+}
+
 install_torch() {
   local pin
   pin=$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' "$install_root/pyproject.toml")

@@ -17,16 +17,12 @@ began=$SECONDS
 say() { printf '\n== %s\n' "$*"; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
-# Caches that libraries would put into the home folder.
-export XDG_CACHE_HOME=$PWD/.cache MPLCONFIGDIR=$PWD/.cache/matplotlib HF_HOME=$PWD/.cache/huggingface TRITON_HOME=$PWD/.cache
-export TORCHINDUCTOR_CACHE_DIR=$PWD/.cache/inductor TORCH_EXTENSIONS_DIR=$PWD/.cache/torch_extensions PYTHONWARNINGS=ignore
-mkdir -p .cache/tmp
-# Sockets get their path from here, and a socket's path holds 107 characters.
-if [ "${#PWD}" -lt 60 ]; then export TMPDIR=$PWD/.cache/tmp; fi
+export PYTHONWARNINGS=ignore
 
 say "1/6 install"
 # shellcheck source=launch/install.sh
 source launch/install.sh
+keep_inside
 install_project
 free=$(df -Pk . | awk 'NR == 2 {print int($4 / 1048576)}')
 [ "$free" -ge 1 ] || fail "less than 1 GiB is free in $PWD; shards and checkpoints need it"

@@ -24,6 +24,7 @@ done
 
 # shellcheck source=launch/install.sh
 source launch/install.sh
+keep_inside
 install_project dev
 
 failed=()
@@ -33,9 +34,12 @@ echo "== mypy"
 "$VENV_PYTHON" -m mypy || failed+=(mypy)
 echo "== pytest"
 mkdir -p .cache
+# Where TMPDIR had to stay; else pytest numbers its own folders there, and two runs at a time are kept apart.
+places=()
+if [ "${TMPDIR:-}" != "$PWD/.cache/tmp" ]; then places=(--basetemp=.cache/pytest); fi
 selection=(-m "not full")
 if [ "$full" = 1 ]; then selection=(); fi
-"$VENV_PYTHON" -m pytest --junitxml=.cache/tests.xml "${selection[@]}" "${arguments[@]}" || failed+=(pytest)
+"$VENV_PYTHON" -m pytest "${places[@]}" --junitxml=.cache/tests.xml "${selection[@]}" "${arguments[@]}" || failed+=(pytest)
 if [ "$full" = 1 ]; then "$VENV_PYTHON" tests/full_result.py .cache/tests.xml tests/full-result.md; fi
 
 if [ "${#failed[@]}" -gt 0 ]; then
