@@ -2,6 +2,7 @@
 
 ``check`` and ``freeze`` (together ``prepare``) are the steps that all launchers share; they run in one process, before any other
 starts. ``frozen`` is what a process of the job calls. Nothing here imports torch, so bad input is answered at once.
+``python -m mtp_dist.freezing key=value ...`` does nothing else, for a job whose processes srun will start.
 
 A run folder belongs to one model on one stream of data; a changed setting that makes another of either is refused (``IDENTITY``).
 Any other setting may change from one start to the next; the earlier file stays as ``resolved.<n>.yaml``.
@@ -17,6 +18,7 @@ from typing import Any
 from mtp_dist.checkpoint import folder
 from mtp_dist.checkpoint.compatibility import require_same_model
 from mtp_dist.config import versions
+from mtp_dist.config.command import application
 from mtp_dist.config.compose import compose, differences, load, save
 from mtp_dist.config.layout import world_size
 from mtp_dist.config.schema import ParallelConfig, TrainingRun
@@ -24,6 +26,7 @@ from mtp_dist.config.validation import resolve, validate
 from mtp_dist.data.dataset import Dataset, file_sha256
 from mtp_dist.errors import UserError
 from mtp_dist.launching import available_cores, threads_of_each
+from mtp_dist.run_lock import held
 from mtp_dist.slurm_step import is_task
 
 # A trailing dot stands for the whole group.
@@ -244,3 +247,25 @@ def _shown(item: Any) -> str:
     return "null" if item is None else str(item).replace(" ", "")
 
 
+
+
+def run(config: TrainingRun) -> None:
+    """The command: freeze, start nothing."""
+    # The cores are those of other machines.
+    full = check(config, cores=0)
+    with held(full.run_dir):
+        print(f"settings frozen in {freeze(full)}")
+
+
+if __name__ == "__main__":
+    application(
+        "train",
+        TrainingRun,
+        run,
+        shortcut=continued,
+        command="python -m mtp_dist.freezing",
+        examples=[
+            "python -m mtp_dist.freezing run_dir=runs/one data.path=datasets/mine parallel.data=4 train.steps=9 launch.threads=8",
+            "srun --ntasks=4 --cpus-per-task=8 python -m mtp_dist.train run_dir=runs/one",
+        ],
+    )

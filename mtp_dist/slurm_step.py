@@ -47,6 +47,7 @@ def adopt(launch: LaunchConfig, environment: MutableMapping[str, str] = os.envir
     """Set torch's variables where srun alone started this process; elsewhere do nothing. Raises UserError."""
     if "RANK" not in environment and is_task(environment):
         environment.update(torch_variables(environment, _address(launch, environment), launch.master_port))
+        environment.setdefault("OMP_NUM_THREADS", environment.get("SLURM_CPUS_PER_TASK", "1"))
 
 
 def _address(launch: LaunchConfig, slurm: Mapping[str, str]) -> str:

@@ -3,6 +3,7 @@ of a job starts. Every case is a real command."""
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 
 from mtp_dist.config.schema import ShardBuild, TokenizerConfig
 from mtp_dist.data.building import build
+from mtp_dist.run_lock import held
 
 ROOT = Path(__file__).parents[1]
 TRAIN = [sys.executable, "-m", "mtp_dist.train"]
@@ -202,6 +204,16 @@ def test_a_checkpoint_of_another_model(place: Place, trained: Callable[[str], Pa
         for word in ("checkpoint", "model.mlp=48", "64", "new run_dir"):
             assert word in said
         assert sorted(path.name for path in run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("program", [TRAIN, LAUNCH], ids=["train", "torchrun"])
+def test_a_run_folder_in_which_a_job_is_at_work(place: Place, program: list[str]) -> None:
+    run = place.folder / f"busy-{program is LAUNCH}"
+    with held(run):
+        said = answer([*program, f"run_dir={run}", f"data.path={place.data}", *TINY], cwd=place.folder)
+    for word in (f"run_dir={run}", socket.gethostname(), f"process {os.getpid()}", "stop that job"):
+        assert word in said
+    assert [path.name for path in run.iterdir()] == [".lock"]
 
 
 def test_a_world_of_another_size(place: Place, trained: Callable[[str], Path]) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.slurm import TEMPLATE, render
+from mtp_dist.config.compose import compose
 from mtp_dist.config.schema import LaunchConfig, ParallelConfig, TrainingRun
 from mtp_dist.errors import UserError
 
@@ -69,6 +70,12 @@ def test_script_is_valid_shell(name: str, tmp_path: Path) -> None:
     path.write_text(rendered(CASES[name]), encoding="utf-8")
     done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_choice_of_slurm_asks_for_a_notice_and_a_requeue() -> None:
+    lines = rendered(compose("train", TrainingRun, ["run_dir=/runs/a", "launch=slurm"])).splitlines()
+    assert {"#SBATCH --time=24:00:00", "#SBATCH --signal=B:USR1@300", "#SBATCH --requeue"} < set(lines)
+    assert "max_restarts=50" in lines
 
 
 def test_directives_stand_before_the_first_command() -> None:

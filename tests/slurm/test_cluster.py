@@ -5,6 +5,7 @@ was given; starting the local cluster twice is starting it once."""
 import json
 import math
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -12,7 +13,7 @@ import pytest
 
 from mtp_dist.tracking.jsonl import read_records
 
-from .conftest import ENDED, LOCAL_CLUSTER, Cluster
+from .conftest import ENDED, LOCAL_CLUSTER, REPOSITORY, Cluster
 
 pytestmark = pytest.mark.slurm
 
@@ -155,6 +156,35 @@ def test_dry_run_prints_and_writes_nothing(cluster: Cluster, dataset: Path, tmp_
     assert done.returncode == 0, done.stderr
     assert "#SBATCH --nodes=2\n" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_refuses_what_submitting_refuses(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
+    asked = overrides(dataset, tmp_path / "run", f"tokenizer.path={tmp_path / 'none.json'}")
+    for words in (asked, [*asked, "dry_run=true"]):
+        done = cluster.submit(*words)
+        assert done.returncode == 2
+        assert "tokenizer.path=" in done.stderr and "does not exist" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_srun_alone_starts_the_processes_of_a_run(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
+    """No torchrun: each task of a step over two nodes is one process."""
+    run_dir = tmp_path / "run"
+    more = ["train.steps=3", "train.progress=false"]
+    cluster.output(sys.executable, "-m", "mtp_dist.freezing", *overrides(dataset, run_dir, *more))
+    task = (sys.executable, "-m", "mtp_dist.train", f"run_dir={run_dir}")
+    done = subprocess.run(
+        ["srun", "--nodes=2", "--ntasks=4", "--overcommit", "--kill-on-bad-exit=1", *task],
+        capture_output=True, text=True, env=cluster.environment, cwd=REPOSITORY, timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "finished"
+    assert [record["step"] for record in read_records(run_dir / "metrics.jsonl")] == [1, 2, 3]
+    # One task is a shell as any: settings are composed there, and refused in its way.
+    shell = cluster.run("srun", "--ntasks=1", *task, "model.layers=5")
+    assert "data.path is empty" in shell.stderr
+    wrong = cluster.run("srun", "--ntasks=2", "--overcommit", *task)
+    assert "SLURM_STEP_NUM_TASKS=2 processes were started" in wrong.stderr
 
 
 def test_starting_twice_is_starting_once(cluster: Cluster) -> None:
