@@ -23,7 +23,7 @@ def check() -> None:
         pins = exact_pins(importlib.metadata.requires("mtp_dist") or [])
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
-            "mtp_dist is not installed, only what it needs; in its folder run: bash launch/install.sh (or pip install --editable .)"
+            "mtp_dist is not installed, only what it needs; run in its folder: bash launch/install.sh (or pip install -e .)"
         ) from None
     warnings, errors = findings(pins, {name: _installed(name) for name in pins})
     if errors and os.environ.get(ALLOW) != "1":

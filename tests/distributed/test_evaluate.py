@@ -5,9 +5,11 @@ Tolerance, float32: layouts differ by the order of sums only; see test_parity.
 
 import json
 import os
+import pty
 import shutil
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -130,6 +132,21 @@ def test_command_line(trained: Path, tmp_path: Path, results: Any) -> None:
         assert found["dtype"] == "float32"
         for entry in found["depths"]:
             assert f"{entry['loss']:.4f}" in done.stdout
+
+
+def test_a_terminal_shows_the_rows_done(trained: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    arguments = [f"checkpoint={trained}", "sequences=7", "micro_batch=2", "launch.device=cpu", f"output={tmp_path / 'x.json'}"]
+    with os.fdopen(ours, "rb", buffering=0) as terminal:
+        done = subprocess.run(
+            [sys.executable, "-m", "mtp_dist.evaluate", *arguments],
+            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=theirs, timeout=300,
+        )
+        os.close(theirs)
+        shown = terminal.read(65536).decode()
+    assert done.returncode == 0, shown
+    assert "7/7" in shown
 
 
 def refusal(config: Evaluation) -> str:
