@@ -343,3 +343,9 @@ def drift(layout: str) -> list[float]:
     if mesh.pipeline_rank == 1:
         workload.engine.parameters["embedding.weight"].data[3, 0] += 0.25
     return [*found, workload.engine.replica_drift()]
+
+
+def relay(layouts: list[str], data: str, run_dir: str, overrides: dict[str, Any]) -> None:
+    """One run of as many steps as layouts, each step trained under another layout from the checkpoint of the one before."""
+    for step, layout in enumerate(layouts, start=1):
+        _train(_settings(layout, data, run_dir, len(layouts), overrides), step)
