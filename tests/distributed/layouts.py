@@ -1,15 +1,19 @@
 """The layouts that every feature is held against, and the tiny model and data that they run.
 
-All in float32, where one process and any layout differ only by the order of sums.
+The named ones are in float32, where one process and any layout differ only by the order of sums; ``cells`` has the generated
+ones.
 """
+
+from typing import Any
 
 import torch
 
+from mtp_dist.config.layout import chunks, fewest_micro_batches
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.config.validation import resolve, validate_training
 from mtp_dist.data.batch import Batch
 
-LAYOUTS: dict[str, dict[str, object]] = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "one_process": {},
     "one_process_zero0": {"stage": 0},
     "pp2_1f1b": {"pipeline": 2, "schedule": "1f1b"},
@@ -45,36 +49,65 @@ LAYOUTS: dict[str, dict[str, object]] = {
 }
 
 
+PATHS = {
+    "pipeline": "parallel.pipeline",
+    "tensor": "parallel.tensor",
+    "data": "parallel.data",
+    "schedule": "parallel.schedule",
+    "placement": "parallel.placement",
+    "sequence_parallel": "parallel.sequence_parallel",
+    "layers": "model.layers",
+    "tie": "model.tie_embeddings",
+    "document_mask": "model.document_mask",
+    "depth": "mtp.depth",
+    "stage": "zero.stage",
+    "recompute": "train.recompute",
+    "dtype": "train.dtype",
+}
+"""Short name of a setting in a layout -> the setting. A feature joins the grid by a line here."""
+
+ROWS, SHARED_ROWS = 16, 2
+"""Rows of a global batch, and of a micro-batch where the schedule has enough micro-batches so."""
+
+
 def world(layout: str) -> int:
-    settings = LAYOUTS[layout]
-    size = 1
-    for axis in ("pipeline", "tensor", "data"):
-        size *= settings.get(axis, 1)  # type: ignore[assignment, operator]
-    return size
+    """Processes of a named layout."""
+    return processes(LAYOUTS[layout])
 
 
-def configuration(layout: str | None, **train: object) -> TrainingRun:
-    """A validated tiny run; None: the one-process reference of the same model."""
-    settings = dict(LAYOUTS[layout]) if layout else {}
+def processes(settings: dict[str, Any]) -> int:
+    """Processes of a layout given by its settings."""
+    return settings.get("pipeline", 1) * settings.get("tensor", 1) * settings.get("data", 1)
+
+
+def unchecked(settings: dict[str, Any]) -> TrainingRun:
+    """The tiny run of a layout's settings, before its rules are checked."""
     config = TrainingRun(run_dir="unused")
-    config.model.vocab_size, config.model.layers, config.model.hidden = 96, int(settings.get("layers", 4)), 32  # type: ignore[call-overload]
+    config.model.vocab_size, config.model.hidden = 96, 32
     config.model.heads, config.model.kv_heads, config.model.mlp = 4, 2, 48
     # Larger than usual, so that every gradient is far from rounding noise.
     config.model.init_std = 0.15
-    config.model.tie_embeddings = bool(settings.get("tie", True))
-    config.model.document_mask = bool(settings.get("document_mask", True))
-    config.mtp.depth = int(settings.get("depth", 2))  # type: ignore[call-overload]
-    config.mtp.kind = "sequential" if config.mtp.depth else "none"
-    config.mtp.depth_weights = [1.0, 0.7][: config.mtp.depth]
-    for axis in ("pipeline", "tensor", "data", "schedule", "placement", "sequence_parallel"):
-        setattr(config.parallel, axis, settings.get(axis, getattr(config.parallel, axis)))
-    config.zero.stage = int(settings.get("stage", 1))  # type: ignore[call-overload]
+    config.train.steps, config.train.dtype, config.train.sequence_length = 3, "float32", 16
     # A large eps keeps AdamW's update smooth where a gradient is nearly 0: rounding noise there would turn into whole steps.
     config.optim.lr, config.optim.clip, config.optim.eps = 1e-2, 0.5, 1e-3
     config.data.lanes = 8
-    config.train.global_batch, config.train.micro_batch, config.train.sequence_length = 16, 2, 16
-    config.train.steps, config.train.dtype = 3, "float32"
-    config.train.recompute = str(settings.get("recompute", "none"))
+    for name, value in settings.items():
+        group, _, field = PATHS[name].partition(".")
+        setattr(getattr(config, group), field, value)
+    config.mtp.kind = "sequential" if config.mtp.depth else "none"
+    config.mtp.depth_weights = [1.0, 0.7, 1.3][: config.mtp.depth]
+    parallel = config.parallel
+    if "layers" not in settings:
+        config.model.layers = max(4, chunks(parallel))
+    config.train.global_batch = ROWS
+    enough = ROWS // (SHARED_ROWS * parallel.data) >= fewest_micro_batches(parallel)
+    config.train.micro_batch = SHARED_ROWS if enough else 1
+    return config
+
+
+def configuration(layout: str | dict[str, Any], **train: object) -> TrainingRun:
+    """A validated tiny run of a named layout, or of one given by its settings."""
+    config = unchecked(LAYOUTS[layout] if isinstance(layout, str) else layout)
     for name, value in train.items():
         setattr(config.train, name, value)
     validate_training(config, None)

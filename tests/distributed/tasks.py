@@ -53,7 +53,7 @@ def _reduced_gradients(workload: Workload) -> dict[str, Tensor]:
     return found
 
 
-def parity(layout: str, **train: object) -> dict[str, Any]:
+def parity(layout: str | dict[str, Any], **train: object) -> dict[str, Any]:
     """Losses and norms of three steps, the first step's gradients, the weights after the last, and an evaluation."""
     config = configuration(layout, **train)
     mesh = build_mesh(config.parallel, torch.device("cpu"))
@@ -95,7 +95,7 @@ def compiled(layout: str, **train: object) -> dict[str, Any]:
     return result | {"graphs": counters["stats"]["unique_graphs"], "breaks": dict(counters["graph_break"])}
 
 
-def reference(layout: str) -> dict[str, Any]:
+def reference(layout: str | dict[str, Any]) -> dict[str, Any]:
     """The same three steps by plain autograd on one whole model and the whole global batch, torch's own AdamW and clipping."""
     config = configuration(layout)
     with torch.device("meta"):
