@@ -1,29 +1,43 @@
 """What a training configuration would do, without doing it: ``python -m mtp_dist.plan key=value ...``.
 
-Takes the settings of ``mtp_dist.train`` and checks them alike; needs no processes, no torch, and no dataset where
-``model.vocab_size`` is given. Prints the layout, parameters, batches, memory of each rank and operations a token, and names the
-smallest layout of this run that fits ``world_memory_gib``.
+Takes the settings of ``mtp_dist.train`` and checks them alike; needs no processes, and no dataset where ``model.vocab_size`` is
+given. Prints the layout, parameters, batches, memory of each rank and operations a token, compares pipeline schedules by
+simulating a step, and names the smallest layout of this run that fits ``world_memory_gib``. Torch is loaded only for what needs
+it: a pipeline's schedules, and ``measure=true``.
 """
 
 import copy
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from mtp_dist.config import versions
 from mtp_dist.config.command import application
-from mtp_dist.config.layout import chunks, is_v, micro_batches, tokens_per_step, total_steps, world_size
+from mtp_dist.config.layout import (
+    SCHEDULES,
+    chunks,
+    chunks_of_rank,
+    is_v,
+    micro_batches,
+    tokens_per_step,
+    total_steps,
+    world_size,
+)
 from mtp_dist.config.rules import above
 from mtp_dist.config.schema import ParallelConfig, Plan
 from mtp_dist.config.validation import resolve, validate_training
 from mtp_dist.data.dataset import Dataset
 from mtp_dist.errors import UserError
+from mtp_dist.launching import available_cores, threads_of_each
 from mtp_dist.parallel import budget
-from mtp_dist.parallel.placement import chunks_of_rank, layers_of_chunks
+from mtp_dist.parallel.cost import costs
+from mtp_dist.parallel.placement import layers_of_chunks
 
 EXAMPLES = (
     "python -m mtp_dist.plan experiment=quickstart",
     "python -m mtp_dist.plan model=llama3_8b model.vocab_size=128256 parallel.pipeline=4 parallel.tensor=2 parallel.data=2 "
     "train.steps=1000",
+    "python -m mtp_dist.plan experiment=quickstart measure=true",
 )
 GIB = 2**30
 LARGEST_WORLD = 4096
@@ -55,8 +69,10 @@ def _dataset(config: Plan) -> Dataset | None:
 
 def text(config: Plan, dataset: Dataset | None) -> str:
     """The whole plan of a prepared configuration."""
-    parts = [_layout(config), _parameters(config), _batches(config, dataset), _memory(config), _operations(config), _fit(config)]
-    return "\n\n".join(parts)
+    parts = [_layout(config), _parameters(config), _batches(config, dataset), _memory(config), _operations(config)]
+    if config.parallel.pipeline > 1:
+        parts.append(_schedules(config))
+    return "\n\n".join([*parts, _fit(config)])
 
 
 def _layout(config: Plan) -> str:
@@ -154,6 +170,32 @@ def _operations(config: Plan) -> str:
     )
 
 
+def _schedules(config: Plan) -> str:
+    """A simulated step under each schedule that this run could use, against ranks that share the work evenly without waiting."""
+    from mtp_dist.parallel.simulation import simulated_step
+
+    cost, parallel = costs(config), config.parallel
+    even = micro_batches(config) * (config.model.layers * cost.block.total + cost.tail.total) / parallel.pipeline
+    rows = [["schedule", "layers of chunks", "simulated step / even split without waiting", "bubble"]]
+    for schedule in SCHEDULES:
+        candidate = copy.deepcopy(config)
+        candidate.parallel.schedule = schedule
+        if schedule != parallel.schedule:
+            candidate.parallel.placement = "balanced"
+        if config.train.tokens is not None:
+            candidate.train.steps = None
+        try:
+            validate_training(candidate, None)
+        except UserError:
+            continue
+        step = simulated_step(candidate)
+        sizes = ",".join(str(len(part)) for part in layers_of_chunks(candidate))
+        mark = " (chosen)" if schedule == parallel.schedule else ""
+        rows.append([schedule + mark, f"[{sizes}]", f"{step.length / even:.3f}", f"{step.bubble:.1%}"])
+    source = "times of parallel.costs" if parallel.costs else "by operations; measure=true takes times"
+    return f"schedules: the heads weigh {cost.tail_in_layers:.1f} layers ({source})\n{_table(rows)}"
+
+
 def largest_rank(config: Plan) -> int:
     """Estimated bytes of the fullest rank."""
     return max(budget.rank_memory(config, rank).total for rank in range(config.parallel.pipeline))
@@ -220,8 +262,31 @@ def _range(layers: range) -> str:
 
 def run(config: Plan) -> int:
     """The command."""
-    print(text(*prepare(config)))
+    full, dataset = prepare(config)
+    if full.measure:
+        print(_measure(full), end="\n\n", flush=True)
+    print(text(full, dataset))
     return 0
+
+
+def _measure(config: Plan) -> str:
+    """Put this machine's times into ``parallel.costs``; returns what there is to say of them."""
+    import torch
+
+    from mtp_dist.parallel.measurement import measured_costs
+    from mtp_dist.parallel.mesh import choose_device
+
+    threads = config.launch.threads or threads_of_each(config, available_cores(), os.environ)
+    torch.set_num_threads(threads)
+    device = choose_device(config.launch.device)
+    found = measured_costs(config, device)
+    config.parallel.costs = [float(f"{1000 * part:.4g}") for work in found for part in work]
+    where = f"{device.type}, {threads} thread(s)" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    shown = ",".join(f"{part:g}" for part in config.parallel.costs)
+    return (
+        f"measured ({where}): milliseconds of a micro-batch, forward, backward, weight gradient of a block, then of the heads\n"
+        f'parallel.costs="[{shown}]"'
+    )
 
 
 if __name__ == "__main__":

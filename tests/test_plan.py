@@ -21,7 +21,7 @@ from mtp_dist.model.tensor_group import TensorGroup
 from mtp_dist.model.weight_gradients import WeightGradients
 from mtp_dist.parallel import budget
 from mtp_dist.parallel.stages import build_chunks, global_parameters
-from mtp_dist.plan import GIB, largest_rank, prepare, smallest_layout, text
+from mtp_dist.plan import GIB, largest_rank, prepare, run, smallest_layout, text
 
 
 def planned(*overrides: str) -> Plan:
@@ -189,3 +189,29 @@ def test_command_needs_no_torch() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("False\n")
     assert "smallest layout that fits: parallel.pipeline=1 parallel.tensor=1 parallel.data=1" in done.stdout
+
+
+def test_schedules_are_compared() -> None:
+    """The chosen schedule keeps its placement; the others are balanced, and those that this run cannot use are left out."""
+    config = planned("parallel=v2", "train.global_batch=8", "train.micro_batch=4", "parallel.placement=[1,1,1,1]")
+    shown = text(config, None)
+    assert "zbv (chosen)" in shown
+    assert "[1,1,1,1]" in shown
+    assert "\n1f1b " in shown
+    assert "dualpipev" not in shown, "it needs four micro-batches"
+
+
+def test_measured_times_replace_operations(capsys: pytest.CaptureFixture[str]) -> None:
+    config = compose("plan", Plan, [
+        "parallel=v2", "train.steps=1", "model.vocab_size=64", "model.hidden=32", "model.mlp=48", "train.sequence_length=16",
+        "measure=true", "launch.device=cpu",
+    ])  # fmt: skip
+    assert run(config) == 0
+    shown = capsys.readouterr().out
+    line = next(line for line in shown.splitlines() if line.startswith("parallel.costs="))
+    costs = [float(part) for part in line.split('"')[1].strip("[]").split(",")]
+    assert len(costs) == 6
+    assert min(costs) > 0
+    assert "(times of parallel.costs)" in shown
+    again = compose("plan", Plan, ["parallel=v2", "train.steps=1", "model.vocab_size=64", line.replace('"', "")])
+    assert prepare(again)[0].parallel.costs == costs

@@ -29,6 +29,20 @@ def chunks(parallel: ParallelConfig) -> int:
     return per_rank * parallel.pipeline
 
 
+def chunks_of_rank(parallel: ParallelConfig, pipeline_rank: int) -> list[int]:
+    """Chunk numbers that a pipeline rank runs, ascending: a V, or round the ranks again (interleaved), or one."""
+    if is_v(parallel):
+        return [pipeline_rank, 2 * parallel.pipeline - 1 - pipeline_rank]
+    return list(range(pipeline_rank, chunks(parallel), parallel.pipeline))
+
+
+def rank_of_chunk(parallel: ParallelConfig, chunk: int) -> int:
+    """The pipeline rank that runs a chunk."""
+    if is_v(parallel) and chunk >= parallel.pipeline:
+        return 2 * parallel.pipeline - 1 - chunk
+    return chunk % parallel.pipeline
+
+
 def placement_by_hand(placement: str) -> list[int]:
     """Layers of each chunk from `[3,2,2,1]` (brackets may be missing); ValueError for anything else."""
     return [int(size) for size in placement.strip("[] ").split(",")]

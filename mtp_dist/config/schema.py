@@ -69,7 +69,7 @@ class ParallelConfig:
     schedule: str = setting("zbv", "Pipeline schedule: 1f1b (one chunk a rank) | interleaved (several), both with an embedding replica; zbv (zero-bubble V) | dualpipev (DualPipe V).")
     interleave: int = setting(2, "schedule=interleaved: chunks on each rank.")
     placement: str = setting("balanced", "Trunk layers of each chunk: balanced (heads and projections counted) | uniform | a list, first to last, as [3,2,2,1].")
-    tail_cost: float | None = setting(None, "balanced: cost of MTP modules and vocabulary projections in trunk layers. null: by floating-point operations.")
+    costs: list[float] = setting([], "Measured seconds (any unit) for placement=balanced: forward, backward, weight gradient of one block, then of what follows the last block. `plan measure=true` prints them. Empty: by floating-point operations.")
     timeout_minutes: float = setting(10.0, "A collective that waits longer than this ends the job.")
 
 
@@ -307,6 +307,7 @@ class Plan(TrainingRun):
     """`python -m mtp_dist.plan`: what a training configuration would do, without doing it."""
 
     world_memory_gib: float = setting(80.0, "Memory of one device, for the fit check.")
+    measure: bool = setting(False, "Time a block and the heads on this machine, plan with these times, and print them for parallel.costs.")
 
 
 def describe(cls: type) -> dict[str, tuple[Any, Any, str]]:

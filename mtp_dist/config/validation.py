@@ -160,7 +160,7 @@ def validate_sequence_parallel(parallel: ParallelConfig, length: int) -> None:
 def _validate_placement(parallel: ParallelConfig, model: ModelConfig) -> None:
     if parallel.schedule == "interleaved":
         at_least("parallel.interleave", parallel.interleave, 2)
-    at_least("parallel.tail_cost", parallel.tail_cost, 0)
+    _validate_costs(parallel.costs)
     parts = chunks(parallel)
     layout = f"parallel.pipeline={parallel.pipeline} with parallel.schedule={parallel.schedule}"
     shown = parallel.placement
@@ -180,6 +180,19 @@ def _validate_placement(parallel: ParallelConfig, model: ModelConfig) -> None:
         raise UserError(f"parallel.placement={shown}: every chunk needs a layer, only the last one (it has the heads) may have 0")
     if sum(sizes) != model.layers:
         raise UserError(f"parallel.placement={shown} adds up to {sum(sizes)} layers, but model.layers={model.layers}")
+
+
+def _validate_costs(costs: list[float]) -> None:
+    if costs and len(costs) != 6:
+        raise UserError(
+            f"parallel.costs has {len(costs)} entries, not 6 (forward, backward, weight gradient of a block, then of the "
+            "heads); python -m mtp_dist.plan measure=true prints them, [] counts operations"
+        )
+    for cost in costs:
+        finite("parallel.costs", cost)
+        at_least("parallel.costs", cost, 0)
+    if costs and not sum(costs[:3]):
+        raise UserError(f"parallel.costs={costs}: the first three, a block's, are all 0")
 
 
 def _validate_mtp(mtp: MTPConfig, sequence_length: int) -> None:

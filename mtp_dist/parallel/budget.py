@@ -6,10 +6,10 @@ gradients and optimizer are exact (up to ZeRO's padding of a few elements); acti
 
 from dataclasses import dataclass
 
-from mtp_dist.config.layout import chunks, is_v, micro_batches
+from mtp_dist.config.layout import chunks, chunks_of_rank, is_v, micro_batches
 from mtp_dist.config.schema import ModelConfig, MTPConfig, ParallelConfig, TrainingRun
 from mtp_dist.parallel.cost import attention_width, block_flops, block_matrices, tail_flops
-from mtp_dist.parallel.placement import chunks_of_rank, layers_of_chunks
+from mtp_dist.parallel.placement import layers_of_chunks
 
 GRADIENT_BYTES = 4
 """Gradients accumulate in float32, whatever the weights are."""

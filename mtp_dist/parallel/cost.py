@@ -1,11 +1,47 @@
-"""Floating-point operations of the model's parts, for one trained position, forward and backward. Pure arithmetic on resolved
-settings.
+"""What the model's parts cost: floating-point operations by formula, or times that were measured (``parallel.costs``).
 
-6 for each matrix element that a position passes, and 12 S H c a block for attention, causality not deducted (arXiv 2204.02311,
-appendix B).
+Pure arithmetic on resolved settings. Operations are of one trained position, forward and backward: 6 for each matrix element
+that a position passes, and 12 S H c a block for attention, causality not deducted (arXiv 2204.02311, appendix B). A third of the
+matrix operations are forward, a third give the gradient of the input, a third that of the weight.
 """
 
-from mtp_dist.config.schema import ModelConfig, MTPConfig
+from typing import NamedTuple
+
+from mtp_dist.config.schema import ModelConfig, MTPConfig, TrainingRun
+
+
+class Work(NamedTuple):
+    """Time of one micro-batch, in any one unit: forward pass, gradient of the input, gradient of the weights."""
+
+    forward: float
+    backward: float
+    weight: float
+
+    def __add__(self, other: "Work") -> "Work":  # type: ignore[override]
+        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def __mul__(self, times: float) -> "Work":  # type: ignore[override]
+        return Work(*(times * part for part in self))
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+class Costs(NamedTuple):
+    """`block`: one trunk layer. `tail`: what follows the last one: MTP modules, vocabulary projections, loss."""
+
+    block: Work
+    tail: Work
+
+    @property
+    def tail_in_layers(self) -> float:
+        return self.tail.total / self.block.total
+
+    def of_chunks(self, sizes: list[int]) -> list[Work]:
+        """The work of chunks with so many layers each; the last one has the tail too."""
+        works = [self.block * size for size in sizes]
+        return [*works[:-1], works[-1] + self.tail]
 
 
 def attention_width(model: ModelConfig, heads: int) -> int:
@@ -30,3 +66,23 @@ def tail_flops(model: ModelConfig, mtp: MTPConfig, sequence_length: int) -> int:
     assert model.vocab_size is not None
     modules = mtp.depth * (block_flops(model, sequence_length) + 6 * 2 * model.hidden**2)
     return modules + (1 + mtp.depth) * 6 * model.vocab_size * model.hidden
+
+
+def costs(config: TrainingRun) -> Costs:
+    """``parallel.costs``, or by operations in units of one block's three passes without recomputation."""
+    given = config.parallel.costs
+    if given:
+        return Costs(Work(*given[:3]), Work(*given[3:]))
+    model, mtp, length = config.model, config.mtp, config.train.sequence_length
+    assert model.vocab_size is not None
+    matrices, attention = 2 * block_matrices(model), 4 * length * attention_width(model, model.heads)
+    unit = 1 / block_flops(model, length)
+    # Of attention's products, two are forward and four give the gradient of its inputs; it has no weights.
+    block = Work(matrices + attention, matrices + 2 * attention, matrices) * unit
+    join = 2 * 2 * model.hidden**2 * unit
+    head = 6 * (1 + mtp.depth) * model.vocab_size * model.hidden * unit
+    # The head forms its gradients while it has the logits: in the forward pass.
+    tail = (block + Work(join, join, join)) * mtp.depth + Work(head, 0, 0)
+    if config.train.recompute == "full":
+        block += Work(0, block.forward, 0)
+    return Costs(block, tail)

@@ -13,18 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleDualPipeV, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
 
 from mtp_dist.config import layout
 from mtp_dist.model.weight_gradients import WeightGradients
 from mtp_dist.parallel.mesh import Mesh
-from mtp_dist.parallel.placement import chunks_of_rank, rank_of_chunk
+from mtp_dist.parallel.schedules import SCHEDULES
 from mtp_dist.parallel.timeline import Timeline, span, watched
-
-SCHEDULES: dict[str, Any] = {
-    "1f1b": Schedule1F1B,
-    "interleaved": ScheduleInterleaved1F1B,
-    "zbv": ScheduleZBVZeroBubble, "dualpipev": ScheduleDualPipeV}
 
 
 class Pipeline:
@@ -39,7 +33,7 @@ class Pipeline:
     ) -> None:
         """`edge`: shape [B, S, d] of what travels between chunks, in `dtype`."""
         self.chunks, self.mesh, self.micro_batches, self.edge, self.dtype = chunks, mesh, micro_batches, edge, dtype
-        self.numbers = chunks_of_rank(mesh.parallel, mesh.pipeline_rank)
+        self.numbers = layout.chunks_of_rank(mesh.parallel, mesh.pipeline_rank)
         self.count = layout.chunks(mesh.parallel)
         # One queue for all chunks of the rank: they may share the embedding, and torch takes it right after each backward.
         self.queue = WeightGradients()
@@ -133,8 +127,8 @@ class Pipeline:
         carried: list[Tensor] = []
         results: list[Tensor] = []
         for chunk, number in zip(self.chunks, self.numbers, strict=True):
-            before = rank_of_chunk(self.mesh.parallel, number - 1) if number > 0 else None
-            after = rank_of_chunk(self.mesh.parallel, number + 1) if number + 1 < self.count else None
+            before = layout.rank_of_chunk(self.mesh.parallel, number - 1) if number > 0 else None
+            after = layout.rank_of_chunk(self.mesh.parallel, number + 1) if number + 1 < self.count else None
             handed, carried = carried, []
             for i, part in enumerate(parts):
                 hidden = None

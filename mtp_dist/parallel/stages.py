@@ -8,7 +8,7 @@ from mtp_dist.config.schema import TrainingRun
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.embedding import Embedding
 from mtp_dist.parallel.mesh import Mesh
-from mtp_dist.parallel.placement import chunks_of_rank, layers_of_chunks
+from mtp_dist.parallel.placement import layers_of_chunks
 
 
 def build_chunks(config: TrainingRun, mesh: Mesh) -> nn.ModuleList:
@@ -18,7 +18,7 @@ def build_chunks(config: TrainingRun, mesh: Mesh) -> nn.ModuleList:
     embedding: Embedding | None = None
     chunks = nn.ModuleList()
     with torch.device("meta"):
-        for number in chunks_of_rank(mesh.parallel, mesh.pipeline_rank):
+        for number in layout.chunks_of_rank(mesh.parallel, mesh.pipeline_rank):
             chunk = Chunk(
                 model, mtp, layers[number], first=number == 0, last=number == count - 1, group=mesh.tensor, embedding=embedding
             )

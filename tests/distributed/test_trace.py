@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from mtp_dist.config.layout import chunks, is_v, micro_batches
-from mtp_dist.parallel.placement import rank_of_chunk
+from mtp_dist.config.layout import chunks, is_v, micro_batches, rank_of_chunk
 from mtp_dist.tracking import names
 from mtp_dist.tracking.jsonl import read_records
 from tests.distributed.layouts import configuration

@@ -7,16 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtp_dist.config.layout import SCHEDULES, chunks, is_v
+from mtp_dist.config.layout import SCHEDULES, chunks, chunks_of_rank, is_v, rank_of_chunk
 from mtp_dist.config.schema import ParallelConfig, TrainingRun
+from mtp_dist.parallel.cost import costs
 from mtp_dist.parallel.placement import (
     balanced,
-    chunks_of_rank,
     layers_of_chunks,
     placement_table,
     rank_costs,
-    rank_of_chunk,
-    tail_in_layers,
     uniform,
 )
 
@@ -27,7 +25,7 @@ LAYOUTS = st.builds(
 
 def run(parallel: ParallelConfig, layers: int, placement: str, tail: float = 0.0) -> TrainingRun:
     config = TrainingRun(parallel=parallel)
-    config.model.layers, config.parallel.placement, config.parallel.tail_cost = layers, placement, tail
+    config.model.layers, config.parallel.placement, config.parallel.costs = layers, placement, [1, 1, 1, 3 * tail, 0, 0]
     return config
 
 
@@ -111,12 +109,12 @@ def test_the_picture() -> None:
 def test_heads_count() -> None:
     """The laptop run: two modules and three projections weigh as much as several of its layers, so the heads' rank gets fewer."""
     config = run(ParallelConfig(pipeline=2, schedule="zbv"), 8, "balanced")
-    config.parallel.tail_cost = None
+    config.parallel.costs = []
     config.model.vocab_size, config.model.hidden, config.model.heads, config.model.kv_heads = 4096, 192, 6, 2
     config.model.head_dim, config.model.mlp, config.train.sequence_length, config.mtp.depth = 32, 512, 128, 2
-    assert 6 < tail_in_layers(config) < 9
+    assert 6 < costs(config).tail_in_layers < 9
     assert [len(part) for part in layers_of_chunks(config)] == [1, 4, 3, 0]
-    even = run(ParallelConfig(pipeline=2, schedule="zbv"), 8, "uniform", tail_in_layers(config))
+    even = run(ParallelConfig(pipeline=2, schedule="zbv"), 8, "uniform", costs(config).tail_in_layers)
     assert max(rank_costs(config)) < 0.8 * max(rank_costs(even))
 
 
