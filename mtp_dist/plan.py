@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mtp_dist.config import versions
+from mtp_dist.config.attention import possible
 from mtp_dist.config.command import application
 from mtp_dist.config.layout import (
     SCHEDULES,
@@ -91,7 +92,8 @@ def _layout(config: Plan) -> str:
             names = [str(pipeline_rank), shown] if first_of_rank else ["", ""]
             rows.append([*names, str(number), _range(layers[number]), ", ".join(also)])
     sizes = f"pipeline {parallel.pipeline} x data {parallel.data} x tensor {parallel.tensor}"
-    return f"layout: {sizes} = world size {world_size(parallel)} ({kind})\n{_table(rows)}"
+    attention = " or ".join(str(choice) for choice in possible(config))
+    return f"layout: {sizes} = world size {world_size(parallel)} ({kind})\n{_table(rows)}\nattention: {attention}"
 
 
 def _beside_layers(config: Plan, first: bool, last: bool, shared: bool) -> Iterator[str]:

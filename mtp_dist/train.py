@@ -9,6 +9,7 @@ import os
 import sys
 from contextlib import nullcontext
 
+from mtp_dist.config.attention import choose
 from mtp_dist.config.command import application
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.errors import AgreedError, UserError
@@ -53,6 +54,10 @@ def _train(config: TrainingRun) -> int:
     stop = StopRequest()
     torch.set_num_threads(config.launch.threads or int(os.environ.get("OMP_NUM_THREADS", "1")))
     device = choose_device(config.launch.device)
+    try:
+        choose(config.model, config.train, device.type)
+    except UserError as error:  # launch.device=auto left it open until now; every rank finds the same
+        raise AgreedError(str(error)) from None
     if config.train.deterministic:
         make_deterministic(device)
     connect(device, config.parallel.timeout_minutes)

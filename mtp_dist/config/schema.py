@@ -135,6 +135,7 @@ class TrainConfig:
     tokens: int | None = setting(None, "Trained positions of the whole run; rounded up to whole steps.")
     dtype: str = setting("bfloat16", "bfloat16 (with float32 masters, accumulation and reduction) | float32.")
     recompute: str = setting("none", "Activation checkpointing of trunk blocks: none | selective (keep matrix products and attention) | full (keep only inputs).")
+    attention: str = setting("auto", "Attention kernel: auto | causal (plain; only with model.document_mask=false) | masked (a mask of documents; any device) | varlen (documents end to end; CUDA, bfloat16) | flex (compiled; CUDA). All compute the same. auto: causal without document_mask, else varlen, flex or masked, the first that can run.")
     compile: bool = setting(False, "torch.compile of every block; needs a C++ compiler on CPU, Triton on CUDA. Weight gradients of blocks are then not split from their backward pass.")
     deterministic: bool = setting(True, "Deterministic kernels and a fixed number of threads: what bit-identical resume promises.")
     trace: bool = setting(False, "Record one optimizer step (the third of this start, or the last if there are fewer): run_dir/trace/step_N.json for Perfetto, step_N.png, and the pipeline bubble as a metric.")

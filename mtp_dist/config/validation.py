@@ -7,6 +7,7 @@ A rule that is torch's or DeepSpeed's own says so, since it may fall when they c
 import copy
 import math
 
+from mtp_dist.config.attention import BACKENDS, require
 from mtp_dist.config.compose import settings, value
 from mtp_dist.config.layout import (
     SCHEDULES,
@@ -45,6 +46,7 @@ def validate_training(config: TrainingRun, vocabulary: int | None) -> None:
     validate_launch(config.launch, config.parallel)
     _validate_mtp(config.mtp, config.train.sequence_length)
     _validate_zero(config)
+    _validate_attention(config)
     _validate_optimizer(config)
     _validate_loop(config)
     _validate_batches(config)
@@ -261,6 +263,12 @@ def _validate_zero(config: TrainingRun) -> None:
             "train.dtype=bfloat16 with zero.stage=0: DeepSpeed's bf16 optimizer without ZeRO takes a phantom Adam step at start; "
             "choose zero.stage=1 (or train.dtype=float32)"
         )
+
+
+def _validate_attention(config: TrainingRun) -> None:
+    one_of("train.attention", config.train.attention, ["auto", *BACKENDS])
+    device = config.launch.device
+    require(config.model, config.train, None if device == "auto" else device)
 
 
 def _validate_optimizer(config: TrainingRun) -> None:

@@ -62,5 +62,10 @@ def _installed(name: str) -> str | None:
         return None
 
 
+def numbers(name: str) -> tuple[int, ...]:
+    """The first two numbers of an installed distribution's version; of one that is not installed, none."""
+    return _numbers(_installed(name) or "")
+
+
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_dist.config.schema import ModelConfig, MTPConfig
+from mtp_dist.model.attention import build_mask
 from mtp_dist.model.embedding import Embedding
 from mtp_dist.model.head_loss import STATISTICS, head_loss
 from mtp_dist.model.mtp import build_heads
@@ -15,7 +16,7 @@ from mtp_dist.model.parameter import parameter
 from mtp_dist.model.recompute import run_block
 from mtp_dist.model.targets import targets
 from mtp_dist.model.tensor_group import ALONE, TensorGroup
-from mtp_dist.model.trunk import Block, RMSNorm, document_mask, rotation
+from mtp_dist.model.trunk import Block, RMSNorm, rotation
 from mtp_dist.model.weight_gradients import WeightGradients, hand_out
 
 
@@ -61,6 +62,7 @@ class Chunk(nn.Module):
         self.head = OutputHead(model, group) if last and not model.tie_embeddings else None
         self.weight_gradients: WeightGradients | None = None
         self.recompute = "none"
+        self.attention = "masked" if model.document_mask else "causal"
         self.compiled = False
         self.forward_calls = 0
 
@@ -95,8 +97,11 @@ class Chunk(nn.Module):
         assert self.embedding is not None
         return self.embedding.weight
 
-    def forward(self, hidden: Tensor | None = None, *, tokens: Tensor, documents: Tensor, scale: Tensor) -> Tensor:
-        """tokens int64 and documents int [B, S+1+D], scale float32 [B, 1+D] (see ``head_loss``).
+    def forward(
+        self, hidden: Tensor | None = None, *, tokens: Tensor, documents: Tensor, scale: Tensor, starts: Tensor | None = None
+    ) -> Tensor:
+        """tokens int64 and documents int [B, S+1+D], scale float32 [B, 1+D] (see ``head_loss``); starts: ``document_starts`` of
+        the first S positions, needed where ``attention`` is varlen.
 
         hidden [B, S, d] (None on the first chunk; S/R positions under sequence parallelism) -> hidden of that shape, or on the
         last chunk float32 [1 + 4 (1+D)]: the loss to differentiate, then ``STATISTICS`` of each depth.
@@ -109,7 +114,7 @@ class Chunk(nn.Module):
         assert hidden is not None
         assert self.model.head_dim is not None
         turn = rotation(torch.arange(positions, device=hidden.device), self.model.head_dim, self.model.rope_theta)
-        mask = document_mask(documents[:, :positions]) if self.model.document_mask else None
+        mask = build_mask(self.attention, documents[:, :positions], starts)
         for block in self.layers.values():
             assert isinstance(block, Block)
             hidden = run_block(block, hidden, turn, mask, self.recompute)

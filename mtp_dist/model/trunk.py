@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_dist.config.schema import ModelConfig
+from mtp_dist.model.attention import Mask, attend
 from mtp_dist.model.linear import Linear
 from mtp_dist.model.parameter import parameter
 from mtp_dist.model.tensor_group import ALONE, TensorGroup
@@ -55,12 +56,6 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
     return (wide * turn[0] + torch.cat((-right, left), dim=-1) * turn[1]).to(x.dtype)
 
 
-def document_mask(documents: Tensor) -> Tensor:
-    """documents int [B, S] -> bool [B, 1, S, S]: True where position i may attend to j: j <= i in the same document."""
-    same = documents.unsqueeze(2) == documents.unsqueeze(1)
-    return same.tril().unsqueeze(1)
-
-
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245)."""
 
@@ -74,8 +69,8 @@ class Attention(nn.Module):
         self.value = Linear(d, config.kv_heads * c, std=std, group=group, split=0)
         self.output = Linear(config.heads * c, d, std=std * (2 * config.layers) ** -0.5, group=group, split=1)
 
-    def forward(self, x: Tensor, turn: Tensor, mask: Tensor | None, cache: KeyValueCache | None = None) -> Tensor:
-        """x [B, n, d] (a share of the positions under sequence parallelism) -> the same. mask: bool, broadcast to [B, H, n,
+    def forward(self, x: Tensor, turn: Tensor, mask: Mask, cache: KeyValueCache | None = None) -> Tensor:
+        """x [B, n, d] (a share of the positions under sequence parallelism) -> the same. mask: a tensor is broadcast to [B, H, n,
         total]; None is plainly causal, or with a cache: every new position sees everything."""
         x = self.group.enter(x)
         query, key, value = (
@@ -84,8 +79,7 @@ class Attention(nn.Module):
         query, key = rotate(query, turn), rotate(key, turn)
         if cache is not None:
             key, value = cache.extend(key, value)
-        causal = mask is None and cache is None
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=True)
+        attended = attend(query, key, value, mask, causal=cache is None)
         return self.output(attended.transpose(1, 2).flatten(2))
 
 
@@ -115,6 +109,6 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden, config.norm_eps, group)
         self.mlp = FeedForward(config, group)
 
-    def forward(self, x: Tensor, turn: Tensor, mask: Tensor | None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, turn: Tensor, mask: Mask, cache: KeyValueCache | None = None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), turn, mask, cache)
         return x + self.mlp(self.mlp_norm(x))

@@ -6,6 +6,7 @@ gradients and optimizer are exact (up to ZeRO's padding of a few elements); acti
 
 from dataclasses import dataclass
 
+from mtp_dist.config.attention import possible
 from mtp_dist.config.layout import chunks, chunks_of_rank, is_v, micro_batches
 from mtp_dist.config.schema import ModelConfig, MTPConfig, ParallelConfig, TrainingRun
 from mtp_dist.parallel.cost import attention_width, block_flops, block_matrices, tail_flops
@@ -131,10 +132,12 @@ def kept_activations(model: ModelConfig, parallel: ParallelConfig, recompute: st
 def chunk_activations(config: TrainingRun, layers: int, *, last: bool) -> int:
     """Bytes that one forward pass of a chunk over one micro-batch keeps for its backward pass.
 
-    An estimate: torch's fused attention keeps no scores, but a mask of its own for each block where documents are masked.
+    An estimate: torch's fused attention keeps no scores, but a mask of its own for each block where a mask is what keeps
+    documents apart (if it may be, on a device that is not known yet, it is counted).
     """
     model, depth, length = config.model, config.mtp.depth, config.train.sequence_length
-    mask = length if model.document_mask else 0
+    masked = any(choice.backend == "masked" for choice in possible(config))
+    mask = length if masked else 0
     block = block_activations(model, config.parallel) + mask
     kept = kept_activations(model, config.parallel, config.train.recompute)
     elements = layers * (kept + (0 if config.train.recompute == "full" else mask))

@@ -1,14 +1,16 @@
 """One optimizer step under any layout: prologue (rows, counts) -> pipeline schedule -> epilogue (sums, reduce, norm, AdamW)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from mtp_dist.checkpoint.reader import Checkpoint
+from mtp_dist.config.attention import Choice, choose
 from mtp_dist.config.layout import micro_batches
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.data.batch import Batch
+from mtp_dist.model.attention import document_starts, most_documents
 from mtp_dist.model.parameter import initialize
 from mtp_dist.parallel.engine import Engine, StepOutcome
 from mtp_dist.parallel.mesh import Mesh
@@ -27,6 +29,7 @@ class ForwardOnly:
     config: TrainingRun
     mesh: Mesh
     pipeline: Pipeline
+    attention: Choice
 
     def evaluate(self, batch: Batch | None, rows: int, micro_batch: int) -> Totals:
         """`rows` rows a replica (a multiple of `micro_batch`), `batch` on the reader. Touches nothing that training reads.
@@ -34,7 +37,15 @@ class ForwardOnly:
         tokens, documents = share(batch, (rows, self.config.train.sequence_length + 1 + self.config.mtp.depth), self.mesh)
         counts = global_counts(tokens, documents, self.config.mtp.depth, self.mesh)
         scale = torch.zeros(len(counts), device=tokens.device)
-        return gather(self.pipeline.evaluate(_rows(tokens, documents, scale), rows // micro_batch), counts, self.mesh)
+        return gather(self.pipeline.evaluate(self._rows(tokens, documents, scale), rows // micro_batch), counts, self.mesh)
+
+    def _rows(self, tokens: Tensor, documents: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        """What the chunks take, a row of each for every row of the batch."""
+        rows = {"tokens": tokens, "documents": documents, "scale": scale.expand(len(tokens), -1)}
+        if self.attention.backend == "varlen":
+            attending = documents[:, : self.config.train.sequence_length]
+            rows["starts"] = document_starts(attending, most_documents(attending))
+        return rows
 
 
 @dataclass
@@ -60,7 +71,7 @@ class Workload(ForwardOnly):
             tokens, documents = share(batch, shape, mesh)
             counts = global_counts(tokens, documents, self.config.mtp.depth, mesh)
         scale = target_scale(parts, counts, mesh.parallel.data)
-        return self.pipeline.step(_rows(tokens, documents, scale)), counts
+        return self.pipeline.step(self._rows(tokens, documents, scale)), counts
 
     def step(self, batch: Batch | None, parts: list[float], lr: float) -> tuple[Totals, StepOutcome]:
         """A whole optimizer step. Collective. The statistics are read last: reading them waits for the device."""
@@ -69,16 +80,14 @@ class Workload(ForwardOnly):
         return gather(result, counts, self.mesh), outcome
 
 
-def _rows(tokens: Tensor, documents: Tensor, scale: Tensor) -> dict[str, Tensor]:
-    return {"tokens": tokens, "documents": documents, "scale": scale.expand(len(tokens), -1)}
-
-
 def build(config: TrainingRun, mesh: Mesh) -> Workload:
     """This rank's part of the model with its initial weights, its pipeline and its optimizer. Collective."""
     dtype = getattr(torch, config.train.dtype)
+    attention = choose(config.model, config.train, mesh.device.type)
     chunks = build_chunks(config, mesh)
     for chunk in chunks:
         initialize(chunk, config.seed)
+        chunk.attention = attention.backend  # type: ignore[assignment]
         chunk.recompute = config.train.recompute  # type: ignore[assignment]
         if config.train.compile:
             chunk.compile_blocks()  # type: ignore[operator]
@@ -90,15 +99,19 @@ def build(config: TrainingRun, mesh: Mesh) -> Workload:
     pipeline = _pipeline(config, mesh, chunks)
     if engine.shards_gradients:
         pipeline.leave_gradients_to(engine.backward)
-    return Workload(config, mesh, pipeline, engine)
+    return Workload(config, mesh, pipeline, attention, engine)
 
 
 def load_forward_only(config: TrainingRun, mesh: Mesh, checkpoint: Checkpoint) -> ForwardOnly:
-    """This rank's part of the model with a checkpoint's weights, whatever layout saved it. Collective."""
+    """This rank's part of the model with a checkpoint's weights, whatever layout saved it, and whatever attention it was trained
+    with. Collective."""
+    attention = choose(config.model, replace(config.train, attention="auto"), mesh.device.type)
     chunks = build_chunks(config, mesh)
+    for chunk in chunks:
+        chunk.attention = attention.backend  # type: ignore[assignment]
     checkpoint.load_weights(chunks, getattr(torch, config.train.dtype))
     chunks.to(mesh.device)
-    return ForwardOnly(config, mesh, _pipeline(config, mesh, chunks))
+    return ForwardOnly(config, mesh, _pipeline(config, mesh, chunks), attention)
 
 
 def _pipeline(config: TrainingRun, mesh: Mesh, chunks: nn.ModuleList) -> Pipeline:

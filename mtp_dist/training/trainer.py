@@ -144,7 +144,7 @@ class Trainer:
             raise
 
     def _train(self) -> str:
-        self.console.say(placement_table(self.config))
+        self.console.say(placement_table(self.config, self.workload.attention))
         if self.progress.step < self.total:
             self._read()
             raise_together(self.mesh, self.problem)

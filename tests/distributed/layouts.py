@@ -62,6 +62,7 @@ PATHS = {
     "depth": "mtp.depth",
     "stage": "zero.stage",
     "recompute": "train.recompute",
+    "attention": "train.attention",
     "dtype": "train.dtype",
 }
 """Short name of a setting in a layout -> the setting. A feature joins the grid by a line here."""

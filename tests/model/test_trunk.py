@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from mtp_dist.decoding.cache import KeyValues
-from mtp_dist.model.trunk import Block, document_mask, rotate, rotation
+from mtp_dist.model.attention import document_mask
+from mtp_dist.model.trunk import Block, rotate, rotation
 from tests.model.small import small_model
 
 EXACT = 1e-12

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtp_dist.config.attention import choose
 from mtp_dist.config.layout import SCHEDULES, chunks, chunks_of_rank, is_v, rank_of_chunk
 from mtp_dist.config.schema import ParallelConfig, TrainingRun
 from mtp_dist.parallel.cost import costs
@@ -120,7 +121,9 @@ def test_heads_count() -> None:
 
 def test_the_table_at_start() -> None:
     config = run(ParallelConfig(pipeline=2, schedule="zbv"), 8, "[1,4,3,0]", 7.7)
-    assert placement_table(config).splitlines()[1:] == [
+    lines = placement_table(config, choose(config.model, config.train, "cpu")).splitlines()
+    assert lines[0].endswith("; attention masked (documents; cpu)")
+    assert lines[1:] == [
         "  pipeline rank 0: embedding, layers 0-0, 2 MTP modules and head (work of 8.7 layers)",
         "  pipeline rank 1: layers 1-4, layers 5-7 (work of 7.0 layers)",
     ]

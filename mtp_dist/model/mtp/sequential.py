@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_dist.config.schema import ModelConfig, MTPConfig
+from mtp_dist.model.attention import Mask
 from mtp_dist.model.linear import Linear
 from mtp_dist.model.tensor_group import TensorGroup
 from mtp_dist.model.trunk import Block, KeyValueCache, RMSNorm
@@ -31,7 +32,7 @@ class SequentialModule(nn.Module):
         self.recycle_normed = mtp.recycle == "post_norm"
 
     def forward(
-        self, hidden: Tensor, embedded: Tensor, turn: Tensor, mask: Tensor | None, cache: KeyValueCache | None = None
+        self, hidden: Tensor, embedded: Tensor, turn: Tensor, mask: Mask, cache: KeyValueCache | None = None
     ) -> tuple[Tensor, Tensor]:
         """hidden h^{k-1} and embedded Emb(t[i+k]), both [B, n, d] -> (state for the head, state for depth k+1), both [B, n,
         d]."""
@@ -54,7 +55,7 @@ class SequentialHeads(nn.ModuleDict):
         return after_norm if self.first_normed else before_norm
 
     def forward(
-        self, before_norm: Tensor, after_norm: Tensor, embedded: Sequence[Tensor], turn: Tensor, mask: Tensor | None
+        self, before_norm: Tensor, after_norm: Tensor, embedded: Sequence[Tensor], turn: Tensor, mask: Mask
     ) -> list[Tensor]:
         """Trunk output before and after its final norm [B, S, d], embeddings of t[i+k] for k = 1 .. D [B, S, d] -> D states [B,
         S, d]."""

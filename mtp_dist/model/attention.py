@@ -1,0 +1,140 @@
+"""Attention kernels behind one function. What a position may attend to says which one runs.
+
+A ``Mask`` is built once a forward pass (``build_mask``) and handed to every block. All of them mean the same: position i attends
+to j <= i of its own document, where documents are runs of equal numbers in a row (padding, -1, is one more).
+
+- None: causal, no documents. torch's SDPA: flash kernels on CUDA for bfloat16, its own fused kernel on CPU.
+- Tensor, bool: SDPA with a mask. Flash kernels on CUDA take none, so the memory-efficient one runs there.
+- ``Segments``: torch's varlen attention (CUDA, half precision): one flash kernel over documents that lie end to end.
+- ``BlockMask``: torch's flex attention, compiled: blocks of scores that no pair of a document meets are left out.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Segments(NamedTuple):
+    """bounds int32 [n+1]: where each document of the flattened rows [B S] begins, and the end; documents may be empty.
+    longest: at least the positions of any."""
+
+    bounds: Tensor
+    longest: int
+
+
+Mask = Tensor | Segments | BlockMask | None
+
+
+def build_mask(backend: str, documents: Tensor, starts: Tensor | None) -> Mask:
+    """documents int [B, S]; starts: ``document_starts``, for varlen."""
+    if backend == "masked":
+        return document_mask(documents)
+    if backend == "varlen":
+        assert starts is not None
+        return segments(starts, documents.shape[1])
+    if backend == "flex":
+        return block_mask(documents)
+    return None
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """documents int [B, S] -> bool [B, 1, S, S]: True where position i may attend to j: j <= i in the same document."""
+    same = documents.unsqueeze(2) == documents.unsqueeze(1)
+    return same.tril().unsqueeze(1)
+
+
+def block_mask(documents: Tensor) -> BlockMask:
+    """The same for flex attention. Built without waiting for the device."""
+
+    def visible(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (documents[row, query] == documents[row, key])
+
+    rows, length = documents.shape
+    return create_block_mask(visible, rows, None, length, length, device=documents.device)
+
+
+def most_documents(documents: Tensor) -> int:
+    """documents int [.., S] -> at least the documents of any row: a power of two, 8 or more, so that few shapes occur. Waits for
+    the device, so it is asked once a step, before the first forward pass, when the device has nothing else to do."""
+    most = int((documents[..., 1:] != documents[..., :-1]).sum(-1).max()) + 1
+    return max(8, 1 << (most - 1).bit_length())
+
+
+def document_starts(documents: Tensor, most: int) -> Tensor:
+    """documents int [B, S] -> int32 [B, most]: where the documents of each row begin, ascending; S where there are no more."""
+    rows, length = documents.shape
+    positions = torch.arange(length, dtype=torch.int32, device=documents.device).expand(rows, -1)
+    new = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    starts = positions.masked_fill(~new, length).sort(dim=1).values[:, :most]
+    return F.pad(starts, (0, most - starts.shape[1]), value=length)
+
+
+def segments(starts: Tensor, length: int) -> Segments:
+    """starts [B, most] of rows of ``length`` positions -> the documents of all rows end to end. A start at a row's end is an
+    empty document before the next row."""
+    rows = starts.shape[0]
+    begins = torch.arange(0, rows * length, length, dtype=torch.int32, device=starts.device)
+    return Segments(F.pad((starts + begins.unsqueeze(1)).flatten(), (0, 1), value=rows * length), length)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, *, causal: bool) -> Tensor:
+    """query [B, H, n, c], key and value [B, K, total, c] -> [B, H, n, c]. `causal`: what a mask of None means; False: all is
+    visible."""
+    if isinstance(mask, Segments):
+        return _varlen(query, key, value, mask)
+    if isinstance(mask, BlockMask):
+        return _flex(query, key, value, mask)
+    if query.is_cuda and (mask is not None or query.dtype not in HALF):
+        # Of the fused kernels only flash takes fewer key heads, and it takes neither a mask nor float32: without whole heads
+        # torch would compute all scores.
+        key, value = whole_heads(key, query), whole_heads(value, query)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=key.shape[1] != query.shape[1]
+    )
+
+
+def whole_heads(x: Tensor, query: Tensor) -> Tensor:
+    """[B, K, n, c] -> [B, H, n, c]: each head as often as queries share it."""
+    return x.unsqueeze(2).expand(-1, -1, query.shape[1] // x.shape[1], -1, -1).flatten(1, 2)
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, mask: Segments) -> Tensor:
+    # It takes a second to load, and runs on CUDA only.
+    from torch.nn.attention.varlen import varlen_attn
+
+    attended = varlen_attn(
+        _end_to_end(query),
+        _end_to_end(key),
+        _end_to_end(value),
+        cu_seq_q=mask.bounds,
+        cu_seq_k=mask.bounds,
+        max_q=mask.longest,
+        max_k=mask.longest,
+        window_size=(-1, 0),  # as far back as there is, no further than itself
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    assert isinstance(attended, Tensor)
+    return attended.unflatten(0, (query.shape[0], -1)).transpose(1, 2)
+
+
+def _end_to_end(x: Tensor) -> Tensor:
+    """[B, H, S, c] -> [B S, H, c]"""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
+    # Uncompiled it computes all scores; within a compiled block it is compiled with it.
+    inside = torch.compiler.is_compiling() or not query.is_cuda
+    kernel = flex_attention if inside else _compiled_flex()
+    return kernel(query, key, value, block_mask=mask, enable_gqa=key.shape[1] != query.shape[1])
+
+
+@cache
+def _compiled_flex() -> Any:
+    return torch.compile(flex_attention, dynamic=False)

@@ -1,0 +1,189 @@
+"""Promise: every way to keep documents apart is the mask's: the same values and gradients, padding included.
+
+Varlen's kernel is for CUDA only and flex attention has no backward pass on CPU. What is handed to them is held against the mask
+here: the segments by a plain loop in the kernel's place, the block mask by flex attention itself, uncompiled.
+"""
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention import varlen
+
+from mtp_dist.model.attention import (
+    Mask,
+    Segments,
+    attend,
+    block_mask,
+    build_mask,
+    document_mask,
+    document_starts,
+    most_documents,
+    segments,
+    whole_heads,
+)
+from tests.model.small import rows, small_model
+
+EXACT = 1e-12
+"""float64: the same sums in another order."""
+FLEX = 1e-5
+"""Flex attention computes scores in float32."""
+
+DOCUMENTS = torch.tensor(
+    [
+        [0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 1, 1, 1, 2, 3, 3, 3, 3],
+        [0, 1, 2, 3, 4, 5, 6, 7, 8],
+        [4, 4, 4, 5, 5, -1, -1, -1, -1],
+        [-1, -1, -1, -1, -1, -1, -1, -1, -1],
+    ],
+    dtype=torch.int32,
+)
+
+
+def in_segments(documents: Tensor) -> Segments:
+    mask = build_mask("varlen", documents, document_starts(documents, most_documents(documents)))
+    assert isinstance(mask, Segments)
+    return mask
+
+
+def loop(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> Tensor:
+    """``varlen_attn`` as its documentation reads: [T, H, c], one causal attention a segment."""
+    assert window_size == (-1, 0)
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert cu_seq_q.dtype == torch.int32
+    assert cu_seq_q.equal(cu_seq_k)
+    assert cu_seq_q.diff().ge(0).all()
+    assert cu_seq_q.diff().max() <= max_q == max_k
+    assert (cu_seq_q[0], cu_seq_q[-1]) == (0, query.shape[0])
+    parts = []
+    for begin, end in pairwise(cu_seq_q.tolist()):
+        if end > begin:
+            one = [x[begin:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value)]
+            parts.append(F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=enable_gqa)[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """4 query heads on 2 key/value heads of width 16."""
+    generator = torch.Generator().manual_seed(8)
+    return [torch.randn(5, heads, 9, 16, dtype=dtype, generator=generator).requires_grad_() for heads in (4, 2, 2)]
+
+
+def with_gradients(mask: Mask) -> list[Tensor]:
+    tensors = inputs()
+    out = attend(*tensors, mask, causal=True)
+    weights = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(9))
+    return [out, *torch.autograd.grad((out * weights).sum(), tensors)]
+
+
+def test_segments_are_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", loop)
+    for got, want in zip(with_gradients(in_segments(DOCUMENTS)), with_gradients(document_mask(DOCUMENTS)), strict=True):
+        assert (got - want).abs().max() <= EXACT
+
+
+def test_the_kernel_takes_what_it_is_given() -> None:
+    """Torch's own, on the meta device: arguments, shapes and gradients fit, if nothing is computed."""
+    tensors = [x.detach().to("meta", torch.bfloat16).requires_grad_() for x in inputs()]
+    starts = document_starts(DOCUMENTS, 16).to("meta")
+    out = attend(*tensors, segments(starts, 9), causal=True)
+    assert out.shape == tensors[0].shape
+    for gradient, x in zip(torch.autograd.grad(out.sum(), tensors), tensors, strict=True):
+        assert gradient.shape == x.shape
+
+
+@torch.no_grad()
+def test_the_block_mask_is_the_mask() -> None:
+    tensors = [x.detach() for x in inputs(torch.float32)]
+    want = attend(*tensors, document_mask(DOCUMENTS), causal=True)
+    assert (attend(*tensors, block_mask(DOCUMENTS), causal=True) - want).abs().max() <= FLEX
+    assert (attend(*tensors, None, causal=True) - want).abs().max() > 1e-2, "the mask makes no difference here: nothing is shown"
+
+
+def test_no_mask_is_one_document() -> None:
+    for got, want in zip(with_gradients(None), with_gradients(document_mask(torch.zeros(5, 9))), strict=True):
+        assert (got - want).abs().max() <= EXACT
+
+
+def test_whole_heads_are_grouped_queries() -> None:
+    query, key, value = inputs()
+    want = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    got = F.scaled_dot_product_attention(query, whole_heads(key, query), whole_heads(value, query), is_causal=True)
+    assert (got - want).abs().max() <= EXACT
+
+
+def test_where_documents_begin() -> None:
+    starts = document_starts(DOCUMENTS, 16)
+    assert starts[0].tolist() == [0] + [9] * 15
+    assert starts[1].tolist() == [0, 1, 4, 5] + [9] * 12
+    assert starts[3].tolist() == [0, 3, 5] + [9] * 13
+    assert segments(starts[1:2], 9).bounds.tolist() == [0, 1, 4, 5] + [9] * 13
+
+
+@given(st.lists(st.lists(st.integers(-1, 3), min_size=12, max_size=12), min_size=1, max_size=4))
+@settings(deadline=None)
+def test_any_runs_of_numbers_are_found(numbers: list[list[int]]) -> None:
+    """As a plain walk over the flattened rows finds them, empty documents left out; the bound on their number holds."""
+    documents = torch.tensor(numbers, dtype=torch.int32)
+    bounds = [row * 12 + i for row, of in enumerate(numbers) for i in range(12) if i == 0 or of[i] != of[i - 1]]
+    found, longest = in_segments(documents)
+    assert longest == 12
+    assert sorted(set(found.tolist())) == [*bounds, 12 * len(numbers)]
+    assert found.tolist() == sorted(found.tolist())
+    most = most_documents(documents)
+    assert most >= max(sum(12 * row <= bound < 12 * row + 12 for bound in bounds) for row in range(len(numbers)))
+    assert most in (8, 16)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_model_by_segments_is_the_masked_model(monkeypatch: pytest.MonkeyPatch, recompute: str) -> None:
+    """Trunk and MTP modules, documents from 1 token to a whole row, padding."""
+    monkeypatch.setattr(varlen, "varlen_attn", loop)
+
+    def result(attention: str) -> list[Tensor]:
+        model = small_model(2)
+        model.attention, model.recompute = attention, recompute
+        tokens, documents = rows(2)
+        attending = documents[:, :6]
+        starts = document_starts(attending, most_documents(attending)) if attention == "varlen" else None
+        out = model(tokens=tokens, documents=documents, scale=torch.rand(3, 3), starts=starts)
+        out[0].backward()
+        return [out, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    torch.manual_seed(0)
+    want = result("masked")
+    torch.manual_seed(0)
+    for got, right in zip(result("varlen"), want, strict=True):
+        # The loss is float32.
+        assert (got - right).abs().max() <= 1e-6 * right.abs().max()
+
+
+@pytest.mark.parametrize("attention", ["causal", "flex"])
+def test_the_models_setting_chooses_the_mask(attention: str) -> None:
+    """Evaluation by flex attention, uncompiled, is the masked one; causal attention is another model."""
+
+    @torch.no_grad()
+    def result(name: str) -> Tensor:
+        model = small_model(2)
+        model.attention = name
+        tokens, documents = rows(2)
+        return model(tokens=tokens, documents=documents, scale=torch.ones(3, 3))[0]
+
+    same = bool((result(attention) - result("masked")).abs() <= 1e-4)
+    assert same == (attention != "causal")
