@@ -1,38 +1,99 @@
-"""Runs a list of jobs in one torchrun a world size: starting a process costs seconds, a tiny layout costs milliseconds."""
+"""Runs jobs in real processes: one pool a world size for the whole test session.
 
+Importing torch and deepspeed costs seconds a process, a tiny layout costs milliseconds; so ranks are forked from one process that
+has imported everything (``preloaded``), and stay for later jobs.
+"""
+
+import atexit
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.distributed.worker import serve
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.distributed.preloaded"])
 ROOT = Path(__file__).parents[2]
+LIMIT = 500.0
+"""Seconds that the jobs of one call may take."""
 
 
 def run_jobs(world: int, jobs: list[dict[str, Any]], folder: Path) -> dict[str, list[Any]]:
     """name -> what the job's task returned on each rank. Raises with the processes' output if they fail."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={world}",
-        "-m",
-        "tests.distributed.worker",
-        str(folder / "jobs.json"),
-        str(folder),
-    ]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"pool of {world} failed:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
+    pool = _pool(world)
+    try:
+        pool.run(jobs, folder)
+    except BaseException:
+        pool.kill()
+        _pool.cache_clear()
+        raise
     return {
         job["name"]: [torch.load(folder / f"{job['name']}.rank{rank}.pt", weights_only=False) for rank in range(world)]
         for job in jobs
     }
+
+
+class Pool:
+    """Ranks that wait for requests in a folder (see ``worker``) until they are told to stop or their parent is gone."""
+
+    def __init__(self, world: int) -> None:
+        self.world, self.requests = world, 0
+        self.folder = Path(tempfile.mkdtemp(prefix=f"pool{world}-"))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        self.ranks = []
+        for rank in range(world):
+            variables = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+            process = CONTEXT.Process(target=serve, args=(str(self.folder), os.getpid(), variables), daemon=True)
+            process.start()
+            self.ranks.append(process)
+        atexit.register(self.close)
+
+    def run(self, jobs: list[dict[str, Any]], folder: Path) -> None:
+        """Return when every rank has done every job and written its result."""
+        request = self.folder / f"request{self.requests}"
+        self.requests += 1
+        request.with_suffix(".new").write_text(json.dumps({"jobs": jobs, "out": str(folder)}))
+        request.with_suffix(".new").rename(request)
+        done = [request.with_suffix(f".done{rank}") for rank in range(self.world)]
+        deadline = time.monotonic() + LIMIT
+        while not all(path.exists() for path in done):
+            if not all(rank.is_alive() for rank in self.ranks) or time.monotonic() > deadline:
+                raise RuntimeError(f"pool of {self.world} failed on {[job['name'] for job in jobs]}:\n{self.output()[-12000:]}")
+            time.sleep(0.02)
+
+    def output(self) -> str:
+        """What the ranks printed."""
+        logs = sorted(self.folder.glob("out.*"))
+        return "".join(f"rank {log.suffix[1:]}:\n{log.read_text(errors='replace')}" for log in logs)
+
+    def close(self) -> None:
+        """Let the ranks end; they leave together."""
+        (self.folder / "stop").touch()
+        for rank in self.ranks:
+            rank.join(20)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the ranks, whatever they do."""
+        atexit.unregister(self.close)
+        for rank in self.ranks:
+            rank.kill()
+            rank.join()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+_pool: Callable[[int], Pool] = cache(Pool)
