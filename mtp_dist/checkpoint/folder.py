@@ -1,6 +1,7 @@
 """The checkpoints folder of a run: names, the newest, `latest`, and pruning.
 
-A folder `step_00000100` is a complete checkpoint, `step_00000100.tmp-<attempt>` one that was never finished.
+A folder `step_00000100` is a complete checkpoint, `step_00000100.tmp-<attempt>` one that was never finished, or whose removal
+was not.
 """
 
 import os
@@ -8,12 +9,14 @@ import re
 import shutil
 from pathlib import Path
 
+from mtp_dist.checkpoint.fault import point
 from mtp_dist.checkpoint.manifest import MANIFEST, damage, read_manifest, sync_path
 from mtp_dist.config.schema import CheckpointConfig
 from mtp_dist.errors import UserError
 
 LATEST = "latest"
 _NAME = re.compile(r"step_(\d{8,})")
+_LEFTOVER = re.compile(r"step_\d{8,}\.tmp-.*")
 
 
 def name_of(step: int) -> str:
@@ -87,17 +90,45 @@ def point_latest(root: Path, folder: Path) -> None:
     temporary = root / f".{LATEST}.{os.getpid()}"
     temporary.write_text(folder.name + "\n")
     sync_path(temporary)
+    point("latest.before")
     os.replace(temporary, root / LATEST)
     sync_path(root)
 
 
+def require_whole(folder: Path) -> None:
+    """Raise OSError unless the manifest verifies and every file has its size: what can be asked of a new checkpoint without
+    reading all of it, once the ranks have read back what they wrote."""
+    try:
+        files = read_manifest(folder).files
+    except UserError as error:
+        raise OSError(str(error)) from None
+    for name, record in files.items():
+        if (size := (folder / name).stat().st_size) != record.size:
+            raise OSError(f"{folder / name} has {size} bytes instead of {record.size}")
+
+
 def prune(root: Path, config: CheckpointConfig) -> None:
-    """Remove checkpoints that the settings do not keep, and what unfinished saves left. The newest always stays."""
-    for entry in root.glob("step_*.tmp-*"):
-        shutil.rmtree(entry, ignore_errors=True)
+    """Remove checkpoints that the settings do not keep; the newest always stays. Only after the newest was verified.
+
+    Each loses its name before its files, so that none is ever found in part.
+    """
     if config.keep_last == 0:
         return
     for entry in complete(root)[: -config.keep_last]:
         if config.keep_every_steps and step_of(entry) % config.keep_every_steps == 0:
             continue
-        shutil.rmtree(entry, ignore_errors=True)
+        doomed = entry.with_name(f"{entry.name}.tmp-pruned")
+        os.rename(entry, doomed)
+        point("prune.middle")
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what saves and prunings left that never came to their end. Only where none can be going on."""
+    if not root.is_dir():
+        return
+    for entry in root.iterdir():
+        if _LEFTOVER.fullmatch(entry.name):
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name.startswith(f".{LATEST}."):
+            entry.unlink(missing_ok=True)

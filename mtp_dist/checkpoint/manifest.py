@@ -1,19 +1,24 @@
 """MANIFEST.json: what a checkpoint holds, the size and SHA-256 of every file, and the fragments that make each parameter.
 
-A checkpoint is complete when its folder has its final name; the manifest is the last file written into it.
+A checkpoint is complete when its folder has its final name; the manifest is the last file written into it. MANIFEST.sha256
+beside it holds the manifest's own sum, in the form of ``sha256sum``, so that no bit of a checkpoint can change unseen.
 """
 
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from mtp_dist.checkpoint.fault import point
 from mtp_dist.errors import UserError
 
-FORMAT = "mtp_dist.checkpoint/1"
+FORMAT = "mtp_dist.checkpoint/2"
+UNSUMMED = "mtp_dist.checkpoint/1"
+"""The first format, which is still read: the same without MANIFEST.sha256."""
 MANIFEST = "MANIFEST.json"
+MANIFEST_SUM = "MANIFEST.sha256"
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.json"
 
@@ -67,25 +72,57 @@ class Manifest:
     format: str = FORMAT
 
     def write(self, path: Path) -> None:
-        with path.open("w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1)
+        """Write it, after its sum, and force both to the disk."""
+        content = self.encode()
+        total = path.with_name(MANIFEST_SUM)
+        total.write_bytes(_sum_line(content))
+        sync_path(total)
+        point("manifest.before")
+        path.write_bytes(content)
         sync_path(path)
+        point("manifest.after")
+
+    def encode(self) -> bytes:
+        """JSON, a line for each key, parameter and file: thousands of fragments go through the encoder in one call a line."""
+        lines = []
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in ("parameters", "files"):
+                entries = [f"  {json.dumps(name)}: {json.dumps(asdict(entry))}" for name, entry in value.items()]
+                lines.append(f" {json.dumps(item.name)}: {{\n" + ",\n".join(entries) + "\n }")
+            else:
+                lines.append(f" {json.dumps(item.name)}: {json.dumps(value)}")
+        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def _sum_line(content: bytes) -> bytes:
+    return f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n".encode()
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises UserError where the folder is no checkpoint, or one of another format."""
+    """Raises UserError where the folder is no checkpoint, a damaged one, or one of another format."""
     try:
-        raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if raw.get("format") != FORMAT:
-            raise UserError(f"{folder} has checkpoint format {raw.get('format')!r}; this version reads {FORMAT!r}")
+        content = (folder / MANIFEST).read_bytes()
+        summed = (folder / MANIFEST_SUM).read_bytes() if (folder / MANIFEST_SUM).exists() else None
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
+    except OSError as error:
+        raise UserError(f"{folder / MANIFEST} cannot be read: {error.strerror}") from None
+    if summed is not None and summed != _sum_line(content):
+        raise UserError(f"{folder / MANIFEST} is damaged (its SHA-256 is not that of {MANIFEST_SUM}); use another checkpoint")
+    try:
+        raw = json.loads(content)
+        if raw.get("format") not in (FORMAT, UNSUMMED):
+            known = f"{FORMAT!r} and {UNSUMMED!r}"
+            raise UserError(f"{folder} has checkpoint format {raw.get('format')!r}; this version reads {known}")
+        if raw["format"] == FORMAT and summed is None:
+            raise UserError(f"{folder} is damaged: it has no {MANIFEST_SUM}; use another checkpoint")
         raw["parameters"] = {
             name: ParameterRecord(entry["shape"], [FragmentRecord(**fragment) for fragment in entry["fragments"]])
             for name, entry in raw["parameters"].items()
         }
         raw["files"] = {name: FileRecord(**entry) for name, entry in raw["files"].items()}
         return Manifest(**raw)
-    except FileNotFoundError:
-        raise UserError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder / MANIFEST} is damaged ({type(error).__name__}: {str(error)[:80]}); use another checkpoint"

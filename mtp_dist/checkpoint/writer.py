@@ -1,31 +1,45 @@
-"""Saving: every rank writes the fragments that it owns, rank 0 commits.
+"""Saving: every rank writes the fragments that it owns, in the background; rank 0 commits.
 
-A temporary folder, files forced to the disk, the manifest last, one rename. A save that fails on any rank leaves no trace but a
-message, and the last checkpoint stays. No rank gathers the model.
+A save has three phases, and each rank is always told in which one all of them are:
+
+1. *snapshot*, the only one that training waits for: each rank copies what it owns into a buffer of its own;
+2. *write*: a thread of each rank writes its file, forces it to the disk and reads it back;
+3. *commit*: a thread of rank 0 adds settings, tokenizer and manifest, renames the folder, points `latest` at it, and prunes.
+
+Threads touch files and nothing else. The step from one phase to the next is agreed on in the main threads, with the flags that
+ranks exchange after every training step anyway (``wishes`` and ``advance``). So no collective runs beside another, on whatever
+backend; a rank that dies in a save is noticed where any dead rank is, at the next collective of training; and a stop has nothing
+to cancel: ``finish`` joins the threads and agrees twice. The price: a commit begins with the first step that ends after the last
+file is written, not at once.
+
+At most one save is in flight, since there is one buffer: the next save first waits for the one before. Without
+``checkpoint.asynchronous`` there is no buffer, and ``begin`` waits for the whole save. A save that fails on any rank raises
+AgreedError on all of them, after the step in which the last rank has noticed; it leaves no trace but the message, and the last
+checkpoint stays.
 """
 
 import os
 import platform
 import shutil
+import threading
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 import mtp_dist
 from mtp_dist.checkpoint import folder as folders
+from mtp_dist.checkpoint.fault import point
+from mtp_dist.checkpoint.fragment_file import FragmentFile
 from mtp_dist.checkpoint.manifest import (
     CONFIG,
     MANIFEST,
     TOKENIZER,
     FileRecord,
-    FragmentRecord,
     Manifest,
     ParameterRecord,
     file_record,
@@ -34,125 +48,203 @@ from mtp_dist.checkpoint.manifest import (
 from mtp_dist.config import compose
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.errors import AgreedError
-from mtp_dist.model.parameter import spec_of
 from mtp_dist.parallel.engine import Engine
 from mtp_dist.parallel.mesh import Mesh
 
-Fragments = list[tuple[str, list[int], FragmentRecord]]
 
+class _Work:
+    """A thread that does one thing: what came of it, or in ``problem`` why nothing did."""
 
-def save(
-    root: Path,
-    config: TrainingRun,
-    mesh: Mesh,
-    engine: Engine,
-    *,
-    step: int,
-    progress: dict[str, Any],
-    data: dict[str, Any],
-    tracker: dict[str, Any],
-    tokenizer: Path,
-) -> Path:
-    """Write `root`/step_N and prune old ones. Collective; only rank 0's progress, data, tracker count.
+    def __init__(self, action: Callable[[], Any], place: Path) -> None:
+        self.result: Any = None
+        self.problem: str | None = None
+        self._action, self._place = action, place
+        # A daemon: a rank that fails in training must not wait for a disk.
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
 
-    Raises AgreedError on every rank if any rank could not write.
-    """
-    target = root / folders.name_of(step)
-    if _agree(lambda: target.exists(), mesh):
-        return target
-    attempt = [f"{target.name}.tmp-{uuid.uuid4().hex[:8]}"]
-    dist.broadcast_object_list(attempt, src=0, group=mesh.control)
-    temporary = root / attempt[0]
-    file, fragments, problem = f"rank_{mesh.rank:05d}.safetensors", [], None
-    try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        fragments = _write_fragments(temporary / file, engine)
-        record = file_record(temporary / file)
-    except (OSError, SafetensorError) as error:
-        record, problem = FileRecord(0, ""), f"{temporary / file}: {getattr(error, 'strerror', None) or error}"
-    reports: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, (file, record, fragments, problem), group=mesh.control)
-    problem = next((report[3] for report in reports if report[3]), None)
-    if problem is None and mesh.rank == 0:
+    def _run(self) -> None:
         try:
-            manifest = _manifest(config, reports, engine, step, progress, data, tracker)
-            _commit(root, temporary, target, manifest, config, tokenizer)
+            self.result = self._action()
         except OSError as error:
-            problem = f"{temporary}: {error.strerror or error}"
-    outcome = [problem]
-    dist.broadcast_object_list(outcome, src=0, group=mesh.control)
-    if outcome[0] is not None:
-        if mesh.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise AgreedError(f"checkpoint of step {step} not written: {outcome[0]}; the last one before it is untouched")
-    return target
+            self.problem = f"{self._place}: {error.strerror or error}"
+        except Exception as error:  # else it would be lost with the thread
+            self.problem = f"{self._place}: {type(error).__name__}: {error}"
+
+    @property
+    def busy(self) -> bool:
+        return self._thread.is_alive()
+
+    def join(self) -> None:
+        self._thread.join()
 
 
-def _agree(question: Callable[[], bool], mesh: Mesh) -> bool:
-    """Rank 0's answer on every rank."""
-    answer = [question() if mesh.rank == 0 else None]
-    dist.broadcast_object_list(answer, src=0, group=mesh.control)
-    return bool(answer[0])
+@dataclass
+class _Save:
+    """The save in flight. `work`: this rank's part of the phase; None where it has none (commit, but for rank 0)."""
+
+    step: int
+    temporary: Path
+    target: Path
+    manifest: Manifest
+    work: _Work | None
+    committing: bool = False
 
 
-def _write_fragments(path: Path, engine: Engine) -> Fragments:
-    tensors = {"rng.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    records = []
-    for fragment in engine.fragments():
-        spec = spec_of(engine.parameters[fragment.name])
-        key = f"{fragment.name}@{'x'.join(map(str, spec.start))}+{fragment.begin}"
-        for part, value in fragment.parts.items():
-            tensors[f"{key}.{part}"] = value.detach().cpu().contiguous()
-        place = FragmentRecord(path.name, key, list(spec.start), list(spec.local_shape), fragment.begin, fragment.end)
-        records.append((fragment.name, list(spec.shape), place))
-    save_file(tensors, path)
-    sync_path(path)
-    return records
+class Saver:
+    """The saves of one start of a run, under `root`. Every method is collective, apart from ``wishes``."""
 
+    def __init__(
+        self,
+        root: Path,
+        config: TrainingRun,
+        mesh: Mesh,
+        engine: Engine,
+        tokenizer: Path,
+        announce: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
+        """`announce` is called on every rank with each checkpoint that has become complete."""
+        self.announce = announce
+        self.root, self.config, self.mesh, self.engine, self.tokenizer = root, config, mesh, engine, tokenizer
+        self.file = FragmentFile(f"rank_{mesh.rank:05d}.safetensors", engine, buffered=config.checkpoint.asynchronous)
+        self._parameters: dict[str, ParameterRecord] | None = None
+        self._save: _Save | None = None
 
-def _manifest(
-    config: TrainingRun,
-    reports: list[Any],
-    engine: Engine,
-    step: int,
-    progress: dict[str, Any],
-    data: dict[str, Any],
-    tracker: dict[str, Any],
-) -> Manifest:
-    parameters: dict[str, ParameterRecord] = {}
-    for _, _, fragments, _ in reports:
-        for name, shape, place in fragments:
-            parameters.setdefault(name, ParameterRecord(shape)).fragments.append(place)
-    mtp = config.mtp
-    return Manifest(
-        step=step,
-        progress=progress,
-        optimizer={"kind": "AdamW", "step": engine.optimizer_steps},
-        contract={"kind": mtp.kind, "depth": mtp.depth, "concat": mtp.concat, "h0": mtp.h0, "recycle": mtp.recycle},
-        layout={**asdict(config.parallel), "zero": config.zero.stage, "world": dist.get_world_size()},
-        data=data,
-        tracker=tracker,
-        versions={"mtp_dist": mtp_dist.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        parameters=parameters,
-        files={file: record for file, record, _, _ in reports},
-    )
+    def begin(self, *, step: int, progress: dict[str, Any], data: dict[str, Any], tracker: dict[str, Any]) -> Path:
+        """Start to write `root`/step_N; returns that path. Only rank 0's progress, data, tracker count.
 
+        Waits for the save before it, and without ``checkpoint.asynchronous`` for this one. Raises AgreedError where either fails.
+        """
+        self.finish()
+        if self._parameters is None:
+            self._parameters = self._gathered()
+        target = self.root / folders.name_of(step)
+        temporary = self._attempt(target)
+        if temporary is None:
+            return target  # saved before, and nothing was trained since
+        point("snapshot.before")
+        if self.config.checkpoint.asynchronous:
+            self.file.snapshot()
+        point("snapshot.after")
+        manifest = self._manifest(step, progress, data, tracker)
+        self._save = _Save(step, temporary, target, manifest, _Work(lambda: self._write(temporary), temporary / self.file.name))
+        if not self.config.checkpoint.asynchronous:
+            self.finish()
+        return target
 
-def _commit(root: Path, temporary: Path, target: Path, manifest: Manifest, config: TrainingRun, tokenizer: Path) -> None:
-    compose.save(config, temporary / CONFIG)
-    shutil.copyfile(tokenizer, temporary / TOKENIZER)
-    for name in (CONFIG, TOKENIZER):
-        sync_path(temporary / name)
-        manifest.files[name] = file_record(temporary / name)
-    for name, record in manifest.files.items():
-        # On a folder that nodes do not share, the others' files are not here.
-        if not (temporary / name).is_file() or (temporary / name).stat().st_size != record.size:
-            raise OSError(f"{name} is not to be seen from rank 0; run_dir must be on a file system that all nodes share")
-    manifest.write(temporary / MANIFEST)
-    sync_path(temporary)
-    os.rename(temporary, target)
-    sync_path(root)
-    folders.point_latest(root, target)
-    folders.prune(root, config.checkpoint)
+    def wishes(self) -> list[bool]:
+        """Whether this rank is still at work for a save, and whether it failed: for ``advance``, over all ranks."""
+        work = self._save.work if self._save is not None else None
+        return [work is not None and work.busy, work is not None and work.problem is not None]
+
+    def advance(self, busy: bool, failed: bool) -> None:
+        """Go on to the next phase where no rank is `busy`. Both as agreed on by all. Raises AgreedError where one failed."""
+        if self._save is None or busy:
+            return
+        save = self._save
+        if failed:
+            self._save = None
+            raise AgreedError(self._failure(save))
+        if save.committing:
+            self._save = None
+            self.announce(save.target)
+            return
+        records: list[Any] | None = [None] * dist.get_world_size() if self.mesh.rank == 0 else None
+        assert save.work is not None
+        dist.gather_object((self.file.name, save.work.result), records, dst=0, group=self.mesh.control)
+        save.committing, save.work = True, None
+        if records is not None:
+            save.manifest.files |= dict(records)
+            save.work = _Work(lambda: self._commit(save), save.temporary)
+
+    def finish(self) -> None:
+        """Wait for the save in flight, if there is one. Raises AgreedError where it failed."""
+        while self._save is not None:
+            if self._save.work is not None:
+                self._save.work.join()
+            flags = torch.tensor(self.wishes(), dtype=torch.int32)
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.mesh.control)
+            self.advance(*(bool(flag) for flag in flags.tolist()))
+
+    def clean(self) -> None:
+        """Remove what unfinished saves of earlier starts left. Only while no other job has the run folder."""
+        if self.mesh.rank == 0:
+            folders.remove_leftovers(self.root)
+        dist.barrier(group=self.mesh.control)
+
+    # Parts of a save
+
+    def _attempt(self, target: Path) -> Path | None:
+        """The temporary folder that all ranks write into; None where the checkpoint exists."""
+        name = [None if target.exists() else f"{target.name}.tmp-{uuid.uuid4().hex[:8]}"] if self.mesh.rank == 0 else [None]
+        dist.broadcast_object_list(name, src=0, group=self.mesh.control)
+        return None if name[0] is None else self.root / name[0]
+
+    def _gathered(self) -> dict[str, ParameterRecord]:
+        """Where every rank's file holds which fragments, on rank 0: the same for all saves of a start."""
+        everyone: list[Any] | None = [None] * dist.get_world_size() if self.mesh.rank == 0 else None
+        dist.gather_object(self.file.fragments, everyone, dst=0, group=self.mesh.control)
+        parameters: dict[str, ParameterRecord] = {}
+        for fragments in everyone or []:
+            for name, shape, place in fragments:
+                parameters.setdefault(name, ParameterRecord(shape)).fragments.append(place)
+        return parameters
+
+    def _write(self, temporary: Path) -> FileRecord:
+        point("write.before")
+        temporary.mkdir(parents=True, exist_ok=True)
+        return self.file.write(temporary)
+
+    def _failure(self, save: _Save) -> str:
+        """The message of a failed save, the same on all ranks; what it left is removed."""
+        problems: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, save.work.problem if save.work is not None else None, group=self.mesh.control)
+        if self.mesh.rank == 0:
+            shutil.rmtree(save.temporary, ignore_errors=True)
+        problem = next((entry for entry in problems if entry), None)
+        if save.target.exists():  # renamed, then something failed
+            return f"checkpoint of step {save.step} is written, but what follows failed: {problem}"
+        return f"checkpoint of step {save.step} not written: {problem}; the last one before it is untouched"
+
+    def _manifest(self, step: int, progress: dict[str, Any], data: dict[str, Any], tracker: dict[str, Any]) -> Manifest:
+        config, mtp = self.config, self.config.mtp
+        assert self._parameters is not None
+        return Manifest(
+            step=step,
+            progress=progress,
+            optimizer={"kind": "AdamW", "step": self.engine.optimizer_steps},
+            contract={"kind": mtp.kind, "depth": mtp.depth, "concat": mtp.concat, "h0": mtp.h0, "recycle": mtp.recycle},
+            layout={**asdict(config.parallel), "zero": config.zero.stage, "world": dist.get_world_size()},
+            data=data,
+            tracker=tracker,
+            versions={"mtp_dist": mtp_dist.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            parameters=self._parameters,
+            files={},
+        )
+
+    def _commit(self, save: _Save) -> None:
+        """Rank 0, in its thread, when every file is on the disk and was read back."""
+        point("commit.before")
+        temporary, manifest = save.temporary, save.manifest
+        compose.save(self.config, temporary / CONFIG)
+        point("commit.files")
+        shutil.copyfile(self.tokenizer, temporary / TOKENIZER)
+        for name in (CONFIG, TOKENIZER):
+            sync_path(temporary / name)
+            manifest.files[name] = file_record(temporary / name)
+        for name, record in manifest.files.items():
+            # On a folder that nodes do not share, the others' files are not here.
+            if not (temporary / name).is_file() or (temporary / name).stat().st_size != record.size:
+                raise OSError(f"{name} is not to be seen from rank 0; run_dir must be on a file system that all nodes share")
+        manifest.write(temporary / MANIFEST)
+        sync_path(temporary)
+        point("rename.before")
+        os.rename(temporary, save.target)
+        point("rename.after")
+        sync_path(self.root)
+        folders.point_latest(self.root, save.target)
+        point("latest.after")
+        folders.require_whole(save.target)
+        point("prune.before")
+        folders.prune(self.root, self.config.checkpoint)
+        point("prune.after")

@@ -13,7 +13,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from mtp_dist.checkpoint.writer import save
+from mtp_dist.checkpoint.writer import Saver
 from mtp_dist.config.layout import micro_batches, tokens_per_step
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.data.batch import Batch
@@ -72,6 +72,9 @@ class Trainer:
         self.dataset = Dataset.open(config.data.path)
         self.workload: Workload = build(config, mesh)
         run_id = self._resume()
+        tokenizer = self.dataset.tokenizer_path
+        self.saver = Saver(self.checkpoints, config, mesh, self.workload.engine, tokenizer, announce=self._saved)
+        self.saver.clean()
         self.data_end: State | None = None
         self.source = together(mesh, self._open_stream)
         self.upcoming: tuple[Batch, State] | None = None
@@ -138,7 +141,10 @@ class Trainer:
         self._mark(status.RUNNING)
         try:
             return self._train()
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, AgreedError):  # every rank is here, so all can end the save in flight
+                with contextlib.suppress(AgreedError):
+                    self.saver.finish()
             with contextlib.suppress(OSError):  # a full disk may be the reason
                 self._mark(status.FAILED)
             raise
@@ -153,6 +159,7 @@ class Trainer:
             stopped = self._one_step()
         if self.progress.step != self.saved_step:
             self.save()
+        self.saver.finish()
         raise_together(self.mesh, self.problem)
         state = status.STOPPED if stopped and self.progress.step < self.total else status.FINISHED
         self._mark(state)
@@ -200,7 +207,7 @@ class Trainer:
 
     def _agree(self) -> tuple[bool, bool, bool, bool]:
         """What every rank does after this step: stop (any rank was asked to, or cannot go on), log, validate, save (rank 0's
-        clocks)."""
+        clocks). A save in flight goes on; raises AgreedError where it has failed."""
         step, last, leader = self.progress.step, self.progress.step == self.total, self.mesh.rank == 0
         wishes = [
             self.stop.asked or self.problem is not None,
@@ -208,9 +215,10 @@ class Trainer:
             leader and (last or self.validation_clock.due(step)) and self.held_out is not None,
             leader and self.save_clock.due(step),
         ]
-        flags = torch.tensor(wishes, dtype=torch.int32)
+        flags = torch.tensor([*wishes, *self.saver.wishes()], dtype=torch.int32)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.mesh.control)
-        stop, log, validate, keep = (bool(flag) for flag in flags.tolist())
+        stop, log, validate, keep, saving, failed = (bool(flag) for flag in flags.tolist())
+        self.saver.advance(saving, failed)
         for clock, due in ((self.log_clock, log), (self.validation_clock, validate), (self.save_clock, keep)):
             if due:
                 clock.restart()
@@ -264,26 +272,22 @@ class Trainer:
         self.console.say(f"validation at step {self.progress.step}: {shown}")
         return metrics
 
-    def save(self) -> Path:
-        """A checkpoint of the step that was last applied."""
+    def save(self) -> None:
+        """Begin a checkpoint of the step that was last applied."""
         drift = self.workload.engine.replica_drift()
         raise_together(self.mesh, f"the copies of the embedding differ by {drift}; nothing was saved" if drift else None)
         states: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(states, self.data_end, group=self.mesh.control)
-        folder = save(
-            self.checkpoints,
-            self.config,
-            self.mesh,
-            self.workload.engine,
+        self.saver.begin(
             step=self.progress.step,
             progress=asdict(self.progress),
             data=merge_states([state for state in states if state is not None]),
             tracker={"run_id": self.tracker.run_id},
-            tokenizer=self.dataset.tokenizer_path,
         )
         self.saved_step = self.progress.step
+
+    def _saved(self, folder: Path) -> None:
         self.console.say(f"saved {folder}")
-        return folder
 
     # End
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtp_dist.checkpoint.manifest import Manifest
+from mtp_dist.checkpoint.manifest import FORMAT, UNSUMMED, Manifest
 from mtp_dist.checkpoint.reader import Checkpoint
 from mtp_dist.parallel.engine import PARTS
 from tests.distributed.pool import ROOT
@@ -57,12 +57,12 @@ def test_checkpoints_have_several_boxes_and_several_shards(checkpoints: dict[str
 def test_the_page_names_every_key_file_and_parameter(checkpoints: dict[str, Path]) -> None:
     keys = {line.split("`")[1] for line in PAGE.splitlines() if line.startswith("| `")}
     assert set(Manifest.__dataclass_fields__) <= keys
+    assert f"`{FORMAT}`" in PAGE and f"`{UNSUMMED}`" in PAGE
     for path in checkpoints.values():
-        assert {file.name for file in path.iterdir()} == {
-            "MANIFEST.json", "config.yaml", "tokenizer.json", "rank_00000.safetensors", "rank_00001.safetensors"
-        }
+        manifests, ranks = {"MANIFEST.json", "MANIFEST.sha256"}, {"rank_00000.safetensors", "rank_00001.safetensors"}
+        assert {file.name for file in path.iterdir()} == manifests | ranks | {"config.yaml", "tokenizer.json"}
         manifest = json.loads((path / "MANIFEST.json").read_text())
-        assert set(manifest["files"]) == {file.name for file in path.iterdir()} - {"MANIFEST.json"}
+        assert set(manifest["files"]) == {file.name for file in path.iterdir()} - manifests
     for name in Checkpoint(checkpoints["untied"]).manifest.parameters:
         owner = name.split(".")[0]
         assert f"`{owner}." in PAGE
