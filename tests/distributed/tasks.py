@@ -349,3 +349,41 @@ def relay(layouts: list[str], data: str, run_dir: str, overrides: dict[str, Any]
     """One run of as many steps as layouts, each step trained under another layout from the checkpoint of the one before."""
     for step, layout in enumerate(layouts, start=1):
         _train(_settings(layout, data, run_dir, len(layouts), overrides), step)
+
+
+def background_save(data: str, run_dir: str, asynchronous: bool) -> dict[str, Any]:
+    """Five steps, saved after the second, fourth and last. Asynchronous: the first file is not written before the third step has
+    been trained. Returns the steps that were trained before any checkpoint was complete, and whether two saves ever met."""
+    import threading
+
+    from mtp_dist.checkpoint import folder
+    from mtp_dist.checkpoint.fragment_file import FragmentFile
+    from mtp_dist.training.trainer import Trainer
+
+    write, one_step = FragmentFile.write, Trainer._one_step
+    released, trained, writing, met = threading.Event(), [], [0], [False]
+
+    def slow_write(self: FragmentFile, temporary: Path) -> Any:
+        writing[0] += 1
+        met[0] |= writing[0] > 1
+        if asynchronous and not released.wait(60):
+            raise OSError("never released")
+        record = write(self, temporary)
+        writing[0] -= 1
+        return record
+
+    def step(self: Trainer) -> bool:
+        stop = one_step(self)
+        if not folder.complete(Path(run_dir) / "checkpoints"):
+            trained.append(self.progress.step)
+        if self.progress.step == 3:
+            released.set()
+        return stop
+
+    FragmentFile.write, Trainer._one_step = slow_write, step  # type: ignore[method-assign]
+    try:
+        saving = {"checkpoint.every_steps": 2, "checkpoint.keep_last": 0, "checkpoint.asynchronous": asynchronous}
+        _train(_settings("pp2_1f1b", data, run_dir, 5, saving))
+    finally:
+        FragmentFile.write, Trainer._one_step = write, one_step  # type: ignore[method-assign]
+    return {"trained": trained, "met": met[0]}
