@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from mtp_dist.checkpoint.fault import point
-from mtp_dist.checkpoint.manifest import FileRecord, FragmentRecord, damage
+from mtp_dist.checkpoint.manifest import FileRecord, FragmentRecord, ParameterRecord, damage
 from mtp_dist.model.parameter import spec_of
 from mtp_dist.parallel.engine import Engine
 
-Placed = list[tuple[str, list[int], FragmentRecord]]
-"""Parameter, its global shape, and where a fragment of it lies."""
+Fragments = list[tuple[str, ParameterRecord]]
+"""Parameter, and what this file holds of it: one fragment each."""
 PIECE = 1 << 24
 """Bytes written and hashed in one call: few calls, and the disk is at work while the next piece is hashed."""
 _TYPES = {torch.float32: "F32", torch.uint8: "U8"}
@@ -47,9 +47,9 @@ class FragmentFile:
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Key and flat values, in the order of the file: float32 first, as bytes of any number would break their alignment."""
-        for place, fragment in zip(self.fragments, self.engine.fragments(), strict=True):
+        for (_, record), fragment in zip(self.fragments, self.engine.fragments(), strict=True):
             for part, value in fragment.parts.items():
-                yield f"{place[2].key}.{part}", value.detach()
+                yield f"{record.fragments[0].key}.{part}", value.detach()
         if torch.cuda.is_available():
             yield "rng.cuda", torch.cuda.get_rng_state()
         yield "rng.cpu", torch.get_rng_state()
@@ -104,11 +104,11 @@ class FragmentFile:
                 yield content[begin : begin + PIECE]
 
 
-def _placed(file: str, engine: Engine) -> Placed:
+def _placed(file: str, engine: Engine) -> Fragments:
     found = []
     for fragment in engine.fragments():
         spec = spec_of(engine.parameters[fragment.name])
         key = f"{fragment.name}@{'x'.join(map(str, spec.start))}+{fragment.begin}"
         place = FragmentRecord(file, key, list(spec.start), list(spec.local_shape), fragment.begin, fragment.end)
-        found.append((fragment.name, list(spec.shape), place))
+        found.append((fragment.name, ParameterRecord(list(spec.shape), [place], moments=len(fragment.parts) > 1)))
     return found

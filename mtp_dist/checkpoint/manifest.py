@@ -40,10 +40,12 @@ class FragmentRecord:
 
 @dataclass
 class ParameterRecord:
-    """Global shape and the fragments that together hold each element once."""
+    """Global shape and the fragments that together hold each element once. `moments`: whether they hold Adam's moments, too;
+    those of a parameter that was saved frozen do not."""
 
     shape: list[int]
     fragments: list[FragmentRecord] = field(default_factory=list)
+    moments: bool = True
 
 
 @dataclass
@@ -118,7 +120,9 @@ def read_manifest(folder: Path) -> Manifest:
         if raw["format"] == FORMAT and summed is None:
             raise UserError(f"{folder} is damaged: it has no {MANIFEST_SUM}; use another checkpoint")
         raw["parameters"] = {
-            name: ParameterRecord(entry["shape"], [FragmentRecord(**fragment) for fragment in entry["fragments"]])
+            name: ParameterRecord(
+                entry["shape"], [FragmentRecord(**fragment) for fragment in entry["fragments"]], entry.get("moments", True)
+            )
             for name, entry in raw["parameters"].items()
         }
         raw["files"] = {name: FileRecord(**entry) for name, entry in raw["files"].items()}

@@ -186,8 +186,11 @@ class Saver:
         dist.gather_object(self.file.fragments, everyone, dst=0, group=self.mesh.control)
         parameters: dict[str, ParameterRecord] = {}
         for fragments in everyone or []:
-            for name, shape, place in fragments:
-                parameters.setdefault(name, ParameterRecord(shape)).fragments.append(place)
+            for name, record in fragments:
+                if name in parameters:
+                    parameters[name].fragments += record.fragments
+                else:
+                    parameters[name] = record
         return parameters
 
     def _write(self, temporary: Path) -> FileRecord:
