@@ -1,5 +1,6 @@
-"""Promise: a disk that is full, or that nobody may write, ends the run with one line that says so, keeps the last good checkpoint,
-and the run goes on from it once there is room. Real file systems: small ones in memory, mounted over the checkpoints folder."""
+"""Promise: a disk that is full, or that nobody may write, ends the run with one line that says so and keeps the last good
+checkpoint, from which the run goes on once there is room. Real file systems: small ones in memory, mounted over the checkpoints
+folder."""
 
 import os
 import subprocess

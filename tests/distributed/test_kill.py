@@ -1,7 +1,8 @@
-"""Promise: a run may be killed at any instant, on any rank, and is the run that was never killed: the same losses, each step once,
-each row once, the same final checkpoint; no start is ever left without a sound checkpoint to go on from.
+"""Promise: a run may be killed at any instant, on any rank, and is the run that was never killed: the same losses, each step
+once, each row once, the same final checkpoint; no start is ever left without a sound checkpoint to go on from.
 
-Ranks are real processes, killed by SIGKILL: at the places of ``checkpoint.fault``, in each phase of a save, and at random instants.
+Ranks are real processes, killed by SIGKILL: at the places of ``checkpoint.fault``, in each phase of a save, and at random
+instants.
 """
 
 import random
