@@ -2,7 +2,6 @@
 that has imported everything. Nobody tells the others when one dies."""
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -15,9 +14,8 @@ from mtp_dist.config import compose
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.freezing import resolved_file
 from tests.distributed.layouts import configuration
+from tests.distributed.pool import CONTEXT
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.distributed.preloaded"])
 PATIENCE = 120.0
 """Seconds; only a hang takes so long."""
 
@@ -48,7 +46,7 @@ class Ranks:
         self.processes = []
         for rank in range(size):
             variables = place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (environment or {})
-            process = _CONTEXT.Process(target=_rank, args=(str(run_dir), variables), daemon=True)
+            process = CONTEXT.Process(target=_rank, args=(str(run_dir), variables), daemon=True)
             process.start()
             self.processes.append(process)
 
