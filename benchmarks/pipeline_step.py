@@ -3,7 +3,8 @@
     torchrun --standalone --nproc-per-node 2 -m benchmarks.pipeline_step
 
 Two processes of one thread each, float32, no ZeRO on either side. Contestants, which take turns in the same two processes:
-  balanced, uniform    this project, zero-bubble V, with parallel.placement=balanced and =uniform
+  balanced, uniform    this project, zero-bubble V, with parallel.placement=balanced (by the costs that are measured first, as
+                       ``plan measure=true`` does) and =uniform
   default              DeepSpeed's PipelineModule (1F1B), partitioned as it does by default: by parameters
   best                 the same, cut where it is fastest (every cut in the trunk's second half is tried)
   dualpipev            DeepSpeed's DualPipeVModule, cut as `balanced` is
@@ -26,6 +27,7 @@ from benchmarks.small_run import finish, random_batch, small_run
 from benchmarks.timing import compare, seconds, take_turns
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.data.batch import Batch
+from mtp_dist.parallel.measurement import measured_costs
 from mtp_dist.parallel.mesh import build_mesh, choose_device, connect, disconnect
 from mtp_dist.parallel.placement import layers_of_chunks
 from mtp_dist.training.objective import coefficients
@@ -44,7 +46,7 @@ class Contestant:
 
 
 def own(config: TrainingRun, batch: Batch, placement: str) -> Contestant:
-    """This project, zero-bubble V."""
+    """This project, a V schedule."""
     config = copy.deepcopy(config)
     config.parallel.placement = placement
     mesh = build_mesh(config.parallel, torch.device("cpu"))
@@ -107,6 +109,15 @@ def check(contestants: list[Contestant]) -> None:
         sys.exit(f"not the same computation: losses differ by {worst:.2e}, more than {TOLERANCE}")
 
 
+def shared_costs(config: TrainingRun) -> list[float]:
+    """Measured on both processes at once, as they will work, and rank 0's taken by both."""
+    found = measured_costs(config, torch.device("cpu"))
+    costs = [[part for work in found for part in work]]
+    dist.broadcast_object_list(costs, src=0)
+    say(f"the heads weigh {found.tail_in_layers:.2f} layers")
+    return costs[0]
+
+
 def say(line: str) -> None:
     if dist.get_rank() == 0:
         print(line, flush=True)
@@ -122,6 +133,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=2)
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--schedule", choices=("zbv", "dualpipev"), default="zbv", help="of this project's two")
     parser.add_argument("--check", action="store_true", help="only check that all compute the same losses")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -135,8 +147,10 @@ def main() -> None:
         micro_batch=options.micro_batch,
         micro_batches=options.micro_batches,
     )
-    config.parallel.pipeline, config.parallel.schedule = 2, "zbv"
+    config.parallel.pipeline, config.parallel.schedule = 2, options.schedule
     config = finish(config)
+    if not options.check:
+        config.parallel.costs = shared_costs(config)
     run(config, random_batch(config), options.rounds, only_check=options.check)
     disconnect()
 

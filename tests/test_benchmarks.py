@@ -27,13 +27,15 @@ def test_head_memory_compares_equal_losses_and_gradients(depth: int) -> None:
         torch.testing.assert_close(own, whole, rtol=1e-4, atol=1e-6)
 
 
-@torch.inference_mode()
-def test_notebook_loop_gives_the_same_logits() -> None:
+def test_notebook_loop_computes_the_same() -> None:
     setup = Setup(hidden=16, depth=3, vocabulary=40, tokens=20, rows=2)
     assert setup.loop().shape == (2, 17, 3, 40)
-    assert setup.difference() < 1e-5
-    # The check can fail: causal attention sees more than the position itself.
-    assert (setup.loop() - setup.vectorised()).abs().max() > 1e-3
+    assert setup.difference() < 1e-4
+    # The check can fail: another weight in one of the two.
+    right = setup.vectorised()
+    with torch.no_grad():
+        setup.heads.projections[2].weight[0, 0] += 0.1
+    assert (setup.loop() - right).abs().max() > 1e-3
 
 
 def test_all_pipelines_compute_the_same_losses() -> None:
