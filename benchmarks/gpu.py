@@ -74,6 +74,7 @@ def measure(config: TrainingRun, device: torch.device, rounds: int) -> Result:
     """Steps of one layout in these processes."""
     mesh = build_mesh(config.parallel, device)
     workload, parts = build(config, mesh), coefficients(config.mtp, 0)
+    say(placement_table(config, workload.attention))
     batch = batch_of(config, config.train.global_batch // config.parallel.data) if mesh.is_reader else None
 
     def step() -> None:
@@ -150,7 +151,7 @@ def main() -> None:
     first: Result | None = None
     for layout in layouts:
         config = configuration([*options.settings.split(), *layout.split()])
-        say(f"\n{layout}\n{placement_table(config)}")
+        say(f"\n{layout}")
         result = attempt(layout, lambda config=config: measure(config, device, options.rounds))  # type: ignore[misc]
         if result is None:
             continue
