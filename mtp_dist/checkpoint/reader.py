@@ -23,6 +23,7 @@ from mtp_dist.errors import UserError
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.parameter import replace, spec_of
 from mtp_dist.parallel.engine import PARTS, Engine
+from mtp_dist.parallel.parameter_groups import HEADS, TRUNK
 
 
 class Checkpoint:
@@ -58,7 +59,8 @@ class Checkpoint:
         return self._open[file].get_tensor(key)
 
     def read(self, name: str, part: str, start: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
-        """float32 values of the box `start` .. `start + shape` of a parameter (None: all of it), of one of ``PARTS``."""
+        """float32 values of the box `start` .. `start + shape` of a parameter (None: all of it), of one of ``PARTS``. A
+        parameter that was saved frozen has zero moments."""
         record = self.manifest.parameters.get(name)
         if record is None:
             raise UserError(f"checkpoint {self.path} has no parameter {name}: it is of another model")
@@ -66,6 +68,8 @@ class Checkpoint:
             raise UserError(f"checkpoint {self.path} has {name} of shape {record.shape}: it is of another model")
         shape = tuple(record.shape) if shape is None else shape
         start = (0,) * len(shape) if start is None else start
+        if part != PARTS[0] and not record.moments:
+            return torch.zeros(shape)
         wanted = torch.empty(shape)
         filled = 0
         ordered = sorted(record.fragments, key=lambda f: (f.start, f.shape, f.begin))
@@ -120,7 +124,8 @@ class Checkpoint:
             for part, values in fragment.parts.items():
                 whole = self.read(fragment.name, part, spec.start, spec.local_shape)
                 values.copy_(whole.flatten()[fragment.begin : fragment.end])
-        engine.optimizer_steps = self.manifest.optimizer["step"]
+        applied = self.manifest.optimizer
+        engine.optimizer_steps = applied.get("steps") or dict.fromkeys((TRUNK, HEADS), applied["step"])
 
     def load_random_state(self, rank: int) -> None:
         """This rank's random generators, where the layout that saved had such a rank."""

@@ -215,7 +215,8 @@ class Saver:
         return Manifest(
             step=step,
             progress=progress,
-            optimizer={"kind": "AdamW", "step": self.engine.optimizer_steps},
+            optimizer={
+                "kind": "AdamW", "step": max(self.engine.optimizer_steps.values()), "steps": self.engine.optimizer_steps},
             contract={"kind": mtp.kind, "depth": mtp.depth, "concat": mtp.concat, "h0": mtp.h0, "recycle": mtp.recycle},
             layout={**asdict(config.parallel), "zero": config.zero.stage, "world": dist.get_world_size()},
             data=data,

@@ -56,6 +56,7 @@ class MTPConfig:
     loss_weight_points: list[list[float]] = setting([], "Later values of lambda as [tokens trained, value] pairs, ascending; each holds from there on.")
     normalize: str = setting("mean", "mean: lambda / D * sum_k w_k L_k | sum: lambda * sum_k w_k L_k.")
     depth_weights: list[float] = setting([], "w_1 .. w_D. Empty: all 1.")
+    freeze_trunk: bool = setting(False, "Only the MTP modules learn; trunk, embedding and output head keep their weights bit for bit.")
 
 
 @dataclass
@@ -77,7 +78,7 @@ class ParallelConfig:
 class ZeroConfig:
     """DeepSpeed ZeRO."""
 
-    stage: int = setting(1, "0: replicated optimizer | 1: optimizer sharded over replicas | 2: gradients too, without a pipeline (3: not yet).")
+    stage: int = setting(1, "0: replicated optimizer | 1: optimizer sharded over replicas | 2: gradients too | 3: weights too; 2 and 3 without a pipeline.")
     reduce_bucket_size: int = setting(50_000_000, "Elements reduced in one collective.")
     allgather_bucket_size: int = setting(50_000_000, "Elements gathered in one collective.")
 
@@ -112,6 +113,7 @@ class OptimConfig:
     eps: float = setting(1e-8, "Added to the root of the second moment.")
     weight_decay: float = setting(0.1, "Decoupled weight decay of matrices.")
     clip: float = setting(1.0, "Largest global gradient norm. 0: no clipping.")
+    head_lr_ratio: float = setting(1.0, "Learning rate of the MTP modules as a multiple of `lr`.")
 
 
 @dataclass

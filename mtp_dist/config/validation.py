@@ -209,6 +209,8 @@ def _validate_mtp(mtp: MTPConfig, sequence_length: int) -> None:
         raise UserError(f"mtp.depth={mtp.depth} with mtp.kind={mtp.kind} must be at least 1; mtp=none trains without MTP heads")
     if mtp.depth >= sequence_length:
         raise UserError(f"mtp.depth={mtp.depth} must be less than train.sequence_length={sequence_length}")
+    if mtp.freeze_trunk and mtp.depth == 0:
+        raise UserError("mtp.freeze_trunk=true with mtp.depth=0 leaves nothing to train; choose mtp.freeze_trunk=false")
     at_least("mtp.loss_weight", mtp.loss_weight, 0)
     if mtp.depth_weights and len(mtp.depth_weights) != mtp.depth:
         raise UserError(f"mtp.depth_weights has {len(mtp.depth_weights)} entries, but mtp.depth={mtp.depth}; empty means all 1")
@@ -244,12 +246,12 @@ def _validate_zero(config: TrainingRun) -> None:
             f"zero.stage={stage} shards {part} during every backward, which a pipeline interleaves over micro-batches; "
             f"with parallel.pipeline={config.parallel.pipeline} choose zero.stage=1 (or 0)"
         )
-    if stage == 3:
-        raise UserError("zero.stage=3 is not supported yet; choose zero.stage=2, 1 or 0")
-    if stage == 2 and config.parallel.sequence_parallel and config.parallel.tensor > 1:
+    if stage == 3 and config.parallel.data == 1:
+        raise UserError("zero.stage=3 with parallel.data=1 has no replicas to shard weights over; choose zero.stage=1")
+    if stage >= 2 and config.parallel.sequence_parallel and config.parallel.tensor > 1:
         raise UserError(
-            "zero.stage=2 reduces gradients during every backward, before sequence parallelism has summed its partial ones; "
-            "choose zero.stage=1, or parallel.sequence_parallel=false"
+            f"zero.stage={stage} reduces gradients during every backward, before sequence parallelism has summed its partial "
+            "ones; choose zero.stage=1, or parallel.sequence_parallel=false"
         )
     one_of("train.recompute", config.train.recompute, ["none", "selective", "full"])
     if config.train.compile and config.train.recompute == "selective":
@@ -274,6 +276,7 @@ def _validate_attention(config: TrainingRun) -> None:
 def _validate_optimizer(config: TrainingRun) -> None:
     optim, schedule = config.optim, config.schedule
     above("optim.lr", optim.lr, 0)
+    above("optim.head_lr_ratio", optim.head_lr_ratio, 0)
     for name in ("beta1", "beta2"):
         beta = getattr(optim, name)
         if not 0 <= beta < 1:

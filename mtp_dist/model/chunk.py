@@ -10,23 +10,14 @@ from torch import Tensor, nn
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.attention import build_mask
 from mtp_dist.model.embedding import Embedding
-from mtp_dist.model.head_loss import STATISTICS, head_loss
+from mtp_dist.model.head_loss import STATISTICS
 from mtp_dist.model.mtp import build_heads
-from mtp_dist.model.parameter import parameter
+from mtp_dist.model.output import OutputHead, TiedHead
 from mtp_dist.model.recompute import run_block
 from mtp_dist.model.targets import targets
 from mtp_dist.model.tensor_group import ALONE, TensorGroup
 from mtp_dist.model.trunk import Block, RMSNorm, rotation
 from mtp_dist.model.weight_gradients import WeightGradients, hand_out
-
-
-class OutputHead(nn.Module):
-    """An output matrix of its own, for models that do not tie it to the embedding. Same shape and split as the embedding."""
-
-    def __init__(self, model: ModelConfig, group: TensorGroup) -> None:
-        super().__init__()
-        assert model.vocab_size is not None
-        self.weight = parameter((model.vocab_size, model.hidden), split=0, std=model.init_std, group=group)
 
 
 class Chunk(nn.Module):
@@ -59,7 +50,12 @@ class Chunk(nn.Module):
         self.layers = nn.ModuleDict({str(i): Block(model, group) for i in layers})
         self.norm = RMSNorm(model.hidden, model.norm_eps, group) if last else None
         self.mtp = build_heads(model, mtp, group) if last else None
-        self.head = OutputHead(model, group) if last and not model.tie_embeddings else None
+        self.head: OutputHead | None = None
+        if last and model.tie_embeddings:
+            assert self.embedding is not None
+            self.head = TiedHead(self.embedding)
+        elif last:
+            self.head = OutputHead(model, group)
         self.weight_gradients: WeightGradients | None = None
         self.recompute = "none"
         self.attention = "masked" if model.document_mask else "causal"
@@ -92,10 +88,8 @@ class Chunk(nn.Module):
 
     def output_weight(self) -> nn.Parameter:
         """[V/R, d]: the matrix that turns states into logits. Only on the last chunk."""
-        if self.head is not None:
-            return self.head.weight
-        assert self.embedding is not None
-        return self.embedding.weight
+        assert self.head is not None
+        return self.head.matrix()
 
     def forward(
         self, hidden: Tensor | None = None, *, tokens: Tensor, documents: Tensor, scale: Tensor, starts: Tensor | None = None
@@ -127,9 +121,9 @@ class Chunk(nn.Module):
         if self.mtp is not None:
             states += self.mtp(hidden, normed, self._embed_ahead(tokens, positions), turn, mask)
         states = [self.group.enter(state) for state in states]
-        loss, statistics = head_loss(
-            states, self.output_weight(), targets(tokens, documents, self.depth), scale, self.group, self.weight_gradients
-        )
+        assert self.head is not None
+        wanted = targets(tokens, documents, self.depth)
+        loss, statistics = self.head(states, wanted=wanted, scale=scale, queue=self.weight_gradients)
         return torch.cat((loss.view(1), statistics.flatten()))
 
     def _embed_ahead(self, tokens: Tensor, positions: int) -> list[Tensor]:

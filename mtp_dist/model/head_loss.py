@@ -48,10 +48,15 @@ class _HeadLoss(torch.autograd.Function):
         learn: bool,
         *states: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        learn_weight, learn_states = learn and ctx.needs_input_grad[0], learn and any(ctx.needs_input_grad[6:])
+        learn_weight = learn and ctx.needs_input_grad[0]
+        # One by one: under a frozen trunk the main head's state needs none, the MTP modules' states do.
+        learn_states = [learn and needed for needed in ctx.needs_input_grad[6:]]
         rows, width = wanted.shape[0] * wanted.shape[1], states[0].shape[-1]
         ctx.weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if learn_weight else None
-        ctx.state_gradients = [torch.empty_like(s, memory_format=torch.contiguous_format) for s in states] if learn_states else []
+        ctx.state_gradients = [
+            torch.empty_like(state, memory_format=torch.contiguous_format) if needed else None
+            for state, needed in zip(states, learn_states, strict=True)
+        ]
         row_scale = scale.unsqueeze(1).expand(-1, wanted.shape[1], -1).flatten(0, 1)
         step = max(1, LOGITS_IN_FLIGHT // weight.shape[0])
         total = torch.zeros((), dtype=torch.float32, device=weight.device)
@@ -64,7 +69,7 @@ class _HeadLoss(torch.autograd.Function):
                 valid = target[part] != IGNORE
                 weights = row_scale[part, k] * valid
                 loss, right, slope = _chunk(
-                    hidden[part], weight, target[part], weights if learn_weight or learn_states else None, group
+                    hidden[part], weight, target[part], weights if learn_weight or learn_states[k] else None, group
                 )
                 loss = torch.where(valid, loss, 0.0)
                 right &= valid
@@ -74,7 +79,7 @@ class _HeadLoss(torch.autograd.Function):
                 statistics[k] += torch.stack((loss.sum(), right.sum(), earlier_right[part].sum(), base.sum())).float()
                 if slope is None:
                     continue
-                if learn_states:
+                if learn_states[k]:
                     torch.mm(slope, weight, out=ctx.state_gradients[k].view(rows, width)[part])
                 if learn_weight:
                     ctx.weight_gradient += slope.T @ hidden[part]
@@ -85,7 +90,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         upstream = grads[0]
-        states = [gradient.mul_(upstream) for gradient in ctx.state_gradients] or [None] * (len(ctx.needs_input_grad) - 6)
+        states = [None if gradient is None else gradient.mul_(upstream) for gradient in ctx.state_gradients]
         weight: Tensor | None = None
         if ctx.weight_gradient is not None:
             gradient = ctx.weight_gradient.mul_(upstream)

@@ -18,7 +18,7 @@ from mtp_dist.config import layout
 from mtp_dist.model.weight_gradients import WeightGradients
 from mtp_dist.parallel.mesh import Mesh
 from mtp_dist.parallel.schedules import SCHEDULES
-from mtp_dist.parallel.timeline import Timeline, span, watched
+from mtp_dist.parallel.timeline import SCHEDULE, Timeline, span, watched
 
 
 class Pipeline:
@@ -29,21 +29,31 @@ class Pipeline:
     """
 
     def __init__(
-        self, chunks: nn.ModuleList, mesh: Mesh, micro_batches: int, edge: tuple[int, int, int], dtype: torch.dtype
+        self,
+        chunks: nn.ModuleList,
+        mesh: Mesh,
+        micro_batches: int,
+        edge: tuple[int, int, int],
+        dtype: torch.dtype,
+        *,
+        frozen_trunk: bool = False,
     ) -> None:
-        """`edge`: shape [B, S, d] of what travels between chunks, in `dtype`."""
+        """`edge`: shape [B, S, d] of what travels between chunks, in `dtype`. `frozen_trunk`: only the last chunk has anything to
+        learn, so no gradient travels and the pipeline has no schedule: micro-batches walk forward, and the last chunk alone runs
+        backward."""
         self.chunks, self.mesh, self.micro_batches, self.edge, self.dtype = chunks, mesh, micro_batches, edge, dtype
         self.numbers = layout.chunks_of_rank(mesh.parallel, mesh.pipeline_rank)
         self.count = layout.chunks(mesh.parallel)
         # One queue for all chunks of the rank: they may share the embedding, and torch takes it right after each backward.
         self.queue = WeightGradients()
+        self.forward: Callable[..., Tensor] = chunks[0]
         self.backward: Callable[[Tensor, bool], None] = self._backward
         for chunk in chunks:
             chunk.defer_weight_gradients(self.queue)  # type: ignore[operator]
         self.results: list[Tensor] = []
         self.timeline: Timeline | None = None
         self.stages: list[PipelineStage] = []
-        self.schedule = self._build_schedule() if self.count > 1 else None
+        self.schedule = self._build_schedule() if self.count > 1 and not frozen_trunk else None
 
     @property
     def has_last(self) -> bool:
@@ -76,11 +86,11 @@ class Pipeline:
         self.results.append(result.detach())
         return result[0]
 
-    def leave_gradients_to(self, backward: Callable[[Tensor, bool], None]) -> None:
-        """For an optimizer that shards gradients during each backward pass: it runs `backward(loss, last)` of a micro-batch
-        itself, and autograd forms the weight gradients. Only without a pipeline."""
-        assert self.schedule is None
-        self.backward = backward
+    def leave_passes_to(self, forward: Callable[..., Tensor], backward: Callable[[Tensor, bool], None]) -> None:
+        """For an optimizer that shards gradients during each backward pass: it runs `forward(**rows)` and `backward(loss, last)`
+        of a micro-batch itself, and autograd forms the weight gradients. Only without a pipeline."""
+        assert self.count == 1
+        self.forward, self.backward = forward, backward
         for chunk in self.chunks:
             chunk.defer_weight_gradients(None)  # type: ignore[operator]
 
@@ -95,12 +105,15 @@ class Pipeline:
         results over micro-batches where this rank holds it, else None.
         """
         self.results = []
-        if self.schedule is None:
+        if self.count == 1:
             for i, part in enumerate(_split(rows, self.micro_batches)):
                 with span(self.timeline, "F", 0, i):
-                    loss = self._collect(self.chunks[0](**part), part["tokens"])
+                    loss = self._collect(self.forward(**part), part["tokens"])
                 with span(self.timeline, "B", 0, i):
                     self.backward(loss, i == self.micro_batches - 1)
+        elif self.schedule is None:
+            with span(self.timeline, SCHEDULE):
+                self.results = self._walk_all(rows, self.micro_batches, learn=True)
         else:
             target = {"target": rows["tokens"]} if self.has_last else {}
             with watched(self.timeline, self.stages):
@@ -115,14 +128,19 @@ class Pipeline:
 
         The V schedules of torch cannot evaluate. No gradient, optimizer or random state is touched. Returns as ``step``.
         """
-        parts = _split(rows, micro_batches)
-        edge = (parts[0]["tokens"].shape[0], *self.edge[1:])
-        ring = len(self.numbers) > 1 and not layout.is_v(self.mesh.parallel)
-        results = [out for turn in ([[part] for part in parts] if ring else [parts]) for out in self._walk(turn, edge)]
+        results = self._walk_all(rows, micro_batches, learn=False)
         return torch.stack(results).sum(0) if results else None
 
-    def _walk(self, parts: list[dict[str, Tensor]], edge: tuple[int, ...]) -> list[Tensor]:
-        """The last chunk's results for these micro-batches, where this rank holds it."""
+    def _walk_all(self, rows: dict[str, Tensor], micro_batches: int, *, learn: bool) -> list[Tensor]:
+        """The last chunk's results, where this rank holds it. `learn`: it runs backward after each forward pass."""
+        parts = list(enumerate(_split(rows, micro_batches)))
+        ring = len(self.numbers) > 1 and not layout.is_v(self.mesh.parallel)
+        return [out for turn in ([[part] for part in parts] if ring else [parts]) for out in self._walk(turn, learn)]
+
+    def _walk(self, parts: list[tuple[int, dict[str, Tensor]]], learn: bool) -> list[Tensor]:
+        """`_walk_all` for these micro-batches, each with its number."""
+        edge = (parts[0][1]["tokens"].shape[0], *self.edge[1:])
+        timeline = self.timeline if learn else None
         sending: list[tuple[dist.Work | None, Tensor]] = []
         carried: list[Tensor] = []
         results: list[Tensor] = []
@@ -130,16 +148,24 @@ class Pipeline:
             before = layout.rank_of_chunk(self.mesh.parallel, number - 1) if number > 0 else None
             after = layout.rank_of_chunk(self.mesh.parallel, number + 1) if number + 1 < self.count else None
             handed, carried = carried, []
-            for i, part in enumerate(parts):
+            for position, (i, part) in enumerate(parts):
                 hidden = None
                 if before is not None and before == self.mesh.pipeline_rank:
-                    hidden = handed[i]
+                    hidden = handed[position]
                 elif before is not None:
                     hidden = torch.empty(edge, dtype=self.dtype, device=self.mesh.device)
                     dist.recv(hidden, self.mesh.pipeline_peer(before), group=self.mesh.pipeline)
-                out = chunk(hidden, **part)
+                with (
+                    torch.set_grad_enabled(learn and after is None),
+                    span(timeline, "F", number, i, before not in (None, self.mesh.pipeline_rank)),
+                ):
+                    out = chunk(hidden, **part)
+                if after is None and learn:
+                    with span(timeline, "B", number, i):
+                        out[0].backward()
+                        self.queue.take()()
                 if after is None:
-                    results.append(out)
+                    results.append(out.detach())
                 elif after == self.mesh.pipeline_rank:
                     carried.append(out)
                 else:

@@ -75,10 +75,10 @@ class Timeline:
 
 
 def span(
-    timeline: Timeline | None, kind: str, chunk: int | None = None, micro_batch: int | None = None
+    timeline: Timeline | None, kind: str, chunk: int | None = None, micro_batch: int | None = None, received: bool = False
 ) -> AbstractContextManager[None]:
     """A span around the body if there is a timeline."""
-    return nullcontext() if timeline is None else timeline.record(kind, chunk, micro_batch)
+    return nullcontext() if timeline is None else timeline.record(kind, chunk, micro_batch, received)
 
 
 def watched(timeline: Timeline | None, stages: Sequence[Any]) -> AbstractContextManager[None]:

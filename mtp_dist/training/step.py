@@ -14,7 +14,9 @@ from mtp_dist.model.attention import document_starts, most_documents
 from mtp_dist.model.parameter import initialize
 from mtp_dist.parallel.engine import Engine, StepOutcome
 from mtp_dist.parallel.mesh import Mesh
+from mtp_dist.parallel.parameter_groups import freeze_trunk
 from mtp_dist.parallel.pipeline import Pipeline
+from mtp_dist.parallel.sharded_parameters import initialize_sharded
 from mtp_dist.parallel.stages import build_chunks
 from mtp_dist.parallel.timeline import Timeline, span
 from mtp_dist.training.exchange import global_counts, share
@@ -85,8 +87,13 @@ def build(config: TrainingRun, mesh: Mesh) -> Workload:
     dtype = getattr(torch, config.train.dtype)
     attention = choose(config.model, config.train, mesh.device.type)
     chunks = build_chunks(config, mesh)
+    if config.mtp.freeze_trunk:
+        freeze_trunk(chunks)
     for chunk in chunks:
-        initialize(chunk, config.seed)
+        if config.zero.stage == 3:
+            initialize_sharded(chunk, config.seed, mesh, dtype)
+        else:
+            initialize(chunk, config.seed)
         chunk.attention = attention.backend  # type: ignore[assignment]
         chunk.recompute = config.train.recompute  # type: ignore[assignment]
         if config.train.compile:
@@ -98,7 +105,7 @@ def build(config: TrainingRun, mesh: Mesh) -> Workload:
         engine.write_initial_masters(config.seed)
     pipeline = _pipeline(config, mesh, chunks)
     if engine.shards_gradients:
-        pipeline.leave_gradients_to(engine.backward)
+        pipeline.leave_passes_to(engine.forward, engine.backward)
     return Workload(config, mesh, pipeline, attention, engine)
 
 
@@ -117,4 +124,5 @@ def load_forward_only(config: TrainingRun, mesh: Mesh, checkpoint: Checkpoint) -
 def _pipeline(config: TrainingRun, mesh: Mesh, chunks: nn.ModuleList) -> Pipeline:
     positions = config.train.sequence_length // (mesh.tensor.size if mesh.tensor.shares_positions else 1)
     edge = (config.train.micro_batch, positions, config.model.hidden)
-    return Pipeline(chunks, mesh, micro_batches(config), edge, getattr(torch, config.train.dtype))
+    dtype = getattr(torch, config.train.dtype)
+    return Pipeline(chunks, mesh, micro_batches(config), edge, dtype, frozen_trunk=config.mtp.freeze_trunk)

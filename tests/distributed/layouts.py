@@ -24,6 +24,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2_zero1": {"data": 2},
     "dp2_zero2": {"data": 2, "stage": 2},
     "tp2_zero2": {"tensor": 2, "stage": 2},
+    "dp2_zero3": {"data": 2, "stage": 3},
+    "tp2_dp2_zero3": {"tensor": 2, "data": 2, "stage": 3},
     "pp2_1f1b_zero0": {"pipeline": 2, "schedule": "1f1b", "stage": 0},
     "tp2_zero0": {"tensor": 2, "stage": 0},
     "pp2_zbv_untied": {"pipeline": 2, "schedule": "zbv", "tie": False},
@@ -46,6 +48,19 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_sequence_selective": {"tensor": 2, "sequence_parallel": True, "recompute": "selective"},
     "pp2_zbv_causal": {"pipeline": 2, "schedule": "zbv", "document_mask": False},
     "pp4_zbv": {"pipeline": 4, "schedule": "zbv", "layers": 8},
+    "one_process_frozen": {"freeze_trunk": True},
+    "dp2_frozen": {"data": 2, "freeze_trunk": True},
+    "dp2_zero0_frozen": {"data": 2, "stage": 0, "freeze_trunk": True},
+    "dp2_zero3_frozen": {"data": 2, "stage": 3, "freeze_trunk": True},
+    "pp2_1f1b_frozen": {"pipeline": 2, "schedule": "1f1b", "freeze_trunk": True},
+    "pp2_interleaved_frozen": {"pipeline": 2, "schedule": "interleaved", "freeze_trunk": True},
+    "pp2_zbv_frozen": {"pipeline": 2, "schedule": "zbv", "freeze_trunk": True},
+    "pp2_dualpipev_frozen": {"pipeline": 2, "schedule": "dualpipev", "freeze_trunk": True},
+    "tp2_sequence_frozen": {"tensor": 2, "sequence_parallel": True, "freeze_trunk": True},
+    "pp2_1f1b_tp2_sequence_frozen": {
+        "pipeline": 2, "schedule": "1f1b", "tensor": 2, "sequence_parallel": True, "freeze_trunk": True},
+    "pp2_1f1b_head_rate": {"pipeline": 2, "schedule": "1f1b", "head_lr_ratio": 3.0},
+    "dp2_zero3_head_rate": {"data": 2, "stage": 3, "head_lr_ratio": 3.0},
 }
 
 
@@ -64,6 +79,9 @@ PATHS = {
     "recompute": "train.recompute",
     "attention": "train.attention",
     "dtype": "train.dtype",
+    "offload": "zero.offload",
+    "freeze_trunk": "mtp.freeze_trunk",
+    "head_lr_ratio": "optim.head_lr_ratio",
 }
 """Short name of a setting in a layout -> the setting. A feature joins the grid by a line here."""
 

@@ -33,7 +33,8 @@ def _slices(workload: Workload, values: dict[str, Tensor]) -> dict[str, tuple[tu
     """name -> (global shape, start of this rank's slice, values)."""
     found = {}
     for name, p in workload.engine.parameters.items():
-        found[name] = (p.spec.shape, p.spec.start, values[name].detach().clone())
+        if name in values:
+            found[name] = (p.spec.shape, p.spec.start, values[name].detach().clone())
     return found
 
 
@@ -41,8 +42,8 @@ def _reduced_gradients(workload: Workload) -> dict[str, Tensor]:
     """What the epilogue will make of the gradients, computed here on copies: tied sum, then mean over replicas."""
     found = {}
     if workload.engine.shards_gradients:
-        return {name: deepspeed.utils.safe_get_full_grad(p) for name, p in workload.engine.parameters.items()}
-    for name, p in workload.engine.parameters.items():
+        return {name: deepspeed.utils.safe_get_full_grad(p) for name, p in workload.engine.trained.items()}
+    for name, p in workload.engine.trained.items():
         gradient = torch.zeros_like(p) if p.grad is None else p.grad.clone()
         if workload.mesh.tensor.shares_positions and p.spec.split is None:
             workload.mesh.tensor.all_reduce(gradient)
@@ -74,7 +75,7 @@ def parity(layout: str | dict[str, Any], **train: object) -> dict[str, Any]:
         losses.append(totals.loss)
         means.append(totals.means())
         norms.append(outcome.gradient_norm)
-    weights = _slices(workload, dict(workload.engine.parameters))
+    weights = _slices(workload, {name: workload.engine.weight(name) for name in workload.engine.parameters})
     return {
         "losses": losses,
         "means": means,
@@ -101,11 +102,16 @@ def reference(layout: str | dict[str, Any]) -> dict[str, Any]:
     with torch.device("meta"):
         model = Chunk(config.model, config.mtp, range(config.model.layers))
     initialize(model, config.seed)
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    learning = {name: p for name, p in model.named_parameters() if name.startswith("mtp.") or not config.mtp.freeze_trunk}
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=config.optim.lr,
+        [
+            {
+                "params": [p],
+                "weight_decay": config.optim.weight_decay if p.ndim >= 2 else 0.0,
+                "lr": config.optim.lr * (config.optim.head_lr_ratio if name.startswith("mtp.") else 1.0),
+            }
+            for name, p in learning.items()
+        ],
         betas=(config.optim.beta1, config.optim.beta2),
         eps=config.optim.eps,
     )
@@ -114,11 +120,11 @@ def reference(layout: str | dict[str, Any]) -> dict[str, Any]:
     held_out = _reference_result(model, config, 77, parts)[1]
     for step in range(STEPS):
         loss, mean = _reference_result(model, config, step, parts)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         if step == 0:
-            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        norms.append(nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip).item())
+            gradients = {name: p.grad.clone() for name, p in learning.items() if p.grad is not None}
+        norms.append(nn.utils.clip_grad_norm_(learning.values(), config.optim.clip).item())
         optimizer.step()
         losses.append(loss.item())
         means.append(mean)

@@ -27,12 +27,17 @@ RESUMED = [
     "dp2_zero0",
     "dp2_zero1",
     "dp2_zero2",
+    "dp2_zero3",
+    "dp2_zero3_frozen",
+    "pp2_1f1b_frozen",
+    "pp2_zbv_frozen",
     "pp2_zbv_tp2",
     "pp2_1f1b_tp2",
     "pp2_zbv_dp2",
     "pp2_1f1b_dp2",
     "pp2_zbv_dp2_zero0",
     "tp2_dp2",
+    "tp2_dp2_zero3",
 ]
 EXACT = ("loss/total", "loss/main", "loss/depth_1", "loss/depth_2", "optim/gradient_norm", "optim/lr", "data/tokens_seen")
 
