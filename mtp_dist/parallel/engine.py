@@ -80,7 +80,7 @@ class Engine:
             # ZeRO-3 hooks into the forward pass of the module that it is given.
             model=chunks[0] if self.shards_gradients else nn.ModuleList([*chunks, self.placeholders]),
             optimizer=optimizer,
-            config=_settings(optim, zero, dtype, micro_batches, _longest_vector(self.parameters)),
+            config=_settings(optim, zero, dtype, mesh.device, micro_batches, _longest_vector(self.parameters)),
             mpu=mesh.grid,
             dist_init_required=False,
         )
@@ -316,7 +316,7 @@ class Engine:
 
 
 def _settings(
-    optim: OptimConfig, zero: ZeroConfig, dtype: torch.dtype, micro_batches: int, longest_vector: int
+    optim: OptimConfig, zero: ZeroConfig, dtype: torch.dtype, device: torch.device, micro_batches: int, longest_vector: int
 ) -> dict[str, Any]:
     """DeepSpeed's own configuration."""
     stage: dict[str, Any] = {
@@ -326,6 +326,8 @@ def _settings(
         "reduce_bucket_size": zero.reduce_bucket_size,
         "allgather_bucket_size": zero.allgather_bucket_size,
     }
+    if zero.offload:
+        stage["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     if zero.stage == 3:
         # A module's parameters go right after it has run; norms, which cost a collective each and no memory, stay.
         stage |= {
@@ -345,6 +347,8 @@ def _settings(
         # Micro-batches add up in float32. (With ZeRO-1 the parameters' own gradients do; there this means another optimizer.)
         "data_types": {"grad_accum_dtype": "fp32" if zero.stage >= 2 else None},
         "zero_allow_untested_optimizer": True,
+        # torch's AdamW does what DeepSpeed's own one does on the host, without a compiler.
+        "zero_force_ds_cpu_optimizer": False,
     }
 
 
