@@ -246,6 +246,8 @@ def _validate_zero(config: TrainingRun) -> None:
             f"zero.stage={stage} shards {part} during every backward, which a pipeline interleaves over micro-batches; "
             f"with parallel.pipeline={config.parallel.pipeline} choose zero.stage=1 (or 0)"
         )
+    if config.zero.offload and stage == 0:
+        raise UserError("zero.offload=true with zero.stage=0: it is ZeRO that moves the optimizer; choose zero.stage=1")
     if stage == 3 and config.parallel.data == 1:
         raise UserError("zero.stage=3 with parallel.data=1 has no replicas to shard weights over; choose zero.stage=1")
     if stage >= 2 and config.parallel.sequence_parallel and config.parallel.tensor > 1:
@@ -254,6 +256,16 @@ def _validate_zero(config: TrainingRun) -> None:
             "ones; choose zero.stage=1, or parallel.sequence_parallel=false"
         )
     one_of("train.recompute", config.train.recompute, ["none", "selective", "full"])
+    if stage == 3 and config.train.recompute == "selective":
+        raise UserError(
+            "zero.stage=3 gathers weights inside the blocks that train.recompute=selective runs again, and torch takes the "
+            "collectives for operations of the block; choose train.recompute=full or none"
+        )
+    if stage == 3 and config.train.compile:
+        raise UserError(
+            "zero.stage=3 gathers weights in hooks inside the blocks that train.compile=true compiles, which torch cannot trace; "
+            "choose zero.stage=2, or train.compile=false"
+        )
     if config.train.compile and config.train.recompute == "selective":
         raise UserError(
             "train.compile=true with train.recompute=selective: compiled blocks hide the operations that it selects; "
