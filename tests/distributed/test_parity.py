@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.layouts import LAYOUTS
+from mtp_dist.model.chunk import Chunk
+from mtp_dist.model.parameter import initialize
+from tests.distributed.layouts import LAYOUTS, configuration
 from tests.distributed.tasks import reference
 
 TOLERANCE = 1e-5
@@ -49,7 +51,9 @@ def test_losses_and_norm(grid: Any, layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients(grid: Any, layout: str) -> None:
     want = expected(layout)["gradients"]
-    assert want["embedding.weight"].abs().max() > 1e-3
+    frozen = configuration(layout).mtp.freeze_trunk
+    assert want["mtp.1.projection.weight" if frozen else "embedding.weight"].abs().max() > 1e-3
+    assert not frozen or all(set(result["gradients"]) <= set(want) for result in grid(layout))
     assert_slices(grid(layout), want, "gradients")
 
 
@@ -70,3 +74,18 @@ def test_chunks_run_once_a_micro_batch(grid: Any, layout: str) -> None:
     """Torch infers shapes by running chunks on uninitialised memory unless it is told them: weight gradients would leak in."""
     for result in grid(layout):
         assert set(result["forward_calls"]) == {result["micro_batches"]}
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if configuration(name).mtp.freeze_trunk])
+def test_a_frozen_trunk_keeps_its_bits(grid: Any, layout: str) -> None:
+    config = configuration(layout)
+    whole = Chunk(config.model, config.mtp, range(config.model.layers))
+    initialize(whole, config.seed)
+    learned = 0
+    for result in grid(layout):
+        for name, (_, start, value) in result["weights"].items():
+            part = tuple(slice(begin, begin + size) for begin, size in zip(start, value.shape, strict=True))
+            same = value.equal(whole.get_parameter(name)[part])
+            assert same != name.startswith("mtp."), name
+            learned += not same
+    assert learned
