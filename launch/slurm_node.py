@@ -16,6 +16,7 @@ from mtp_dist.config.command import guarded
 from mtp_dist.config.compose import load
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.errors import UserError
+from mtp_dist.exit_codes import STOPPED
 from mtp_dist.freezing import resolved_file
 from mtp_dist.launching import start
 from mtp_dist.run_lock import held
@@ -46,7 +47,9 @@ def run() -> int:
     try:
         with lock:
             # Slurm repeats its signals, and kills by itself what does not end.
-            return start(settings, kill_on_second=False)
+            status = start(settings, kill_on_second=False)
+            # srun would end the other nodes for any other status; the job reads status.json.
+            return 0 if status == STOPPED else status
     finally:
         ended = launcher.with_name(f".ended-{node}")
         ended.write_text(str(os.getpid()))

@@ -1,18 +1,51 @@
 """torchrun with a last word that a person can use: ``python -m mtp_dist.elastic_agent`` takes torchrun's own arguments.
 
 torchrun ends a failed job with its own traceback, which says nothing of the cause and buries what does. Here one line names the
-process that failed first; what that process printed stands above it. Exit status: 2 if it was told of bad input, 128 + n if
+rank that is the cause: not the first that was seen to end, as its peers end within moments of it, but the one that did not end
+because of another (``exit_codes``). What it printed itself stands above. Exit status: 2 if it was told of bad input, 128 + n if
 signal n ended the job, else 1.
 """
 
 import logging
+import signal
+import socket
 import sys
+from collections.abc import Mapping
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import main
 
-BAD_INPUT = 2
+from mtp_dist.exit_codes import BAD_INPUT, LOST_PEER, TIMED_OUT
+
+# How a rank ends because of another: it says so, torchrun ends it, or NCCL's watchdog does.
+_BECAUSE_OF_ANOTHER = (LOST_PEER, TIMED_OUT, -signal.SIGTERM, -signal.SIGABRT)
+_AGAIN = "started again, the run goes on from its newest checkpoint"
+
+
+def cause(failures: Mapping[int, ProcessFailure], host: str) -> str:
+    """One line on why the ranks of this node ended; `failures` by rank, with the times at which they were seen."""
+    first = min(failure.timestamp for failure in failures.values())
+    late = {rank for rank, failure in failures.items() if failure.timestamp > first}
+    if any(failure.exitcode == TIMED_OUT for failure in failures.values()):
+        # torchrun had to kill, after its patience, what heard neither its peers nor a SIGTERM.
+        hung = [rank for rank in late if failures[rank].exitcode == -signal.SIGKILL]
+        names = ", ".join(f"rank {rank} (process {failures[rank].pid} on {host})" for rank in sorted(hung))
+        who = names or "a rank that is not among those of this node, or ended meanwhile,"
+        return f"{who} did not answer within parallel.timeout_minutes and was given up; {_AGAIN}"
+    own = [rank for rank, failure in failures.items() if failure.exitcode not in _BECAUSE_OF_ANOTHER]
+    # A rank with an error of its own may end after its peers; one that was killed late, torchrun has killed.
+    own = [rank for rank in own if rank not in late or failures[rank].exitcode != -signal.SIGKILL]
+    if not own:
+        return f"the ranks on {host} lost a rank of another node, or were ended from outside; {_AGAIN}"
+    rank = min(own, key=lambda rank: (rank in late, rank))
+    failure = failures[rank]
+    place = f"process {failure.pid} on {host}"
+    if failure.exitcode < 0:
+        reason = f"was killed by signal {-failure.exitcode} ({failure.signal_name()}; {place})"
+        memory = "; the kernel does that where memory runs out" if failure.exitcode == -signal.SIGKILL else ""
+        return f"rank {rank} {reason}{memory}; {_AGAIN}"
+    return f"rank {rank} failed (exit status {failure.exitcode}, {place}); its own report is above"
 
 
 def run() -> int:
@@ -21,12 +54,9 @@ def run() -> int:
     try:
         main()
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode == BAD_INPUT:
+        if any(failure.exitcode == BAD_INPUT for failure in error.failures.values()):
             return BAD_INPUT  # it said why
-        how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
-        what = f"rank {rank} failed first ({how}, process {failure.pid}); its own report is above"
-        print(f"error: {what}", file=sys.stderr, flush=True)
+        print(f"error: {cause(error.failures, socket.gethostname())}", file=sys.stderr, flush=True)
         return 1
     except SignalException as stop:
         return 128 + int(stop.sigval)

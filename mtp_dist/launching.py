@@ -9,15 +9,18 @@ to the processes. A SIGINT that was ignored on entry stays so, as shells want it
 import contextlib
 import ctypes
 import importlib.metadata
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from types import FrameType
 
 import psutil
 
+from mtp_dist import exit_codes
 from mtp_dist.config.layout import processes_per_node
 from mtp_dist.config.schema import Evaluation, TrainingRun
 from mtp_dist.errors import UserError
@@ -80,9 +83,18 @@ def threads_of_each(config: TrainingRun | Evaluation, cores: int, outer: Mapping
 
 
 def start(config: TrainingRun, *, kill_on_second: bool = True) -> int:
-    """Run this node's share of a prepared run, and return torchrun's exit status (128 + n when signal n ended it)."""
+    """Run this node's share of a prepared run, and return torchrun's exit status (128 + n when signal n ended it), or STOPPED
+    where the run was asked to stop and has saved."""
     command = torchrun_command(config, "mtp_dist.train", [f"run_dir={config.run_dir}"])
-    return run_child(command, node_environment(config), kill_on_second=kill_on_second)
+    status = run_child(command, node_environment(config), kill_on_second=kill_on_second)
+    return exit_codes.STOPPED if status == 0 and _stopped(Path(config.run_dir)) else status
+
+
+def _stopped(run_dir: Path) -> bool:
+    try:
+        return bool(json.loads((run_dir / "status.json").read_text())["state"] == "stopped")
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def start_module(config: TrainingRun | Evaluation, module: str, arguments: list[str]) -> int:

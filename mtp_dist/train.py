@@ -2,13 +2,15 @@
 
 Started by hand it composes the settings, checks and freezes them in ``run_dir``, and starts torchrun on this machine. Under
 torchrun, or as one of several tasks of srun, it is one process of the job: it takes ``run_dir=`` alone and reads what was frozen
-there. Started again in the same folder it resumes.
+there. Started again in the same folder it resumes. Exit status: see ``exit_codes``; 75 means stopped on request, all saved.
 """
 
 import os
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
+from mtp_dist import exit_codes
 from mtp_dist.config.attention import choose
 from mtp_dist.config.command import application
 from mtp_dist.config.schema import TrainingRun
@@ -48,7 +50,9 @@ def _train(config: TrainingRun) -> int:
     import torch
 
     from mtp_dist.parallel.mesh import build_mesh, choose_device, connect, disconnect
+    from mtp_dist.training import lost_peer
     from mtp_dist.training.signals import StopRequest
+    from mtp_dist.training.status import STOPPED
     from mtp_dist.training.trainer import Trainer, make_deterministic
 
     stop = StopRequest()
@@ -60,15 +64,21 @@ def _train(config: TrainingRun) -> int:
         raise AgreedError(str(error)) from None
     if config.train.deterministic:
         make_deterministic(device)
-    connect(device, config.parallel.timeout_minutes)
-    mesh = build_mesh(config.parallel, device)
-    trainer = Trainer(config, mesh, stop)
     try:
-        trainer.run()
-    finally:
-        trainer.close()
-    disconnect()
-    return 0
+        connect(device, config.parallel.timeout_minutes)
+        trainer = Trainer(config, build_mesh(config.parallel, device), stop)
+        try:
+            state = trainer.run()
+        finally:
+            trainer.close()
+        disconnect()
+    except RuntimeError as error:
+        status = lost_peer.exit_status(error)
+        if status is None:
+            raise
+        lost_peer.leave(Path(config.run_dir), int(os.environ["RANK"]), error, status)
+    # torchrun takes any other status for a failure and ends the ranks that still leave; there launching.start says it.
+    return exit_codes.STOPPED if state == STOPPED and "TORCHELASTIC_RUN_ID" not in os.environ else 0
 
 
 def main() -> None:
@@ -81,7 +91,7 @@ def main() -> None:
     except UserError as error:
         if not isinstance(error, AgreedError) or os.environ.get("RANK") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(exit_codes.BAD_INPUT)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import pytest
 
 from mtp_dist.config.schema import ShardBuild, TokenizerConfig
 from mtp_dist.data.building import build
+from mtp_dist.exit_codes import STOPPED
 
 STEPS, ROWS, LENGTH = 150, 4, 16
 VALIDATE_EVERY = 50
@@ -108,7 +109,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
         time.sleep(0.01)
     first.send_signal(signal.SIGTERM)
     output = first.communicate(timeout=120)[0]
-    assert first.returncode == 0, output
+    assert first.returncode == STOPPED, output
     steps = [record["step"] for record in records(run)]
     checkpoints = sorted(path.name for path in (run / "checkpoints").iterdir())
     was = status(run)
