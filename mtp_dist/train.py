@@ -56,6 +56,7 @@ def _train(config: TrainingRun) -> int:
     from mtp_dist.training.trainer import Trainer, make_deterministic
 
     stop = StopRequest()
+    lost_peer.quiet()
     torch.set_num_threads(config.launch.threads or int(os.environ.get("OMP_NUM_THREADS", "1")))
     device = choose_device(config.launch.device)
     try:

@@ -22,6 +22,7 @@ ROOTS: dict[str, type] = {
     "evaluate": schema.Evaluation,
     "generate": schema.Generation,
     "export": schema.Export,
+    "inspect": schema.Inspection,
     "build_shards": schema.ShardBuild,
     "report": schema.Report,
 }

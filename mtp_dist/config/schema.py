@@ -1,7 +1,7 @@
 """Every setting of the project: its type, its default and what it means, in one place.
 
 One dataclass for each group of ``conf/``; the root classes (``TrainingRun``, ``Generation``, ``Evaluation``, ``Export``,
-``ShardBuild``, ``Report``, ``Plan``) name the groups that an entry point takes. ``docs/configuration.md`` is generated from this file,
+``Inspection``, ``ShardBuild``, ``Report``, ``Plan``) name the groups that an entry point takes. ``docs/configuration.md`` is generated from this file,
 ``validation.py`` holds the rules that need more than one field.
 """
 
@@ -281,6 +281,16 @@ class Export:
     dtype: str | None = setting(None, "float32 | bfloat16. null: the checkpoint's train.dtype.")
     heads: bool = setting(True, "Also the MTP modules; false: the trunk alone.")
     shard_gb: float = setting(4.0, "Largest size of a weight file, in 10^9 bytes; also the most memory that is used.")
+
+
+@dataclass
+class Inspection:
+    """`python -m mtp_dist.inspect`: what a checkpoint holds, whether it is sound, and how two of them differ."""
+
+    checkpoint: str = setting("", "A checkpoint folder, or a run folder (its newest checkpoint). `checkpoint=` may be left out.")
+    other: str = setting("", "A second one to compare with. `other=` may be left out.")
+    verify: bool = setting(True, "Read every file and check its SHA-256; exit status 1 where one is damaged.")
+    parameters: bool = setting(False, "List every parameter; when comparing, every one that differs (else the ten that differ most).")
 
 
 @dataclass

@@ -4,6 +4,7 @@ Its traceback says only which collective it waited in; it is kept in run_dir/fai
 """
 
 import contextlib
+import logging
 import os
 import re
 import sys
@@ -21,6 +22,11 @@ _GONE = re.compile(
     r"gloo/transport|Connection (closed|reset|refused)|Socket closed|Broken pipe|recvBytes|sendBytes|"
     r"ncclRemoteError|ncclSystemError|NCCL communicator was aborted"
 )
+
+
+def quiet() -> None:
+    """Torch's schedules print every rank's whole table of operations where a send or receive fails; a traceback says it all."""
+    logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
 
 
 def exit_status(error: BaseException) -> int | None:

@@ -1,5 +1,5 @@
-"""Promise: a signal to any rank ends the run in good order, with a status of its own; a rank that dies or hangs ends the job, with
-one line that names it."""
+"""Promise: a signal to any rank ends the run in good order, with a status of its own; a rank that dies or hangs ends the job,
+with one line that names it."""
 
 import json
 import os

@@ -1,0 +1,48 @@
+"""What a checkpoint holds: ``python -m mtp_dist.inspect PATH``; how two differ: ``python -m mtp_dist.inspect PATH OTHER``.
+
+Needs no processes and no torch but to compare values. Exit status 1 where a file of the checkpoint is damaged.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from mtp_dist.checkpoint import folder
+from mtp_dist.checkpoint.description import compare, damages, describe
+from mtp_dist.config.command import application
+from mtp_dist.config.schema import Inspection
+from mtp_dist.errors import UserError
+
+EXAMPLES = (
+    "python -m mtp_dist.inspect runs/quickstart",
+    "python -m mtp_dist.inspect runs/quickstart/checkpoints/step_00000200 parameters=true verify=false",
+    "python -m mtp_dist.inspect runs/one/checkpoints/step_00000100 runs/two/checkpoints/step_00000100",
+)
+_NAMES = ("checkpoint", "other")
+
+
+def named(words: Sequence[str]) -> list[str]:
+    """The arguments with the names of the first two settings put before bare paths."""
+    names = iter(_NAMES)
+    return [word if word.startswith("-") or "=" in word else f"{next(names, 'other')}={word}" for word in words]
+
+
+def run(config: Inspection) -> int:
+    """The command."""
+    candidates = folder.locate(config.checkpoint)
+    path = candidates[0]
+    if len(candidates) > 1:
+        print(f"newest of {len(candidates)}: {', '.join(candidate.name for candidate in candidates)}")
+    print(describe(path, parameters=config.parameters and not config.other))
+    found = damages(path) if config.verify else []
+    if config.verify:
+        print(f"  damaged: {'; '.join(found)}" if found else "  sound: every file has its size and SHA-256")
+    if config.other and not found:
+        other = folder.locate(config.other, "other")[0]
+        if config.verify and (wrong := damages(other)):
+            raise UserError(f"other={other} is damaged: {'; '.join(wrong)}")
+        print(compare(path, other, all_parameters=config.parameters))
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    application("inspect", Inspection, run, argv=named(sys.argv[1:]), examples=EXAMPLES)
