@@ -41,8 +41,9 @@ IDENTITY = (
     "train.sequence_length",
     "train.global_batch",
 )
-# How losses are weighted is training policy: it changes neither the parameters nor the rows that are read.
-NOT_IDENTITY = ("mtp.loss_weight", "mtp.loss_weight_points", "mtp.normalize", "mtp.depth_weights")
+# How losses are weighted is training policy: it changes neither the parameters nor the rows that are read. How model.vocab_size
+# was found does not matter once it is.
+NOT_IDENTITY = ("model.vocab_multiple", "mtp.loss_weight", "mtp.loss_weight_points", "mtp.normalize", "mtp.depth_weights")
 PATHS = ("data.path", "tokenizer.path")
 
 

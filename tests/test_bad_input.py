@@ -89,7 +89,7 @@ def test_unknown_keys_and_wrong_types(place: Place, overrides: list[str], words:
     [
         (["parallel.tensor=3"], ["parallel.tensor=3", "model.heads=4"]),
         # The byte tokenizer has 257 entries: known only from the dataset.
-        (["parallel.tensor=2"], ["parallel.tensor=2", "model.vocab_size=258"]),
+        (["model.vocab_size=256"], ["model.vocab_size=256", "257 entries", "choose 257 or more"]),
         (["parallel.pipeline=3"], ["model.layers=4", "parallel.pipeline=3"]),
         (["parallel.pipeline=2", "parallel.placement=[1,1,1]"], ["parallel.placement", "4 chunks"]),
         (["parallel.data=3"], ["parallel.data=3", "train.global_batch=8"]),

@@ -8,6 +8,8 @@ from mtp_dist.config import compose
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.errors import UserError
 
+# How weights were drawn, and how the vocabulary's size was found: the size itself is compared.
+_NOT_THE_MODEL = ("model.init_std", "model.vocab_multiple")
 _HEADS = ("mtp.kind", "mtp.depth", "mtp.concat", "mtp.h0", "mtp.recycle")
 
 
@@ -19,7 +21,7 @@ def require_same_model(checkpoint: Path, config: TrainingRun) -> None:
     except UserError:
         return
     for key, here, wanted in compose.differences(saved, config):
-        if (key.startswith("model.") and key != "model.init_std") or key in _HEADS:
+        if (key.startswith("model.") and key not in _NOT_THE_MODEL) or key in _HEADS:
             raise UserError(
                 f"checkpoint {checkpoint} is of another model: its {key} is {here}, this run's is {wanted}; "
                 f"set {key}={here}, or choose a new run_dir"

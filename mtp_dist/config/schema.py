@@ -27,6 +27,7 @@ class ModelConfig:
     """The trunk: a Llama-style decoder (RMSNorm, RoPE, grouped-query attention, SwiGLU)."""
 
     vocab_size: int | None = setting(None, "Rows of the embedding. null: the vocabulary of the dataset's tokenizer.")
+    vocab_multiple: int = setting(1, "vocab_size=null: the tokenizer's vocabulary rounded up to a multiple of this (128 suits tensor cores). The added rows are never a target, and never drawn.")
     layers: int = setting(6, "Blocks of the trunk; the MTP modules are extra.")
     hidden: int = setting(256, "Width of the residual stream.")
     heads: int = setting(8, "Query heads.")

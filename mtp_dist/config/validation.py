@@ -66,12 +66,19 @@ def resolve(config: TrainingRun, vocabulary: int | None) -> TrainingRun:
     """
     full = copy.deepcopy(config)
     full.model.head_dim = head_dim(config.model)
-    full.model.vocab_size = config.model.vocab_size or vocabulary
+    full.model.vocab_size = vocabulary_rows(config.model, vocabulary)
     full.train.steps = total_steps(config)
     if full.schedule.kind == "wsd" and full.schedule.decay_tokens is None:
         full.schedule.decay_tokens = full.train.steps * tokens_per_step(full) // 5
     full.launch.processes_per_node = processes_per_node(config)
     return full
+
+
+def vocabulary_rows(model: ModelConfig, vocabulary: int | None) -> int | None:
+    """Rows of the embedding: ``model.vocab_size``, or the tokenizer's vocabulary padded; None while neither is known."""
+    if model.vocab_size is not None or vocabulary is None:
+        return model.vocab_size
+    return -(-vocabulary // model.vocab_multiple) * model.vocab_multiple
 
 
 def head_dim(model: ModelConfig) -> int:
@@ -81,7 +88,7 @@ def head_dim(model: ModelConfig) -> int:
 
 def validate_model(model: ModelConfig, vocabulary: int | None) -> None:
     """Rules inside the trunk."""
-    for name in ("layers", "hidden", "heads", "kv_heads", "mlp", "head_dim", "vocab_size"):
+    for name in ("layers", "hidden", "heads", "kv_heads", "mlp", "head_dim", "vocab_size", "vocab_multiple"):
         at_least(f"model.{name}", getattr(model, name), 1)
     for name in ("norm_eps", "rope_theta", "init_std"):
         above(f"model.{name}", getattr(model, name), 0)
@@ -143,10 +150,9 @@ def _validate_tensor(tensor: int, model: ModelConfig, vocabulary: int | None) ->
         size = getattr(model, name)
         if size % tensor:
             raise UserError(f"parallel.tensor={tensor} does not divide model.{name}={size}; choose {choices}")
-    rows = model.vocab_size or vocabulary
-    if rows is not None and rows % tensor:
-        padded = -(-rows // tensor) * tensor
-        raise UserError(f"parallel.tensor={tensor} does not divide model.vocab_size={rows}; pad it: model.vocab_size={padded}")
+    rows = vocabulary_rows(model, vocabulary)
+    if rows is not None and rows < tensor:
+        raise UserError(f"parallel.tensor={tensor} is more than model.vocab_size={rows}: each rank needs a row of it")
 
 
 def validate_sequence_parallel(parallel: ParallelConfig, length: int) -> None:

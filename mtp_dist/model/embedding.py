@@ -6,23 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_dist.model.parameter import parameter
+from mtp_dist.model.parameter import parameter, spec_of
 from mtp_dist.model.tensor_group import TensorGroup
 from mtp_dist.model.weight_gradients import WeightGradients, gradient_of
 
 
 class Embedding(nn.Module):
-    """tokens int64 [..] -> [.., hidden]. Rank r of R holds rows r V/R .. (r+1) V/R - 1."""
+    """tokens int64 [..] -> [.., hidden]. Each rank holds a share of the rows (see ``ParameterSpec``)."""
 
     def __init__(self, vocabulary: int, hidden: int, *, std: float, group: TensorGroup) -> None:
         super().__init__()
         self.weight = parameter((vocabulary, hidden), split=0, std=std, group=group)
         self.weight_gradients: WeightGradients | None = None
         self.group = group
+        self.first_row = spec_of(self.weight).start[0]
 
     def forward(self, tokens: Tensor) -> Tensor:
         rows = self.weight.shape[0]
-        local = tokens - self.group.rank * rows
+        local = tokens - self.first_row
         elsewhere = (local < 0) | (local >= rows)
         local = local.masked_fill(elsewhere, 0)
         if self.weight_gradients is None or not torch.is_grad_enabled():

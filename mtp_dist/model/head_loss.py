@@ -6,12 +6,14 @@ memory does not grow with D. Under tensor parallelism every rank holds a slice o
 have been through ``TensorGroup.enter``: what comes back for them is this slice's share of the gradient.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mtp_dist.model.parameter import spec_of
 from mtp_dist.model.targets import IGNORE
 from mtp_dist.model.tensor_group import TensorGroup
 from mtp_dist.model.weight_gradients import WeightGradients, accumulate
@@ -28,12 +30,29 @@ LOGITS_IN_FLIGHT = 1 << 22
 def head_loss(
     states: list[Tensor], weight: nn.Parameter, wanted: Tensor, scale: Tensor, group: TensorGroup, queue: WeightGradients | None
 ) -> tuple[Tensor, Tensor]:
-    """states: 1+D tensors [B, S, d]; weight [V/R, d]; wanted: ``targets`` [B, S, 1+D]; scale float32 [B, 1+D].
+    """states: 1+D tensors [B, S, d]; weight [V/R, d] (where R > 1: of ``parameter``); wanted: ``targets`` [B, S, 1+D]; scale
+    float32 [B, 1+D].
 
     Returns (float32 scalar: sum over valid targets of scale[b, k] * cross-entropy, float32 [1+D, 4]: ``STATISTICS``).
     """
     # A Function cannot tell: a parameter needs a gradient for it even where gradients are off.
-    return _HeadLoss.apply(weight, wanted, scale, group, queue, torch.is_grad_enabled(), *states)
+    return _HeadLoss.apply(weight, wanted, scale, _Share.of(weight, group), queue, torch.is_grad_enabled(), *states)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """This rank's rows of the vocabulary: from `first` on. `most`: rows of the rank with most; ranks must cut positions alike."""
+
+    group: TensorGroup
+    first: int
+    most: int
+
+    @staticmethod
+    def of(weight: nn.Parameter, group: TensorGroup) -> "_Share":
+        if group.size == 1:
+            return _Share(group, 0, weight.shape[0])
+        spec = spec_of(weight)
+        return _Share(group, spec.start[0], spec.largest_share)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -43,7 +62,7 @@ class _HeadLoss(torch.autograd.Function):
         weight: nn.Parameter,
         wanted: Tensor,
         scale: Tensor,
-        group: TensorGroup,
+        share: _Share,
         queue: WeightGradients | None,
         learn: bool,
         *states: Tensor,
@@ -58,7 +77,7 @@ class _HeadLoss(torch.autograd.Function):
             for state, needed in zip(states, learn_states, strict=True)
         ]
         row_scale = scale.unsqueeze(1).expand(-1, wanted.shape[1], -1).flatten(0, 1)
-        step = max(1, LOGITS_IN_FLIGHT // weight.shape[0])
+        step = max(1, LOGITS_IN_FLIGHT // share.most)
         total = torch.zeros((), dtype=torch.float32, device=weight.device)
         statistics = torch.zeros(len(states), len(STATISTICS), dtype=torch.float32, device=weight.device)
         earlier_right = torch.ones(rows, dtype=torch.bool, device=weight.device)
@@ -69,7 +88,7 @@ class _HeadLoss(torch.autograd.Function):
                 valid = target[part] != IGNORE
                 weights = row_scale[part, k] * valid
                 loss, right, slope = _chunk(
-                    hidden[part], weight, target[part], weights if learn_weight or learn_states[k] else None, group
+                    hidden[part], weight, target[part], weights if learn_weight or learn_states[k] else None, share
                 )
                 loss = torch.where(valid, loss, 0.0)
                 right &= valid
@@ -104,21 +123,21 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _chunk(
-    hidden: Tensor, weight: Tensor, target: Tensor, weights: Tensor | None, group: TensorGroup
+    hidden: Tensor, weight: Tensor, target: Tensor, weights: Tensor | None, share: _Share
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """hidden [n, d], target [n] -> (cross-entropy float32 [n], top-1 right bool [n], d(weighted loss)/d(logits) [n, V/R] or
     None)."""
     logits = (hidden @ weight.T).float()
-    vocabulary = logits.shape[1]
-    local = target - group.rank * vocabulary
-    here = (local >= 0) & (local < vocabulary)
-    local = local.clamp(0, vocabulary - 1).unsqueeze(1)
+    group, rows = share.group, logits.shape[1]
+    local = target - share.first
+    here = (local >= 0) & (local < rows)
+    local = local.clamp(0, rows - 1).unsqueeze(1)
     top, best = logits.max(dim=1)
     if group.size > 1:
         own_top = top.clone()
         group.all_reduce(top, dist.ReduceOp.MAX)
         # The smallest index among the ranks that hold the maximum, as argmax over the whole row would find.
-        best = torch.where(own_top == top, best + group.rank * vocabulary, torch.iinfo(torch.int64).max)
+        best = torch.where(own_top == top, best + share.first, torch.iinfo(torch.int64).max)
         group.all_reduce(best, dist.ReduceOp.MIN)
     wanted_logit = torch.where(here, logits.gather(1, local).squeeze(1) - top, 0.0)
     exponential = logits.sub_(top.unsqueeze(1)).exp_()

@@ -15,7 +15,10 @@ from mtp_dist.model.tensor_group import ALONE, TensorGroup
 @dataclass(frozen=True)
 class ParameterSpec:
     """`shape`: of the whole parameter; `split`: the dimension that `group` divides, None if each rank holds all of it;
-    `std`: standard deviation of the initial normal draw, None for ones."""
+    `std`: standard deviation of the initial normal draw, None for ones.
+
+    Rank r of R holds r n/R .. (r+1) n/R - 1, rounded down, of a dimension of n >= R: shares of a vocabulary may differ by one.
+    """
 
     shape: tuple[int, ...]
     split: int | None
@@ -24,12 +27,21 @@ class ParameterSpec:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        return tuple(n // self.group.size if dim == self.split else n for dim, n in enumerate(self.shape))
+        return tuple(end - begin for begin, end in self._ranges())
 
     @property
     def start(self) -> tuple[int, ...]:
         """Where this rank's slice begins in each dimension."""
-        return tuple(self.group.rank * n if dim == self.split else 0 for dim, n in enumerate(self.local_shape))
+        return tuple(begin for begin, _ in self._ranges())
+
+    @property
+    def largest_share(self) -> int:
+        """Most that any rank holds of the split dimension."""
+        return 0 if self.split is None else -(-self.shape[self.split] // self.group.size)
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        rank, size = self.group.rank, self.group.size
+        return [(rank * n // size, (rank + 1) * n // size) if dim == self.split else (0, n) for dim, n in enumerate(self.shape)]
 
     def take(self, whole: Tensor) -> Tensor:
         """This rank's slice of the whole parameter."""

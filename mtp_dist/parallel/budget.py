@@ -63,12 +63,17 @@ def block_parameters(model: ModelConfig, tensor: int = 1) -> int:
     return block_matrices(model) // tensor + 2 * model.hidden
 
 
+def vocabulary_rows(model: ModelConfig, tensor: int) -> int:
+    """Rows of the embedding on the tensor rank that has most: one more than others where they do not come out even."""
+    assert model.vocab_size is not None
+    return -(-model.vocab_size // tensor)
+
+
 def chunk_parameters(
     model: ModelConfig, mtp: MTPConfig, layers: int, *, first: bool = True, last: bool = True, tensor: int = 1
 ) -> Parameters:
-    """One chunk's share on one tensor rank."""
-    assert model.vocab_size is not None
-    vocabulary, block = model.vocab_size * model.hidden // tensor, block_parameters(model, tensor)
+    """One chunk's share on the tensor rank that has most."""
+    vocabulary, block = vocabulary_rows(model, tensor) * model.hidden, block_parameters(model, tensor)
     module = 2 * model.hidden**2 + 3 * model.hidden + block
     looks_up = first or (last and (model.tie_embeddings or mtp.depth > 0))
     return Parameters(
@@ -158,7 +163,6 @@ def _position_shares(parallel: ParallelConfig) -> int:
 def rank_memory(config: TrainingRun, pipeline_rank: int) -> Memory:
     """Bytes of the fullest moment of a training step on a rank of this pipeline rank."""
     model, parallel = config.model, config.parallel
-    assert model.vocab_size is not None
     parameters = rank_parameters(config, pipeline_rank).total
     shards = parallel.data if config.zero.stage else 1
     masters = MASTER_BYTES if config.zero.stage else 0
@@ -169,7 +173,7 @@ def rank_memory(config: TrainingRun, pipeline_rank: int) -> Memory:
     # A V rank's passes in flight are of its two chunks in about equal parts.
     activations = -(-in_flight * sum(passes) // len(passes))
     bucket = 4 * min(config.zero.reduce_bucket_size, parameters)
-    loss = 4 * model.vocab_size * model.hidden // parallel.tensor + LOGITS_BYTES if has_last else 0
+    loss = 4 * vocabulary_rows(model, parallel.tensor) * model.hidden + LOGITS_BYTES if has_last else 0
     shard_gradient = 4 * parameters // shards if config.zero.stage else 0
     return Memory(
         weights=parameters * dtype_bytes(config),

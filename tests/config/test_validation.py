@@ -65,7 +65,7 @@ BROKEN = [
     ("parallel.tensor=3", ["parallel.tensor=3 does not divide model.heads=8; choose 1, 2 or 4"]),
     ("parallel.tensor=8", ["parallel.tensor=8", "model.kv_heads=4", "1, 2 or 4"]),
     ("parallel.tensor=4 model.mlp=702", ["parallel.tensor=4", "model.mlp=702", "1 or 2"]),
-    ("parallel.tensor=2 model.vocab_size=4097", ["parallel.tensor=2", "model.vocab_size=4097", "model.vocab_size=4098"]),
+    ("model.vocab_multiple=0", ["model.vocab_multiple=0", "at least 1"]),
     ("parallel.pipeline=2 parallel.schedule=zbw", ["parallel.schedule=zbw", "interleaved, zbv or dualpipev", "did you mean zbv"]),
     ("parallel=v2 model.layers=2", ["model.layers=2", "4 chunks", "parallel.pipeline=2"]),
     ("parallel=v2 model.layers=3 parallel.placement=uniform", ["model.layers=3", "4 chunks"]),
@@ -190,7 +190,8 @@ FITTING = [
     "parallel=v2 parallel.placement=[3,3,2,0]",
     "parallel.pipeline=2 parallel.schedule=dualpipev",
     "parallel.schedule=anything",
-    "parallel.tensor=2 model.vocab_size=4098",
+    "parallel.tensor=2 model.vocab_size=4097",
+    "parallel.tensor=2 model.vocab_multiple=97",
     "zero.stage=0 train.dtype=float32",
     "train.attention=varlen",
     "train.attention=flex train.dtype=float32 launch.device=cuda",
@@ -217,6 +218,12 @@ def test_every_model_of_conf_fits_every_layout_of_conf(parallel: str) -> None:
     config = composed(f"parallel={parallel}")
     for model in groups()["model"]:
         validate(replace(config, model=composed(f"model={model}").model), 128256)
+
+
+def test_every_tensor_rank_needs_a_row_of_the_vocabulary() -> None:
+    config = composed("parallel.tensor=4", "model.vocab_size=3")
+    with pytest.raises(UserError, match=r"parallel\.tensor=4 is more than model\.vocab_size=3"):
+        validate_training(config, None)
 
 
 def test_a_plan_needs_no_run_folder_and_no_dataset() -> None:
@@ -254,6 +261,9 @@ def test_derived_settings_are_filled_and_nothing_else() -> None:
     assert total_steps(full) == 13
     assert micro_batches(full) == 4
     assert processes_per_node(full) == 1
+    assert resolve(composed("model.vocab_multiple=1000"), VOCABULARY).model.vocab_size == 5000
+    assert resolve(composed("model.vocab_multiple=4096"), VOCABULARY).model.vocab_size == 4096
+    assert resolve(composed("model.vocab_multiple=7", "model.vocab_size=5000"), VOCABULARY).model.vocab_size == 5000
     given = composed("model.vocab_size=5000", "model.head_dim=64")
     assert resolve(given, VOCABULARY).model == given.model
 

@@ -54,6 +54,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2_1f1b_selective": {"pipeline": 2, "schedule": "1f1b", "recompute": "selective"},
     "tp2_sequence_selective": {"tensor": 2, "sequence_parallel": True, "recompute": "selective"},
     "pp2_zbv_causal": {"pipeline": 2, "schedule": "zbv", "document_mask": False},
+    "tp2_odd": {"tensor": 2, "vocabulary": 97},
+    "pp2_1f1b_tp2_odd": {"pipeline": 2, "schedule": "1f1b", "tensor": 2, "vocabulary": 97},
+    "pp2_zbv_tp2_odd_sequence": {"pipeline": 2, "schedule": "zbv", "tensor": 2, "sequence_parallel": True, "vocabulary": 97},
     "pp4_zbv": {"pipeline": 4, "schedule": "zbv", "layers": 8},
     "one_process_frozen": {"freeze_trunk": True},
     "dp2_frozen": {"data": 2, "freeze_trunk": True},
@@ -79,6 +82,7 @@ PATHS = {
     "placement": "parallel.placement",
     "sequence_parallel": "parallel.sequence_parallel",
     "layers": "model.layers",
+    "vocabulary": "model.vocab_size",
     "tie": "model.tie_embeddings",
     "document_mask": "model.document_mask",
     "depth": "mtp.depth",
@@ -145,7 +149,7 @@ def global_batch(config: TrainingRun, step: int) -> Batch:
     have unequal counts."""
     generator = torch.Generator().manual_seed(1000 + step)
     rows, width = config.train.global_batch, config.train.sequence_length + 1 + config.mtp.depth
-    tokens = torch.randint(0, 96, (rows, width), generator=generator)
+    tokens = torch.randint(0, config.model.vocab_size or 1, (rows, width), generator=generator)
     # Row r starts a new document with probability rising from 0 to 1/2; row 5 is padding.
     starts = torch.rand(rows, width, generator=generator) < torch.linspace(0, 0.5, rows).unsqueeze(1)
     documents = starts.cumsum(1).int()

@@ -37,6 +37,20 @@ def test_slices_make_the_whole(split: int, size: int) -> None:
         assert part.is_contiguous()
 
 
+@pytest.mark.parametrize("size", [2, 3, 4, 7, 8])
+@pytest.mark.parametrize("rows", [8, 11, 97])
+def test_uneven_shares_cover_each_row_once(size: int, rows: int) -> None:
+    specs = [ParameterSpec((rows, 5), 0, 0.02, TensorGroup(rank, size)) for rank in range(size)]
+    held = [row for spec in specs for row in range(spec.start[0], spec.start[0] + spec.local_shape[0])]
+    assert held == list(range(rows))
+    sizes = [spec.local_shape[0] for spec in specs]
+    assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) >= 1
+    assert {spec.largest_share for spec in specs} == {max(sizes)} == {sizes[-1]}
+    whole = initial_value("a.weight", ParameterSpec((rows, 5), 0, 0.02), 7)
+    assert torch.cat([initial_value("a.weight", spec, 7) for spec in specs]).equal(whole)
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_split_model_is_a_cut_of_the_whole_one(size: int) -> None:
     whole = dict(built(TensorGroup()).named_parameters())
