@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from mtp_dist.config.schema import MTPConfig
+from mtp_dist.model.attention import document_mask
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.head_loss import STATISTICS
 from mtp_dist.model.mtp.sequential import SequentialHeads
 from mtp_dist.model.targets import targets, valid_counts
-from mtp_dist.model.trunk import document_mask, rotation
+from mtp_dist.model.trunk import rotation
 from mtp_dist.training.objective import coefficients, target_scale
 from tests.model import loop
 from tests.model.small import VOCABULARY, close, rows, small_model
