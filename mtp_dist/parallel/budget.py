@@ -45,13 +45,16 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. `working`: buffers of the loss and of the optimizer step, which come and go."""
+    """Bytes of one rank's device. `working`: buffers of the loss and of the optimizer step, and weights that ZeRO-3 has gathered,
+    which come and go. `host`, not in the total: what waits in the host's memory, an offloaded optimizer and the exact weights of
+    a frozen trunk in bfloat16."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
     working: int
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -162,26 +165,54 @@ def _position_shares(parallel: ParallelConfig) -> int:
 
 def rank_memory(config: TrainingRun, pipeline_rank: int) -> Memory:
     """Bytes of the fullest moment of a training step on a rank of this pipeline rank."""
-    model, parallel = config.model, config.parallel
-    parameters = rank_parameters(config, pipeline_rank).total
-    shards = parallel.data if config.zero.stage else 1
-    masters = MASTER_BYTES if config.zero.stage else 0
-    layers, numbers = layers_of_chunks(config), chunks_of_rank(parallel, pipeline_rank)
-    has_last = chunks(parallel) - 1 in numbers
-    passes = [chunk_activations(config, len(layers[n]), last=n == chunks(parallel) - 1) for n in numbers]
+    model, parallel, zero, frozen = config.model, config.parallel, config.zero, config.mtp.freeze_trunk
+    rows = vocabulary_rows(model, parallel.tensor)
+    held, weight = rank_parameters(config, pipeline_rank), dtype_bytes(config)
+    trained = held.heads if frozen else held.total
+    shards = parallel.data if zero.stage else 1
+    # ZeRO-3 works on the shard of float32 weights itself where it stays on the device.
+    masters = MASTER_BYTES if zero.stage and (zero.stage < 3 or weight != MASTER_BYTES or zero.offload) else 0
+    optimizer = trained * (masters + MOMENT_BYTES) // shards
+    has_last = chunks(parallel) - 1 in chunks_of_rank(parallel, pipeline_rank)
+    bucket = 4 * min(zero.reduce_bucket_size, trained)
+    loss = LOGITS_BYTES + (0 if frozen else 4 * rows * model.hidden) if has_last else 0
+    shard_gradient = GRADIENT_BYTES * trained // shards if zero.stage else 0
+    weights, gathered = held.total * weight, 0
+    if zero.stage == 3:
+        vectors = rank_vectors(config)
+        largest = max(rows * model.hidden, model.mlp * model.hidden // parallel.tensor, 2 * model.hidden**2)
+        gathered = weight * min(held.total - vectors, zero.allgather_bucket_size + largest)
+        weights = held.total * weight // parallel.data + vectors * weight
+    gradients = trained * GRADIENT_BYTES if zero.stage < 2 else 0 if zero.offload else shard_gradient
+    exact_frozen = MASTER_BYTES * (held.total - trained) // parallel.data if weight != MASTER_BYTES else 0
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=0 if zero.offload else optimizer,
+        activations=_activations(config, pipeline_rank),
+        working=gathered + max(loss, bucket + (0 if zero.offload else shard_gradient)),
+        host=exact_frozen + (optimizer + shard_gradient if zero.offload else 0),
+    )
+
+
+def rank_vectors(config: TrainingRun) -> int:
+    """Elements of norms, which ZeRO-3 (without a pipeline) keeps whole on each rank."""
+    return config.model.hidden * (2 * config.model.layers + 1 + 5 * config.mtp.depth)
+
+
+def _activations(config: TrainingRun, pipeline_rank: int) -> int:
+    """Bytes that wait for backward passes."""
+    parallel = config.parallel
+    layers, numbers, end = layers_of_chunks(config), chunks_of_rank(parallel, pipeline_rank), chunks(parallel) - 1
+    if config.mtp.freeze_trunk:
+        # The heads alone run backward, a micro-batch at a time; states on their way to the next chunk wait until the end.
+        heads = chunk_activations(config, 0, last=True) if end in numbers else 0
+        edge = config.train.micro_batch * config.train.sequence_length * config.model.hidden // _position_shares(parallel)
+        return heads + micro_batches(config) * edge * dtype_bytes(config) * sum(number < end for number in numbers)
+    passes = [chunk_activations(config, len(layers[n]), last=n == end) for n in numbers]
     in_flight = chunks_in_flight(parallel, pipeline_rank, micro_batches(config))
     # A V rank's passes in flight are of its two chunks in about equal parts.
-    activations = -(-in_flight * sum(passes) // len(passes))
-    bucket = 4 * min(config.zero.reduce_bucket_size, parameters)
-    loss = 4 * vocabulary_rows(model, parallel.tensor) * model.hidden + LOGITS_BYTES if has_last else 0
-    shard_gradient = 4 * parameters // shards if config.zero.stage else 0
-    return Memory(
-        weights=parameters * dtype_bytes(config),
-        gradients=parameters * GRADIENT_BYTES // (parallel.data if config.zero.stage >= 2 else 1),
-        optimizer=parameters * (masters + MOMENT_BYTES) // shards,
-        activations=activations,
-        working=max(loss, bucket + shard_gradient),
-    )
+    return -(-in_flight * sum(passes) // len(passes))
 
 
 def flops_per_token(config: TrainingRun) -> int:

@@ -267,7 +267,7 @@ def _state(trainer: Any) -> dict[str, Tensor]:
     for fragment in engine.fragments():
         for part, value in fragment.parts.items():
             found[f"{fragment.name}.{part}"] = value.detach().clone()
-    found["optimizer_steps"] = torch.tensor(engine.optimizer_steps)
+    found["optimizer_steps"] = torch.tensor(list(engine.optimizer_steps.values()))
     return found
 
 
@@ -285,13 +285,16 @@ def held(layout: str) -> dict[str, Any]:
     workload.gradients(_own_rows(config, mesh, 0), coefficients(config.mtp, 0))
     engine = workload.engine
     parameters = engine.parameters.values()
-    masters = [] if config.zero.stage == 0 else engine._flats()
-    optimizer = [*masters, *(state[moment] for state in engine._states for moment in MOMENTS)]
+    flats = engine._flats()
+    own = config.zero.stage > 0 and (config.zero.stage < 3 or config.zero.offload)  # not the weights themselves
+    optimizer = [*(flats if own else []), *(state[moment] for state in engine._states for moment in MOMENTS)]
+    if config.zero.offload:
+        optimizer += [flat.grad for flat in flats if flat.grad is not None]
     order = getattr(workload.pipeline.schedule, "pipeline_order", {}).get(mesh.pipeline_rank)
     return {
         "rank": mesh.rank,
         "pipeline_rank": mesh.pipeline_rank,
-        "weights": sum(p.nbytes for p in parameters),
+        "weights": sum(p.nbytes + (p.ds_tensor.nbytes if engine.shards_parameters else 0) for p in parameters),
         "gradients": _gradient_bytes(engine),
         "optimizer": sum(tensor.nbytes for tensor in optimizer),
         "in_flight": _most_in_flight(order) if order else None,

@@ -14,8 +14,10 @@ from mtp_dist.tracking.jsonl import read_records
 from tests.distributed.pool import run_jobs
 
 RELAYS = {
-    2: ["pp2_zbv", "tp2", "dp2_zero1", "pp2_1f1b", "tp2_sequence", "dp2_zero0", "pp2_interleaved", "dp2_zero2", "pp2_zbv"],
-    4: ["pp2_zbv_tp2", "tp2_dp2", "pp2_1f1b_dp2", "pp2_1f1b_tp2_sequence", "pp2_zbv_dp2_zero0", "pp2_zbv_tp2"],
+    2: [
+        "pp2_zbv", "tp2", "dp2_zero1", "pp2_1f1b", "tp2_sequence", "dp2_zero0", "pp2_interleaved", "dp2_zero2", "dp2_zero3",
+        "pp2_zbv"],
+    4: ["pp2_zbv_tp2", "tp2_dp2", "pp2_1f1b_dp2", "pp2_1f1b_tp2_sequence", "pp2_zbv_dp2_zero0", "tp2_dp2_zero3", "pp2_zbv_tp2"],
 }
 FLOAT32 = {"train.dtype": "float32"}
 
