@@ -244,7 +244,8 @@ def _poison(trainer: Any, at: list[int], kind: str) -> None:
     """Make the steps of `at` non-finite. "gradient": one element of it, on the last rank alone; "loss": a weight is infinite
     during forward and backward, and put back before the optimizer sees it."""
     workload, compute = trainer.workload, trainer.workload.gradients
-    victim = next(p for name, p in workload.engine.parameters.items() if name.endswith("mlp.down.weight"))
+    engine = workload.engine
+    victim = _storage(next(p for name, p in engine.parameters.items() if name.endswith("mlp.down.weight")), engine)
 
     def gradients(batch: Any, parts: list[float]) -> Any:
         now = trainer.progress.step + 1 in at
@@ -254,7 +255,9 @@ def _poison(trainer: Any, at: list[int], kind: str) -> None:
         totals = compute(batch, parts)
         victim.data.copy_(sound)
         if now and kind == "gradient" and dist.get_rank() == dist.get_world_size() - 1:
-            victim.grad.view(-1)[0] = torch.nan
+            # Sharded gradients are out of the parameters already.
+            found = engine.engine.optimizer.averaged_gradients[0][0] if engine.shards_gradients else victim.grad
+            found.view(-1)[0] = torch.nan
         return totals
 
     workload.gradients = gradients
@@ -263,12 +266,17 @@ def _poison(trainer: Any, at: list[int], kind: str) -> None:
 def _state(trainer: Any) -> dict[str, Tensor]:
     """Copies of this rank's weights, masters and moments, and the number of AdamW's steps."""
     engine = trainer.workload.engine
-    found = {name: p.detach().clone() for name, p in engine.parameters.items()}
+    found = {name: _storage(p, engine).detach().clone() for name, p in engine.parameters.items()}
     for fragment in engine.fragments():
         for part, value in fragment.parts.items():
             found[f"{fragment.name}.{part}"] = value.detach().clone()
     found["optimizer_steps"] = torch.tensor(list(engine.optimizer_steps.values()))
     return found
+
+
+def _storage(p: Any, engine: Any) -> Any:
+    """What holds the weight between passes: the parameter, or its shard."""
+    return p.ds_tensor if engine.shards_parameters else p
 
 
 def _gradient_bytes(engine: Any) -> int:

@@ -24,6 +24,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dp2_zero1": ("dp2_zero1", {}),
     "dp2_zero1_float32": ("dp2_zero1", {"train.dtype": "float32"}),
     "pp2_zbv": ("pp2_zbv", {}),
+    "dp2_zero1_offload": ("dp2_zero1_offload", {}),
+    "dp2_zero2": ("dp2_zero2", {}),
+    "dp2_zero3": ("dp2_zero3", {}),
 }
 SKIP = {"train.nonfinite": "skip"}
 # policy -> steps that are poisoned, how, settings

@@ -16,7 +16,7 @@ from mtp_dist.tracking.jsonl import read_records
 from tests.distributed.layouts import configuration
 from tests.distributed.pool import run_jobs
 
-LAYOUTS = ("pp2_zbv", "pp2_1f1b", "pp2_dualpipev", "dp2_zero1")
+LAYOUTS = ("pp2_zbv", "pp2_1f1b", "pp2_dualpipev", "dp2_zero1", "dp2_zero2", "dp2_zero3", "pp2_zbv_frozen", "pp2_1f1b_frozen")
 STEPS, TRACED = 4, 3
 DETERMINED = (names.LOSS_TOTAL, names.LOSS_MAIN, names.of_depth(names.LOSS_DEPTH, 2), names.GRADIENT_NORM)
 Runs = Callable[[str, bool], Path]
@@ -61,14 +61,16 @@ def test_every_micro_batch_passes_every_chunk_once(runs: Runs, layout: str) -> N
         counts = Counter(key(event) for event in spans if event["cat"] in "FBW")
         own = [c for c in range(chunks(config.parallel)) if rank_of_chunk(config.parallel, c) == rank] if "pp2" in layout else [0]
         passes = [(c, m) for c in own for m in range(micro_batches(config))]
-        assert {counts[kind, c, m] for kind in "FB" for c, m in passes} == {1}
+        frozen, last = config.mtp.freeze_trunk, chunks(config.parallel) - 1
+        backward = [(c, m) for c, m in passes if not frozen or c == last]
+        assert {counts[place] for place in [("F", *part) for part in passes] + [("B", *part) for part in backward]} == {1}
         weights = {(c, m) for kind, c, m in counts if kind == "W"}
         if layout == "pp2_zbv":
             assert weights == set(passes)
-        elif not is_v(config.parallel) or layout == "dp2_zero1":
+        elif not is_v(config.parallel) or "dp2" in layout or frozen:
             assert not weights
         assert weights <= set(passes)
-        assert sum(counts.values()) == 2 * len(passes) + len(weights)
+        assert sum(counts.values()) == len(passes) + len(backward) + len(weights)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
