@@ -73,8 +73,8 @@ class Engine:
         # Where gradients are sharded there is no pipeline: all ranks lack the same groups, and need nothing in their place.
         groups, self.placeholders = ordered_groups(self.trained, optim, dtype, mesh.device, hold_open=not self.shards_gradients)
         roles = {p: group["role"] for group in groups for p in group["params"]}
-        # Fused: one pass over memory, on the CPU too, where it is ten times as fast as the loop. Its result for an element does not
-        # depend on how the shards are cut.
+        # Fused: one pass over memory, on the CPU too, where it is ten times as fast as the loop. Its result for an element does
+        # not depend on how the shards are cut.
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
         self.engine, *_ = deepspeed.initialize(
             # ZeRO-3 hooks into the forward pass of the module that it is given.
