@@ -44,7 +44,16 @@ IDENTITY = (
 # How losses are weighted and whether the trunk learns is training policy: it changes neither the parameters nor the rows that are
 # read. How model.vocab_size was found does not matter once it is.
 NOT_IDENTITY = (
-    "model.vocab_multiple", "mtp.loss_weight", "mtp.loss_weight_points", "mtp.normalize", "mtp.depth_weights", "mtp.freeze_trunk")
+    "model.vocab_multiple",
+    "mtp.loss_weight",
+    "mtp.loss_weight_points",
+    "mtp.loss_weight_shape",
+    "mtp.normalize",
+    "mtp.depth_weights",
+    "mtp.decay",
+    "mtp.detach",
+    "mtp.freeze_trunk",
+)
 PATHS = ("data.path", "tokenizer.path")
 
 

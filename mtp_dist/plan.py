@@ -14,6 +14,7 @@ from pathlib import Path
 from mtp_dist.config import versions
 from mtp_dist.config.attention import possible
 from mtp_dist.config.command import application
+from mtp_dist.config.heads import embeds_on_last, modules
 from mtp_dist.config.layout import (
     SCHEDULES,
     chunks,
@@ -103,10 +104,10 @@ def _beside_layers(config: Plan, first: bool, last: bool, shared: bool) -> Itera
     if not last:
         return
     yield "final norm"
-    if config.mtp.depth:
-        yield f"{config.mtp.depth} MTP module{'s' if config.mtp.depth > 1 else ''}"
+    if count := modules(config.mtp):
+        yield f"{count} MTP module{'s' if count > 1 else ''}{f' used {config.mtp.depth} times' if config.mtp.repeat else ''}"
     tied = config.model.tie_embeddings
-    if not first and (tied or config.mtp.depth):
+    if not first and embeds_on_last(config.model, config.mtp):
         yield "the same embedding" if shared else "replica of the embedding"
     yield "output head (the embedding)" if tied else "output head"
 

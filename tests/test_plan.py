@@ -53,8 +53,12 @@ def test_parameters_of_llama_3_8b_are_the_published_ones() -> None:
     assert budget.chunk_parameters(config.model, config.mtp, config.model.layers).total == 8_030_261_248
 
 
+HEADS = ["mtp.depth=2", "mtp.repeat=true mtp.depth=3", "mtp.blocks=2", "mtp.detach=true"]
+"""One of each kind and option, at a depth above 1."""
+
+
 @pytest.mark.parametrize("tie", ["true", "false"])
-@pytest.mark.parametrize("depth", [0, 2])
+@pytest.mark.parametrize("heads", ["mtp=none", *HEADS])
 @pytest.mark.parametrize(
     "layout",
     [
@@ -66,9 +70,8 @@ def test_parameters_of_llama_3_8b_are_the_published_ones() -> None:
         ["parallel.pipeline=4", "parallel.schedule=1f1b", "parallel.placement=[2,1,1,0]"],
     ],
 )
-def test_parameters_of_each_rank_are_those_that_it_builds(layout: list[str], tie: str, depth: int) -> None:
-    heads = ["mtp=none"] if depth == 0 else ["mtp.depth=2"]
-    config = planned(*layout, *heads, f"model.tie_embeddings={tie}", "train.global_batch=64")
+def test_parameters_of_each_rank_are_those_that_it_builds(layout: list[str], tie: str, heads: str) -> None:
+    config = planned(*layout, *heads.split(), f"model.tie_embeddings={tie}", "train.global_batch=64")
     for rank in range(config.parallel.pipeline):
         place: Any = SimpleNamespace(
             parallel=config.parallel, pipeline_rank=rank, tensor=TensorGroup(0, config.parallel.tensor, None)
@@ -92,25 +95,27 @@ def materialized(config: Plan) -> tuple[Chunk, dict[str, torch.Tensor]]:
 SMALL = ("train.dtype=float32", "train.micro_batch=2", "train.sequence_length=32")
 
 
-def test_operations_are_those_that_torch_counts() -> None:
+@pytest.mark.parametrize("heads", HEADS)
+def test_operations_are_those_that_torch_counts(heads: str) -> None:
     """Torch counts every matrix product exactly, but not the CPU's fused attention: its share is the documented formula."""
-    config = planned(*SMALL)
+    config = planned(*SMALL, *heads.split())
     model, rows = materialized(config)
     with FlopCounterMode(display=False) as counter:
         model(**rows)[0].backward()
         assert model.weight_gradients is not None
         model.weight_gradients.take()()
     positions = config.train.micro_batch * config.train.sequence_length
-    attention = 12 * (config.model.layers + config.mtp.depth) * config.train.sequence_length * config.model.hidden
+    blocks = config.mtp.blocks * config.mtp.depth
+    attention = 12 * (config.model.layers + blocks) * config.train.sequence_length * config.model.hidden
     assert counter.get_total_flops() / positions + attention == budget.flops_per_token(config)
 
 
 @pytest.mark.parametrize(
-    "override", ["mtp=none", "mtp.depth=1", "model=small", "train.sequence_length=128", "model.document_mask=false"]
+    "override", ["mtp=none", "mtp.depth=1", "model=small", "train.sequence_length=128", "model.document_mask=false", *HEADS]
 )
 def test_activations_are_near_what_autograd_keeps(override: str) -> None:
     """Measured: storages that the graph holds, parameters left out. An estimate: within 10 %."""
-    config = planned(*SMALL, override)
+    config = planned(*SMALL, *override.split())
     model, rows = materialized(config)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}

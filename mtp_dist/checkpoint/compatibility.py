@@ -5,12 +5,13 @@ from pathlib import Path
 
 from mtp_dist.checkpoint.manifest import CONFIG
 from mtp_dist.config import compose
+from mtp_dist.config.heads import CONTRACT
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.errors import UserError
 
 # How weights were drawn, and how the vocabulary's size was found: the size itself is compared.
 _NOT_THE_MODEL = ("model.init_std", "model.vocab_multiple")
-_HEADS = ("mtp.kind", "mtp.depth", "mtp.concat", "mtp.h0", "mtp.recycle")
+_HEADS = tuple(f"mtp.{name}" for name in CONTRACT)
 
 
 def require_same_model(checkpoint: Path, config: TrainingRun) -> None:

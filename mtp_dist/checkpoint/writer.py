@@ -46,6 +46,7 @@ from mtp_dist.checkpoint.manifest import (
     sync_path,
 )
 from mtp_dist.config import compose
+from mtp_dist.config.heads import contract
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.errors import AgreedError
 from mtp_dist.parallel.engine import Engine
@@ -210,14 +211,14 @@ class Saver:
         return f"checkpoint of step {save.step} not written: {problem}; the last one before it is untouched"
 
     def _manifest(self, step: int, progress: dict[str, Any], data: dict[str, Any], tracker: dict[str, Any]) -> Manifest:
-        config, mtp = self.config, self.config.mtp
+        config = self.config
         assert self._parameters is not None
         return Manifest(
             step=step,
             progress=progress,
             optimizer={
                 "kind": "AdamW", "step": max(self.engine.optimizer_steps.values()), "steps": self.engine.optimizer_steps},
-            contract={"kind": mtp.kind, "depth": mtp.depth, "concat": mtp.concat, "h0": mtp.h0, "recycle": mtp.recycle},
+            contract=contract(config.mtp),
             layout={**asdict(config.parallel), "zero": config.zero.stage, "world": dist.get_world_size()},
             data=data,
             tracker=tracker,

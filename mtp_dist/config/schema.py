@@ -45,7 +45,7 @@ class ModelConfig:
 class MTPConfig:
     """The Multi-Token Prediction heads, and how their losses join the main one.
 
-    `concat`, `h0` and `recycle` are the contract: recorded in every checkpoint, a wrong choice shows only as lower acceptance.
+    `concat`, `h0`, `recycle`, `repeat` and `blocks` are the contract: recorded in every checkpoint, a wrong choice shows only as lower acceptance.
     """
 
     kind: str = setting("sequential", "none | sequential (DeepSeek-V3, arXiv 2412.19437 eq. 21-25).")
@@ -54,9 +54,14 @@ class MTPConfig:
     h0: str = setting("post_norm", "Trunk state given to depth 1: post_norm (after the final norm) | pre_norm.")
     recycle: str = setting("post_norm", "State of depth k given to depth k+1: post_norm (after norm_k) | pre_norm.")
     loss_weight: float = setting(0.3, "Lambda, the weight of the MTP losses from the first token on.")
-    loss_weight_points: list[list[float]] = setting([], "Later values of lambda as [tokens trained, value] pairs, ascending; each holds from there on.")
-    normalize: str = setting("mean", "mean: lambda / D * sum_k w_k L_k | sum: lambda * sum_k w_k L_k.")
-    depth_weights: list[float] = setting([], "w_1 .. w_D. Empty: all 1.")
+    loss_weight_points: list[list[float]] = setting([], "Later values of lambda as [tokens trained, value] pairs, ascending.")
+    loss_weight_shape: str = setting("step", "How lambda goes from point to point: step (each value holds from its point on) | linear (a straight line from one to the next, the last one holds).")
+    normalize: str = setting("mean", "mean: lambda / D * sum_k w_k L_k | sum: lambda * sum_k w_k L_k | weights: lambda * sum_k w_k L_k / sum_k w_k.")
+    depth_weights: list[float] = setting([], "w_1 .. w_D. Empty: `decay`.")
+    decay: float = setting(1.0, "Beta: w_k = beta^(k-1), where `depth_weights` is empty.")
+    repeat: bool = setting(False, "sequential: one module serves every depth (FastMTP, arXiv 2509.18362).")
+    blocks: int = setting(1, "K: decoder blocks of each module.")
+    detach: bool = setting(False, "The MTP losses train the MTP modules only: no gradient of theirs reaches trunk, embedding or output head, which learn from the main loss.")
     freeze_trunk: bool = setting(False, "Only the MTP modules learn; trunk, embedding and output head keep their weights bit for bit.")
 
 

@@ -9,6 +9,7 @@ import math
 
 from mtp_dist.config.attention import BACKENDS, require
 from mtp_dist.config.compose import settings, value
+from mtp_dist.config.heads import KINDS
 from mtp_dist.config.layout import (
     SCHEDULES,
     chunks,
@@ -204,11 +205,13 @@ def _validate_costs(costs: list[float]) -> None:
 
 
 def _validate_mtp(mtp: MTPConfig, sequence_length: int) -> None:
-    one_of("mtp.kind", mtp.kind, ["none", "sequential"])
+    one_of("mtp.kind", mtp.kind, KINDS)
     one_of("mtp.concat", mtp.concat, ["embedding_first", "hidden_first"])
     one_of("mtp.h0", mtp.h0, ["post_norm", "pre_norm"])
     one_of("mtp.recycle", mtp.recycle, ["post_norm", "pre_norm"])
-    one_of("mtp.normalize", mtp.normalize, ["mean", "sum"])
+    one_of("mtp.normalize", mtp.normalize, ["mean", "sum", "weights"])
+    one_of("mtp.loss_weight_shape", mtp.loss_weight_shape, ["step", "linear"])
+    at_least("mtp.blocks", mtp.blocks, 1)
     if mtp.kind == "none" and mtp.depth != 0:
         raise UserError(f"mtp.depth={mtp.depth} with mtp.kind=none; choose mtp.depth=0 (mtp=none does) or mtp.kind=sequential")
     if mtp.kind != "none" and mtp.depth < 1:
@@ -219,7 +222,12 @@ def _validate_mtp(mtp: MTPConfig, sequence_length: int) -> None:
         raise UserError("mtp.freeze_trunk=true with mtp.depth=0 leaves nothing to train; choose mtp.freeze_trunk=false")
     at_least("mtp.loss_weight", mtp.loss_weight, 0)
     if mtp.depth_weights and len(mtp.depth_weights) != mtp.depth:
-        raise UserError(f"mtp.depth_weights has {len(mtp.depth_weights)} entries, but mtp.depth={mtp.depth}; empty means all 1")
+        raise UserError(f"mtp.depth_weights has {len(mtp.depth_weights)} entries, but mtp.depth={mtp.depth}; empty: by mtp.decay")
+    above("mtp.decay", mtp.decay, 0)
+    if mtp.depth_weights and mtp.decay != 1:
+        raise UserError(f"mtp.decay={mtp.decay:g} and mtp.depth_weights={mtp.depth_weights} say the same thing twice; choose one")
+    if mtp.normalize == "weights" and mtp.depth_weights and not sum(mtp.depth_weights):
+        raise UserError("mtp.normalize=weights divides by the sum of mtp.depth_weights, 0; choose mtp.normalize=mean or sum")
     for weight in mtp.depth_weights:
         finite("mtp.depth_weights", weight)
         at_least("mtp.depth_weights", weight, 0)

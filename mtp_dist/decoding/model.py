@@ -34,7 +34,8 @@ class DecodingModel:
 
     @property
     def heads(self) -> SequentialHeads | None:
-        return self.chunk.mtp
+        """The modules that a drafter can run; other kinds have none yet."""
+        return self.chunk.mtp if isinstance(self.chunk.mtp, SequentialHeads) else None
 
     def cache(self, batch: int) -> KeyValues:
         """An empty cache for one block."""

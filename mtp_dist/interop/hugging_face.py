@@ -42,6 +42,11 @@ def require_expressible(model: ModelConfig, mtp: MTPConfig) -> None:
             f"the checkpoint's model.hidden={model.hidden} is not a multiple of model.heads={model.heads}, which format=hf "
             "cannot hold: transformers' Llama refuses it; train with a model.heads that divides model.hidden to export"
         )
+    if mtp.depth and (mtp.kind != "sequential" or mtp.blocks > 1 or mtp.repeat):
+        raise UserError(
+            f"the checkpoint's heads (mtp.kind={mtp.kind}, mtp.blocks={mtp.blocks}, mtp.repeat={str(mtp.repeat).lower()}) are "
+            "none that format=hf can hold: it takes sequential modules of one block each; choose heads=false to export the trunk alone"
+        )
     for key in ("h0", "recycle"):
         if mtp.depth and getattr(mtp, key) != "post_norm":
             raise UserError(

@@ -4,14 +4,18 @@ The first chunk looks tokens up, the last one holds the final norm, the MTP head
 one chunk that is both. Parameter names are global: chunk 3's layer 7 is `layers.7` in every layout.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
+from mtp_dist.config.heads import embeds_on_last, reads_tokens
 from mtp_dist.config.schema import ModelConfig, MTPConfig
-from mtp_dist.model.attention import build_mask
+from mtp_dist.model.attention import Mask, build_mask
 from mtp_dist.model.embedding import Embedding
 from mtp_dist.model.head_loss import STATISTICS
 from mtp_dist.model.mtp import build_heads
+from mtp_dist.model.mtp.heads import TrunkStates
 from mtp_dist.model.output import OutputHead, TiedHead
 from mtp_dist.model.recompute import run_block
 from mtp_dist.model.targets import targets
@@ -43,7 +47,8 @@ class Chunk(nn.Module):
         assert model.vocab_size is not None
         assert model.head_dim is not None
         self.model, self.depth, self.group, self.first, self.last = model, mtp.depth, group, first, last
-        needs_embedding = first or (last and (model.tie_embeddings or mtp.depth > 0))
+        self.detach, self.reads_tokens = mtp.detach, reads_tokens(mtp)
+        needs_embedding = first or (last and embeds_on_last(model, mtp))
         self.embedding: Embedding | None = None
         if needs_embedding:
             self.embedding = embedding or Embedding(model.vocab_size, model.hidden, std=model.init_std, group=group)
@@ -119,16 +124,28 @@ class Chunk(nn.Module):
         normed = self.norm(hidden)
         states = [normed]
         if self.mtp is not None:
-            states += self.mtp(hidden, normed, self._embed_ahead(tokens, positions), turn, mask)
+            states += self._head_states(hidden, normed, tokens, turn, mask)
         states = [self.group.enter(state) for state in states]
         assert self.head is not None
         wanted = targets(tokens, documents, self.depth)
-        loss, statistics = self.head(states, wanted=wanted, scale=scale, queue=self.weight_gradients)
+        loss, statistics = self.head(states, wanted=wanted, scale=scale, queue=self.weight_gradients, main_only=self.detach)
         return torch.cat((loss.view(1), statistics.flatten()))
 
+    def _head_states(self, hidden: Tensor, normed: Tensor, tokens: Tensor, turn: Tensor, mask: Mask) -> list[Tensor]:
+        """The MTP modules on the trunk's states around its final norm -> D states [B, S, d]."""
+        assert self.mtp is not None
+        assert self.norm is not None
+        embedded = self._embed_ahead(tokens, turn.shape[1])
+        if not self.detach:
+            return self.mtp(TrunkStates(hidden, normed, self.norm), embedded, turn, mask)
+        trunk = TrunkStates(hidden.detach(), normed.detach(), partial(self.norm, learn=False))
+        return self.mtp(trunk, [part.detach() for part in embedded], turn, mask)
+
     def _embed_ahead(self, tokens: Tensor, positions: int) -> list[Tensor]:
-        """Emb(t[i+k]) for each depth k. Tokens are shifted before they are embedded: an embedding may be a share of the
-        positions."""
+        """Emb(t[i+k]) for each depth k, where the kind of head reads tokens. Tokens are shifted before they are embedded: an
+        embedding may be a share of the positions."""
+        if not self.reads_tokens:
+            return []
         assert self.embedding is not None
         if self.group.shares_positions:
             return [self.embedding(tokens[:, k : k + positions]) for k in range(1, self.depth + 1)]

@@ -28,15 +28,23 @@ LOGITS_IN_FLIGHT = 1 << 22
 
 
 def head_loss(
-    states: list[Tensor], weight: nn.Parameter, wanted: Tensor, scale: Tensor, group: TensorGroup, queue: WeightGradients | None
+    states: list[Tensor],
+    weight: nn.Parameter,
+    wanted: Tensor,
+    scale: Tensor,
+    group: TensorGroup,
+    queue: WeightGradients | None,
+    *,
+    main_only: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """states: 1+D tensors [B, S, d]; weight [V/R, d] (where R > 1: of ``parameter``); wanted: ``targets`` [B, S, 1+D]; scale
     float32 [B, 1+D].
+    main_only: of the losses only the first, the main head's, gives the weight a gradient; the states get all of theirs.
 
     Returns (float32 scalar: sum over valid targets of scale[b, k] * cross-entropy, float32 [1+D, 4]: ``STATISTICS``).
     """
     # A Function cannot tell: a parameter needs a gradient for it even where gradients are off.
-    return _HeadLoss.apply(weight, wanted, scale, _Share.of(weight, group), queue, torch.is_grad_enabled(), *states)
+    return _HeadLoss.apply(weight, wanted, scale, _Share.of(weight, group), queue, torch.is_grad_enabled(), main_only, *states)
 
 
 @dataclass(frozen=True)
@@ -65,11 +73,12 @@ class _HeadLoss(torch.autograd.Function):
         share: _Share,
         queue: WeightGradients | None,
         learn: bool,
+        main_only: bool,
         *states: Tensor,
     ) -> tuple[Tensor, Tensor]:
         learn_weight = learn and ctx.needs_input_grad[0]
         # One by one: under a frozen trunk the main head's state needs none, the MTP modules' states do.
-        learn_states = [learn and needed for needed in ctx.needs_input_grad[6:]]
+        learn_states = [learn and needed for needed in ctx.needs_input_grad[7:]]
         rows, width = wanted.shape[0] * wanted.shape[1], states[0].shape[-1]
         ctx.weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if learn_weight else None
         ctx.state_gradients = [
@@ -82,13 +91,14 @@ class _HeadLoss(torch.autograd.Function):
         statistics = torch.zeros(len(states), len(STATISTICS), dtype=torch.float32, device=weight.device)
         earlier_right = torch.ones(rows, dtype=torch.bool, device=weight.device)
         for k, state in enumerate(states):
+            teaches_weight = learn_weight and not (main_only and k > 0)
             hidden, target = state.reshape(rows, width), wanted[..., k].flatten()
             for begin in range(0, rows, step):
                 part = slice(begin, min(rows, begin + step))
                 valid = target[part] != IGNORE
                 weights = row_scale[part, k] * valid
                 loss, right, slope = _chunk(
-                    hidden[part], weight, target[part], weights if learn_weight or learn_states[k] else None, share
+                    hidden[part], weight, target[part], weights if teaches_weight or learn_states[k] else None, share
                 )
                 loss = torch.where(valid, loss, 0.0)
                 right &= valid
@@ -100,7 +110,7 @@ class _HeadLoss(torch.autograd.Function):
                     continue
                 if learn_states[k]:
                     torch.mm(slope, weight, out=ctx.state_gradients[k].view(rows, width)[part])
-                if learn_weight:
+                if teaches_weight:
                     ctx.weight_gradient += slope.T @ hidden[part]
         ctx.weight, ctx.queue = weight, queue
         ctx.mark_non_differentiable(statistics)
@@ -119,7 +129,7 @@ class _HeadLoss(torch.autograd.Function):
                 ctx.queue.add(lambda target=ctx.weight: accumulate(target, gradient))
         ctx.weight = ctx.weight_gradient = None
         ctx.state_gradients = []
-        return weight, None, None, None, None, None, *states
+        return weight, None, None, None, None, None, None, *states
 
 
 def _chunk(

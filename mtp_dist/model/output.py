@@ -28,10 +28,10 @@ class OutputHead(nn.Module):
         return self.weight
 
     def forward(
-        self, states: list[Tensor], *, wanted: Tensor, scale: Tensor, queue: WeightGradients | None
+        self, states: list[Tensor], *, wanted: Tensor, scale: Tensor, queue: WeightGradients | None, main_only: bool = False
     ) -> tuple[Tensor, Tensor]:
         """As ``head_loss``."""
-        return head_loss(states, self.matrix(), wanted, scale, self.group, queue)
+        return head_loss(states, self.matrix(), wanted, scale, self.group, queue, main_only=main_only)
 
 
 class TiedHead(OutputHead):

@@ -26,8 +26,9 @@ class RMSNorm(nn.Module):
         self.weight = parameter((hidden,), split=None, std=None, group=group)
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def forward(self, x: Tensor, *, learn: bool = True) -> Tensor:
+        """learn=False: the weight gets no gradient."""
+        return F.rms_norm(x, self.weight.shape, self.weight if learn else self.weight.detach(), self.eps)
 
 
 class KeyValueCache(Protocol):

@@ -7,9 +7,10 @@ gradients and optimizer are exact (up to ZeRO's padding of a few elements); acti
 from dataclasses import dataclass
 
 from mtp_dist.config.attention import possible
+from mtp_dist.config.heads import embeds_on_last, modules
 from mtp_dist.config.layout import chunks, chunks_of_rank, is_v, micro_batches
 from mtp_dist.config.schema import ModelConfig, MTPConfig, ParallelConfig, TrainingRun
-from mtp_dist.parallel.cost import attention_width, block_flops, block_matrices, tail_flops
+from mtp_dist.parallel.cost import attention_width, beside_blocks, block_flops, block_matrices, tail_flops
 from mtp_dist.parallel.placement import layers_of_chunks
 
 GRADIENT_BYTES = 4
@@ -72,17 +73,21 @@ def vocabulary_rows(model: ModelConfig, tensor: int) -> int:
     return -(-model.vocab_size // tensor)
 
 
+def module_parameters(model: ModelConfig, mtp: MTPConfig, tensor: int = 1) -> int:
+    """One MTP module's share on one of `tensor` ranks: its blocks are split; its projection and its norms are on each."""
+    return mtp.blocks * block_parameters(model, tensor) + beside_blocks(model) + 3 * model.hidden
+
+
 def chunk_parameters(
     model: ModelConfig, mtp: MTPConfig, layers: int, *, first: bool = True, last: bool = True, tensor: int = 1
 ) -> Parameters:
     """One chunk's share on the tensor rank that has most."""
     vocabulary, block = vocabulary_rows(model, tensor) * model.hidden, block_parameters(model, tensor)
-    module = 2 * model.hidden**2 + 3 * model.hidden + block
-    looks_up = first or (last and (model.tie_embeddings or mtp.depth > 0))
+    looks_up = first or (last and embeds_on_last(model, mtp))
     return Parameters(
         trunk=layers * block + (model.hidden if last else 0),
         embedding=vocabulary if looks_up else 0,
-        heads=mtp.depth * module if last else 0,
+        heads=modules(mtp) * module_parameters(model, mtp, tensor) if last else 0,
         output=vocabulary if last and not model.tie_embeddings else 0,
     )
 
@@ -152,10 +157,10 @@ def chunk_activations(config: TrainingRun, layers: int, *, last: bool) -> int:
     if config.train.recompute != "none" and layers:
         elements += block - kept  # one block at a time is whole again
     if last:
-        # A module: its block, the concatenation and what its three norms keep beside it. Then the final norm, and the gradients
+        # A module: its blocks, the concatenation and what its three norms keep beside it. Then the final norm, and the gradients
         # of 1 + D states, which the loss forms in the forward pass.
         outside = model.hidden // _position_shares(config.parallel)
-        elements += depth * (block + 7 * outside) + 3 * outside + (1 + depth) * model.hidden
+        elements += depth * (config.mtp.blocks * block + 7 * outside) + 3 * outside + (1 + depth) * model.hidden
     return config.train.micro_batch * length * elements * dtype_bytes(config)
 
 

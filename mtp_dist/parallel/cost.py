@@ -61,11 +61,22 @@ def block_flops(model: ModelConfig, sequence_length: int) -> int:
     return 6 * block_matrices(model) + 12 * sequence_length * attention_width(model, model.heads)
 
 
+def beside_blocks(model: ModelConfig) -> int:
+    """Matrix elements of one MTP module beside its decoder blocks."""
+    return 2 * model.hidden**2
+
+
 def tail_flops(model: ModelConfig, mtp: MTPConfig, sequence_length: int) -> int:
     """What follows the trunk's last layer: the MTP modules, and 1 + D projections onto the vocabulary."""
     assert model.vocab_size is not None
-    modules = mtp.depth * (block_flops(model, sequence_length) + 6 * 2 * model.hidden**2)
-    return modules + (1 + mtp.depth) * 6 * model.vocab_size * model.hidden
+    modules = mtp.depth * (mtp.blocks * block_flops(model, sequence_length) + 6 * beside_blocks(model))
+    return modules + projection_flops(model, mtp)
+
+
+def projection_flops(model: ModelConfig, mtp: MTPConfig) -> int:
+    """1 + D projections onto the vocabulary; detached depths form no gradient of the matrix."""
+    assert model.vocab_size is not None
+    return (6 + (4 if mtp.detach else 6) * mtp.depth) * model.vocab_size * model.hidden
 
 
 def costs(config: TrainingRun) -> Costs:
@@ -79,10 +90,10 @@ def costs(config: TrainingRun) -> Costs:
     unit = 1 / block_flops(model, length)
     # Of attention's products, two are forward and four give the gradient of its inputs; it has no weights.
     block = Work(matrices + attention, matrices + 2 * attention, matrices) * unit
-    join = 2 * 2 * model.hidden**2 * unit
-    head = 6 * (1 + mtp.depth) * model.vocab_size * model.hidden * unit
+    join = 2 * beside_blocks(model) * unit
+    head = projection_flops(model, mtp) * unit
     # The head forms its gradients while it has the logits: in the forward pass.
-    tail = (block + Work(join, join, join)) * mtp.depth + Work(head, 0, 0)
+    tail = (block * mtp.blocks + Work(join, join, join)) * mtp.depth + Work(head, 0, 0)
     if config.train.recompute == "full":
         block += Work(0, block.forward, 0)
     return Costs(block, tail)

@@ -12,6 +12,7 @@ shortest, was tried: it gains less than 1 % with the V schedules, and splits a r
 """
 
 from mtp_dist.config.attention import Choice
+from mtp_dist.config.heads import modules
 from mtp_dist.config.layout import chunks, chunks_of_rank, placement_by_hand
 from mtp_dist.config.schema import ParallelConfig, TrainingRun
 from mtp_dist.parallel.cost import costs
@@ -85,6 +86,6 @@ def placement_table(config: TrainingRun, attention: Choice) -> str:
             part = layers[number]
             held += ["embedding"] if number == 0 else []
             held += [f"layers {part[0]}-{part[-1]}"] if part else []
-            held += [f"{config.mtp.depth} MTP modules and head"] if number == count - 1 else []
+            held += [f"{modules(config.mtp)} MTP modules and head"] if number == count - 1 else []
         lines.append(f"  pipeline rank {rank}: {', '.join(held)} (work of {cost:.1f} layers)")
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""What is minimised: L = L_main + lambda(tokens) / D * sum_k w_k L_k, and how it becomes weights of single targets.
+"""What is minimised: L = L_main + lambda(tokens) / D * sum_k w_k L_k (or as `mtp.normalize` says), and how it becomes weights of
+single targets.
 
 Each L_k is a sum over its valid targets divided by the number of valid targets in the whole global batch, so the value does not
 depend on the layout. Pure functions.
@@ -11,18 +12,28 @@ from mtp_dist.config.schema import MTPConfig
 
 
 def loss_weight(mtp: MTPConfig, tokens_seen: int) -> float:
-    """Lambda after so many trained positions: `loss_weight`, then the last reached point of `loss_weight_points`."""
-    value = mtp.loss_weight
+    """Lambda after so many trained positions: `loss_weight`, then the last reached point of `loss_weight_points`, or on a
+    straight line from it to the next one (`loss_weight_shape`)."""
+    begin, value = 0.0, mtp.loss_weight
     for tokens, later in mtp.loss_weight_points:
-        if tokens_seen >= tokens:
-            value = later
+        if tokens_seen < tokens:
+            if mtp.loss_weight_shape == "linear":
+                value += (later - value) * (tokens_seen - begin) / (tokens - begin)
+            break
+        begin, value = tokens, later
     return value
+
+
+def depth_weights(mtp: MTPConfig) -> list[float]:
+    """w_1 .. w_D."""
+    return list(mtp.depth_weights) or [mtp.decay**k for k in range(mtp.depth)]
 
 
 def coefficients(mtp: MTPConfig, tokens_seen: int) -> list[float]:
     """Weights of L_main, L_1 .. L_D in the total."""
-    weights = list(mtp.depth_weights) or [1.0] * mtp.depth
-    factor = loss_weight(mtp, tokens_seen) / (mtp.depth if mtp.normalize == "mean" and mtp.depth else 1)
+    weights = depth_weights(mtp)
+    shares = {"mean": mtp.depth, "sum": 1, "weights": sum(weights)}[mtp.normalize] if mtp.depth else 1
+    factor = loss_weight(mtp, tokens_seen) / shares
     return [1.0, *(factor * w for w in weights)]
 
 

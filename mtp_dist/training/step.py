@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mtp_dist.checkpoint.reader import Checkpoint
 from mtp_dist.config.attention import Choice, choose
+from mtp_dist.config.heads import embeds_on_last
 from mtp_dist.config.layout import micro_batches
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.data.batch import Batch
@@ -99,7 +100,7 @@ def build(config: TrainingRun, mesh: Mesh) -> Workload:
         if config.train.compile:
             chunk.compile_blocks()  # type: ignore[operator]
     chunks.to(mesh.device)
-    replica = config.model.tie_embeddings or config.mtp.depth > 0
+    replica = embeds_on_last(config.model, config.mtp)
     engine = Engine(chunks, mesh, config.optim, config.zero, dtype, replica=replica, micro_batches=micro_batches(config))
     if dtype != torch.float32:
         engine.write_initial_masters(config.seed)

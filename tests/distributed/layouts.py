@@ -71,6 +71,20 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "pipeline": 2, "schedule": "1f1b", "tensor": 2, "sequence_parallel": True, "freeze_trunk": True},
     "pp2_1f1b_head_rate": {"pipeline": 2, "schedule": "1f1b", "head_lr_ratio": 3.0},
     "dp2_zero3_head_rate": {"data": 2, "stage": 3, "head_lr_ratio": 3.0},
+    **{
+        f"{name}_{option}": where | what
+        for option, what in {
+            "repeat": {"repeat": True, "decay": 0.6, "depth": 3},
+            "blocks2_detach": {"blocks": 2, "detach": True},
+        }.items()
+        for name, where in {
+            "pp2_1f1b": {"pipeline": 2, "schedule": "1f1b"},
+            "pp2_zbv_heads_alone": {"pipeline": 2, "schedule": "zbv", "placement": "[1,1,2,0]"},
+            "tp2_sequence": {"tensor": 2, "sequence_parallel": True},
+            "dp2": {"data": 2},
+            "dp2_zero3": {"data": 2, "stage": 3},
+        }.items()
+    },
 }
 
 
@@ -92,6 +106,11 @@ PATHS = {
     "dtype": "train.dtype",
     "offload": "zero.offload",
     "freeze_trunk": "mtp.freeze_trunk",
+    "kind": "mtp.kind",
+    "repeat": "mtp.repeat",
+    "decay": "mtp.decay",
+    "blocks": "mtp.blocks",
+    "detach": "mtp.detach",
     "head_lr_ratio": "optim.head_lr_ratio",
 }
 """Short name of a setting in a layout -> the setting. A feature joins the grid by a line here."""
@@ -124,8 +143,9 @@ def unchecked(settings: dict[str, Any]) -> TrainingRun:
     for name, value in settings.items():
         group, _, field = PATHS[name].partition(".")
         setattr(getattr(config, group), field, value)
-    config.mtp.kind = "sequential" if config.mtp.depth else "none"
-    config.mtp.depth_weights = [1.0, 0.7, 1.3][: config.mtp.depth]
+    config.mtp.kind = settings.get("kind", "sequential") if config.mtp.depth else "none"
+    if config.mtp.decay == 1:
+        config.mtp.depth_weights = [1.0, 0.7, 1.3][: config.mtp.depth]
     parallel = config.parallel
     if "layers" not in settings:
         config.model.layers = max(4, chunks(parallel))

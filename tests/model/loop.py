@@ -65,6 +65,15 @@ def block(weights: Weights, name: str, model: ModelConfig, xs: Vectors, document
     return out
 
 
+def blocks(weights: Weights, name: str, model: ModelConfig, mtp: MTPConfig, xs: Vectors, documents: list[int]) -> Vectors:
+    """A module's blocks: one without a number in its name, or several."""
+    if mtp.blocks == 1:
+        return block(weights, name, model, xs, documents)
+    for number in range(1, mtp.blocks + 1):
+        xs = block(weights, f"{name}.{number}", model, xs, documents)
+    return xs
+
+
 def heads(
     weights: Weights, model: ModelConfig, mtp: MTPConfig, before: Vectors, after: Vectors, tokens: list[int], documents: list[int]
 ) -> list[Vectors]:
@@ -72,7 +81,7 @@ def heads(
     hidden = after if mtp.h0 == "post_norm" else before
     states = []
     for k in range(1, mtp.depth + 1):
-        name = f"mtp.{k}"
+        name = "mtp.1" if mtp.repeat else f"mtp.{k}"
         joined = []
         for i, h in enumerate(hidden):
             embedded = weights["embedding.weight"][tokens[i + k]]
@@ -83,7 +92,7 @@ def heads(
             if mtp.concat == "hidden_first":
                 parts.reverse()
             joined.append(weights[f"{name}.projection.weight"] @ torch.cat(parts))
-        raw = block(weights, f"{name}.block", model, joined, documents[: len(hidden)])
+        raw = blocks(weights, f"{name}.block", model, mtp, joined, documents[: len(hidden)])
         state = [norm(x, weights[f"{name}.norm.weight"], model.norm_eps) for x in raw]
         hidden = state if mtp.recycle == "post_norm" else raw
         states.append(state)
@@ -116,5 +125,6 @@ def losses(
                     sums[k] = sums[k] + logits.exp().sum().log() - logits[row[i + k + 1]]
                     counts[k] += 1
     means = [total / max(count, 1) for total, count in zip(sums, counts, strict=True)]
-    extra = sum(w * mean for w, mean in zip(mtp.depth_weights or [1.0] * mtp.depth, means[1:], strict=True))
+    depth_weights = mtp.depth_weights or [mtp.decay ** (k - 1) for k in range(1, mtp.depth + 1)]
+    extra = sum(w * mean for w, mean in zip(depth_weights, means[1:], strict=True))
     return means[0] + mtp.loss_weight / max(mtp.depth, 1) * extra, means, counts

@@ -4,6 +4,7 @@ Tolerance: everything is float64 but the rotary angles (float32: 6e-8 of an angl
 1e-5 of a tensor's largest element is well above that, and below any other order of parts, norm, offset or mask.
 """
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -15,6 +16,7 @@ from mtp_dist.config.schema import MTPConfig
 from mtp_dist.model.attention import document_mask
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.head_loss import STATISTICS
+from mtp_dist.model.mtp.heads import TrunkStates
 from mtp_dist.model.mtp.sequential import SequentialHeads
 from mtp_dist.model.targets import targets, valid_counts
 from mtp_dist.model.trunk import rotation
@@ -47,8 +49,11 @@ def run(chunk: Chunk, mtp: MTPConfig, tokens: Tensor, documents: Tensor) -> tupl
     return out[0], sums.detach() / counts.clamp(min=1), counts
 
 
+OPTIONS: list[dict[str, Any]] = [{"repeat": True}, {"blocks": 2}, {"repeat": True, "blocks": 2, "recycle": "pre_norm"}]
+
+
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v.values()))
+@pytest.mark.parametrize("variant", [*VARIANTS, *OPTIONS], ids=lambda v: "-".join(str(part) for part in v.values()))
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_heads_equal_the_loop(depth: int, variant: dict[str, Any], masked: bool) -> None:
     """Any trunk state will do: random ones, `after` unrelated to `before`, so that taking the wrong one shows."""
@@ -62,7 +67,9 @@ def test_heads_equal_the_loop(depth: int, variant: dict[str, Any], masked: bool)
     turn = rotation(torch.arange(6), model.head_dim, model.rope_theta)
     embedded = [chunk.embedding(tokens[:, k : k + 6]) for k in range(1, 1 + depth)]
     with torch.no_grad():
-        states = chunk.mtp(before, after, embedded, turn, document_mask(documents[:, :6]) if masked else None)
+        assert chunk.norm is not None
+        mask = document_mask(documents[:, :6]) if masked else None
+        states = chunk.mtp(TrunkStates(before, after, chunk.norm), embedded, turn, mask)
         for row in range(len(tokens)):
             want = loop.heads(
                 copies(chunk), model, mtp, list(before[row]), list(after[row]), tokens[row].tolist(), documents[row].tolist()
@@ -76,7 +83,7 @@ def test_heads_equal_the_loop(depth: int, variant: dict[str, Any], masked: bool)
     ("depth", "variant", "masked", "tie"),
     [
         (0, {}, True, True),
-        *[(2, variant, True, True) for variant in VARIANTS],
+        *[(2, variant, True, True) for variant in [*VARIANTS, *OPTIONS]],
         *[(depth, {}, masked, tie) for depth, masked, tie in product((1, 3), (True, False), (True, False))],
     ],
 )
@@ -99,6 +106,31 @@ def test_losses_and_gradients_equal_the_loop(depth: int, variant: dict[str, Any]
         assert gradient is not None and gradient.abs().max() > 1e-6, f"{name} has no influence: nothing is shown"
         assert p.grad is not None
         assert close(p.grad, gradient, TOLERANCE), name
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_detached_heads_teach_themselves_alone(tie: bool) -> None:
+    """Trunk, embedding and output head get the main loss's gradient, and to the bit the one that it is without MTP
+    losses; the modules get theirs as ever."""
+    chunk = small_model(2, tie=tie, detach=True)
+    mtp = settings(chunk, decay=0.6, detach=True)
+    tokens, documents = rows(2)
+    weights = copies(chunk)
+    want, means, _ = loop.losses(weights, chunk.model, mtp, tokens.tolist(), documents.tolist())
+    own = {name: weight for name, weight in weights.items() if name.startswith("mtp.")}
+    others = {name: weight for name, weight in weights.items() if name not in own}
+    wanted = dict(zip(own, torch.autograd.grad(want, list(own.values()), retain_graph=True), strict=True))
+    wanted |= dict(zip(others, torch.autograd.grad(means[0], list(others.values())), strict=True))
+    total, _, _ = run(chunk, mtp, tokens, documents)
+    total.backward()
+    assert total.item() == pytest.approx(want.item(), rel=TOLERANCE)
+    for name, p in chunk.named_parameters():
+        assert p.grad is not None
+        assert close(p.grad, wanted[name], TOLERANCE), name
+    alone = {name: p.grad.clone() for name, p in chunk.named_parameters() if name in others and p.grad is not None}
+    chunk.zero_grad()
+    run(chunk, replace(mtp, loss_weight=0.0), tokens, documents)[0].backward()
+    assert all(chunk.get_parameter(name).grad.equal(gradient) for name, gradient in alone.items())  # type: ignore[union-attr]
 
 
 def test_other_documents_have_no_influence() -> None:

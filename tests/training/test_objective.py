@@ -17,6 +17,15 @@ def test_lambda_changes_at_its_points() -> None:
     assert loss_weight(MTPConfig(loss_weight=0.7), 10**12) == 0.7
 
 
+def test_lambda_moves_on_straight_lines_between_points() -> None:
+    mtp = MTPConfig(loss_weight=0.3, loss_weight_points=[[1000.0, 0.1], [2000.0, 0.5]], loss_weight_shape="linear")
+    seen = [loss_weight(mtp, tokens) for tokens in (0, 250, 500, 1000, 1750, 2000, 10**15)]
+    assert seen == pytest.approx([0.3, 0.25, 0.2, 0.1, 0.4, 0.5, 0.5], rel=1e-12)
+    assert loss_weight(MTPConfig(loss_weight=0.7, loss_weight_shape="linear"), 10**12) == 0.7
+    warm_up = MTPConfig(loss_weight=0.0, loss_weight_points=[[100.0, 1.0]], loss_weight_shape="linear")
+    assert [loss_weight(warm_up, tokens) for tokens in (0, 50, 100, 101)] == [0.0, 0.5, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("settings_", "want"),
     [
@@ -24,6 +33,10 @@ def test_lambda_changes_at_its_points() -> None:
         ({"depth": 2, "normalize": "sum"}, [1.0, 0.3, 0.3]),
         ({"depth": 3, "normalize": "mean", "depth_weights": [1.0, 0.6, 0.36]}, [1.0, 0.1, 0.06, 0.036]),
         ({"depth": 3, "normalize": "sum", "depth_weights": [1.0, 0.0, 2.0]}, [1.0, 0.3, 0.0, 0.6]),
+        ({"depth": 3, "normalize": "sum", "decay": 0.5}, [1.0, 0.3, 0.15, 0.075]),
+        ({"depth": 3, "normalize": "weights", "decay": 0.6, "loss_weight": 1.96}, [1.0, 1.0, 0.6, 0.36]),
+        ({"depth": 2, "normalize": "weights", "depth_weights": [3.0, 1.0], "loss_weight": 1.0}, [1.0, 0.75, 0.25]),
+        ({"depth": 0, "kind": "none", "normalize": "weights"}, [1.0]),
         ({"depth": 1}, [1.0, 0.3]),
         ({"depth": 0, "kind": "none"}, [1.0]),
         ({"depth": 0, "kind": "none", "normalize": "sum"}, [1.0]),

@@ -3,17 +3,18 @@
 A kind of head turns the trunk's output into the hidden state of each depth; projection, loss, layout and decoding are shared, so
 that only the state transition differs from kind to kind. Every kind is a module with
 
-    forward(before_norm [B, S, d], after_norm [B, S, d], embedded D x [B, S, d], turn, mask) -> D states [B, S, d]
+    forward(trunk: TrunkStates, embedded D x [B, S, d], turn, mask) -> D states [B, S, d]
 
-where `before_norm` and `after_norm` are the trunk's output around its final norm, `embedded` is Emb(t[i+k]) for k = 1 .. D, and
-each state is ready for the shared output head.
+where `embedded` is Emb(t[i+k]) for k = 1 .. D (empty for a kind that reads no tokens), and each state is ready for the shared
+output head. What a kind asks of the rest (modules, tokens) is in ``config/heads.py``.
 """
 
 from mtp_dist.config.schema import ModelConfig, MTPConfig
+from mtp_dist.model.mtp.heads import Heads
 from mtp_dist.model.mtp.sequential import SequentialHeads
 from mtp_dist.model.tensor_group import TensorGroup
 
 
-def build_heads(model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> SequentialHeads | None:
+def build_heads(model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> Heads | None:
     """The heads that `mtp.kind` names, None for none."""
     return SequentialHeads(model, mtp, group) if mtp.kind == "sequential" else None

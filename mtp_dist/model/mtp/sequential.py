@@ -2,7 +2,8 @@
 
 Depth k at position i: x = W_k [norm(Emb(t[i+k])) ; norm(h^{k-1}_i)], h^k = Block_k(x), causal over i; then norm_k and the shared
 head predict t[i+k+1]. Three choices differ between public sources and are settings recorded in every checkpoint: `mtp.concat`
-(which half comes first), `mtp.h0` and `mtp.recycle` (whether a state is handed on before or after its norm).
+(which half comes first), `mtp.h0` and `mtp.recycle` (whether a state is handed on before or after its norm). With `mtp.repeat`
+one module serves every depth (FastMTP, arXiv 2509.18362).
 """
 
 from collections.abc import Sequence
@@ -10,11 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mtp_dist.config.heads import modules
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.attention import Mask
 from mtp_dist.model.linear import Linear
+from mtp_dist.model.mtp.heads import Heads, TrunkStates, build_blocks
 from mtp_dist.model.tensor_group import TensorGroup
-from mtp_dist.model.trunk import Block, KeyValueCache, RMSNorm
+from mtp_dist.model.trunk import KeyValueCache, RMSNorm
 
 
 class SequentialModule(nn.Module):
@@ -26,7 +29,7 @@ class SequentialModule(nn.Module):
         self.embedding_norm = RMSNorm(d, model.norm_eps, group)
         self.hidden_norm = RMSNorm(d, model.norm_eps, group)
         self.projection = Linear(2 * d, d, std=model.init_std, group=group)
-        self.block = Block(model, group)
+        self.block = build_blocks(model, mtp, group)
         self.norm = RMSNorm(d, model.norm_eps, group)
         self.embedding_first = mtp.concat == "embedding_first"
         self.recycle_normed = mtp.recycle == "post_norm"
@@ -43,24 +46,26 @@ class SequentialModule(nn.Module):
         return normed, normed if self.recycle_normed else x
 
 
-class SequentialHeads(nn.ModuleDict):
-    """D modules keyed "1" .. "D"."""
+class SequentialHeads(Heads):
+    """D modules, or one D times."""
 
     def __init__(self, model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> None:
-        super().__init__({str(k): SequentialModule(model, mtp, group) for k in range(1, mtp.depth + 1)})
+        super().__init__({str(k): SequentialModule(model, mtp, group) for k in range(1, modules(mtp) + 1)})
+        self.depth = mtp.depth
         self.first_normed = mtp.h0 == "post_norm"
+
+    def chain(self) -> list[SequentialModule]:
+        """The module of each depth."""
+        found = [self[str(min(k, len(self)))] for k in range(1, self.depth + 1)]
+        return found  # type: ignore[return-value]
 
     def first(self, before_norm: Tensor, after_norm: Tensor) -> Tensor:
         """h⁰, the trunk state that depth 1 reads."""
         return after_norm if self.first_normed else before_norm
 
-    def forward(
-        self, before_norm: Tensor, after_norm: Tensor, embedded: Sequence[Tensor], turn: Tensor, mask: Mask
-    ) -> list[Tensor]:
-        """Trunk output before and after its final norm [B, S, d], embeddings of t[i+k] for k = 1 .. D [B, S, d] -> D states [B,
-        S, d]."""
-        hidden, states = self.first(before_norm, after_norm), []
-        for module, tokens_ahead in zip(self.values(), embedded, strict=True):
+    def forward(self, trunk: TrunkStates, embedded: Sequence[Tensor], turn: Tensor, mask: Mask) -> list[Tensor]:
+        hidden, states = self.first(trunk.before_norm, trunk.after_norm), []
+        for module, tokens_ahead in zip(self.chain(), embedded, strict=True):
             state, hidden = module(hidden, tokens_ahead, turn, mask)
             states.append(state)
         return states

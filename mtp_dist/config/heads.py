@@ -1,0 +1,34 @@
+"""What a kind of MTP head asks of the rest of the project, from the settings alone: no torch, so a plan can ask too."""
+
+from dataclasses import replace
+
+from mtp_dist.config.schema import ModelConfig, MTPConfig
+
+KINDS = ("none", "sequential")
+CONTRACT = ("kind", "depth", "concat", "h0", "recycle", "repeat", "blocks")
+"""Settings that say which parameters the heads have and how a decoder must use them; every checkpoint records them."""
+
+
+def contract(mtp: MTPConfig) -> dict[str, object]:
+    """``CONTRACT`` by name."""
+    return {name: getattr(mtp, name) for name in CONTRACT}
+
+
+def modules(mtp: MTPConfig) -> int:
+    """Modules with parameters of their own."""
+    return min(mtp.depth, 1) if mtp.repeat else mtp.depth
+
+
+def reads_tokens(mtp: MTPConfig) -> bool:
+    """Whether depth k is fed the embedding of t[i+k]: the last chunk then needs the embedding."""
+    return mtp.kind == "sequential"
+
+
+def embeds_on_last(model: ModelConfig, mtp: MTPConfig) -> bool:
+    """Whether the last chunk uses the embedding: as output head, or to feed the MTP modules."""
+    return model.tie_embeddings or reads_tokens(mtp)
+
+
+def without_heads(mtp: MTPConfig) -> MTPConfig:
+    """The same settings for a trunk alone."""
+    return replace(mtp, kind="none", depth=0)

@@ -1,0 +1,47 @@
+"""What all kinds of MTP heads have in common: the interface, and a module's blocks."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from mtp_dist.config.schema import ModelConfig, MTPConfig
+from mtp_dist.model.attention import Mask
+from mtp_dist.model.tensor_group import TensorGroup
+from mtp_dist.model.trunk import Block, KeyValueCache
+
+
+@dataclass(frozen=True)
+class TrunkStates:
+    """What heads read of the trunk, each [B, S, d]: its output before and after the final norm, and that norm."""
+
+    before_norm: Tensor
+    after_norm: Tensor
+    norm: Callable[[Tensor], Tensor]
+
+
+class Heads(nn.ModuleDict):
+    """Modules keyed "1" .. "D", or "1" alone where one serves every depth."""
+
+    def forward(self, trunk: TrunkStates, embedded: Sequence[Tensor], turn: Tensor, mask: Mask) -> list[Tensor]:
+        """embedded: D times Emb(t[i+k]) [B, S, d], k = 1 .. D, or none where the kind reads no tokens -> D states [B, S, d], each
+        ready for the shared output head."""
+        raise NotImplementedError
+
+
+class Blocks(nn.ModuleDict):
+    """Several blocks in a row, keyed "1" .. "K"."""
+
+    def forward(self, x: Tensor, turn: Tensor, mask: Mask, cache: KeyValueCache | None = None) -> Tensor:
+        """As ``Block``; a cache holds one layer's keys and values, so there can be none."""
+        assert cache is None
+        for block in self.values():
+            x = block(x, turn, mask)
+        return x
+
+
+def build_blocks(model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> Block | Blocks:
+    """The `mtp.blocks` blocks of one module; one is itself, without a number in its name."""
+    if mtp.blocks == 1:
+        return Block(model, group)
+    return Blocks({str(number): Block(model, group) for number in range(1, mtp.blocks + 1)})
