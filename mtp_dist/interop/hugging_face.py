@@ -45,7 +45,7 @@ def require_expressible(model: ModelConfig, mtp: MTPConfig) -> None:
     if mtp.depth and (mtp.kind != "sequential" or mtp.blocks > 1 or mtp.repeat):
         raise UserError(
             f"the checkpoint's heads (mtp.kind={mtp.kind}, mtp.blocks={mtp.blocks}, mtp.repeat={str(mtp.repeat).lower()}) are "
-            "none that format=hf can hold: it takes sequential modules of one block each; choose heads=false to export the trunk alone"
+            "none that format=hf can hold: it takes sequential modules of one block; choose heads=false to export the trunk alone"
         )
     for key in ("h0", "recycle"):
         if mtp.depth and getattr(mtp, key) != "post_norm":
