@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 from mtp_dist.model.attention import (
+    SHORT_ON_CPU,
     Mask,
     Segments,
     attend,
@@ -114,6 +115,22 @@ def test_the_block_mask_is_the_mask() -> None:
     want = attend(*tensors, document_mask(DOCUMENTS), causal=True)
     assert (attend(*tensors, block_mask(DOCUMENTS), causal=True) - want).abs().max() <= FLEX
     assert (attend(*tensors, None, causal=True) - want).abs().max() > 1e-2, "the mask makes no difference here: nothing is shown"
+
+
+@pytest.mark.parametrize("length", [SHORT_ON_CPU, SHORT_ON_CPU + 1])
+def test_short_rows_in_bfloat16_are_computed_in_float32(length: int) -> None:
+    """Results and gradients of one rounding each; longer rows, and those that need no gradient, stay in bfloat16."""
+    generator = torch.Generator().manual_seed(8)
+    tensors = [torch.randn(1, h, length, 8, generator=generator).bfloat16().requires_grad_() for h in (4, 2, 2)]
+    wide = [x.detach().float().requires_grad_() for x in tensors]
+    mask = document_mask(torch.arange(length).unsqueeze(0) // 50)
+    got, want = (attend(*inputs, mask, causal=True) for inputs in (tensors, wide))
+    weights = torch.randn(want.shape, generator=generator).bfloat16()
+    gradients = torch.autograd.grad((got * weights).sum(), tensors)
+    rounded = torch.autograd.grad((want * weights).sum(), wide)
+    same = [a.equal(b.bfloat16()) for a, b in zip((got, *gradients), (want, *rounded), strict=True)]
+    assert same == [length <= SHORT_ON_CPU] * 4
+    assert not attend(*(x.detach() for x in tensors), mask, causal=True).equal(want.bfloat16())
 
 
 def test_no_mask_is_one_document() -> None:
