@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from mtp_dist.checkpoint import folder
-from mtp_dist.checkpoint.compatibility import require_same_model
+from mtp_dist.checkpoint.compatibility import require_same_model, require_start
+from mtp_dist.checkpoint.manifest import TOKENIZER, read_manifest
 from mtp_dist.config import versions
 from mtp_dist.config.command import application
 from mtp_dist.config.compose import compose, differences, load, save
@@ -34,6 +35,7 @@ IDENTITY = (
     "seed",
     "model.",
     "mtp.",
+    "init.",
     "tokenizer.path",
     "data.path",
     "data.lanes",
@@ -54,7 +56,7 @@ NOT_IDENTITY = (
     "mtp.detach",
     "mtp.freeze_trunk",
 )
-PATHS = ("data.path", "tokenizer.path")
+PATHS = ("data.path", "tokenizer.path", "init.checkpoint")
 
 
 def resolved_file(run_dir: str | os.PathLike[str]) -> Path:
@@ -89,6 +91,7 @@ def check(config: TrainingRun, cores: int | None = None) -> TrainingRun:
     for checkpoint in folder.complete(Path(full.run_dir) / "checkpoints")[-1:]:
         require_same_model(checkpoint, full)
     old = _frozen_before(full.run_dir)
+    full.init.checkpoint = _start(full, dataset, old)
     if full.train.deterministic:
         full.launch.threads = _threads(full, old, available_cores() if cores is None else cores)
     if old is not None:
@@ -197,6 +200,27 @@ def _dataset(config: TrainingRun) -> Dataset:
                 f"(sha256 {dataset.tokenizer_sha256[:12]}); leave tokenizer.path empty to take the dataset's own"
             )
     return dataset
+
+
+def _start(config: TrainingRun, dataset: Dataset, old: TrainingRun | None) -> str:
+    """The one checkpoint that ``init.checkpoint`` means, the same at every start of the run. Raises UserError where it does not
+    fit."""
+    given = config.init.checkpoint
+    if not given:
+        return ""
+    if old is not None and old.init.checkpoint:
+        before = Path(os.path.realpath(old.init.checkpoint))
+        if Path(os.path.realpath(given)) in (before, *before.parents):
+            return old.init.checkpoint
+    path = folder.locate(given, "init.checkpoint")[0]
+    read_manifest(path)
+    require_start(path, config)
+    if file_sha256(path / TOKENIZER) != dataset.tokenizer_sha256:
+        raise UserError(
+            f"init.checkpoint={path} was trained with another tokenizer than the one that made data.path={config.data.path}; "
+            f"build the shards with tokenizer.kind=file tokenizer.path={path / TOKENIZER}"
+        )
+    return str(path.resolve())
 
 
 def _frozen_before(run_dir: str) -> TrainingRun | None:

@@ -6,12 +6,15 @@ from pathlib import Path
 from mtp_dist.checkpoint.manifest import CONFIG
 from mtp_dist.config import compose
 from mtp_dist.config.heads import CONTRACT
-from mtp_dist.config.schema import TrainingRun
+from mtp_dist.config.schema import MTPConfig, TrainingRun
 from mtp_dist.errors import UserError
 
 # How weights were drawn, and how the vocabulary's size was found: the size itself is compared.
 _NOT_THE_MODEL = ("model.init_std", "model.vocab_multiple")
+# Settings that change no weight and no meaning of one.
+_POLICY = (*_NOT_THE_MODEL, "model.document_mask")
 _HEADS = tuple(f"mtp.{name}" for name in CONTRACT)
+_CONTRACT = tuple(name for name in _HEADS if name != "mtp.depth")
 
 
 def require_same_model(checkpoint: Path, config: TrainingRun) -> None:
@@ -25,5 +28,27 @@ def require_same_model(checkpoint: Path, config: TrainingRun) -> None:
         if (key.startswith("model.") and key not in _NOT_THE_MODEL) or key in _HEADS:
             raise UserError(
                 f"checkpoint {checkpoint} is of another model: its {key} is {here}, this run's is {wanted}; "
-                f"set {key}={here}, or choose a new run_dir"
+                f"set {key}={here}, or choose a new run_dir (init.checkpoint={checkpoint} starts it from these weights)"
             )
+
+
+def require_start(checkpoint: Path, config: TrainingRun) -> None:
+    """Raise UserError unless a new run of these settings can start from this checkpoint's weights, naming the first setting that
+    stands against it. The number of heads may differ, and with ``init.heads=fresh`` their kind."""
+    saved = compose.load(checkpoint / CONFIG, TrainingRun)
+    for key, there, here in compose.differences(saved, config):
+        name = f"init.checkpoint={checkpoint}"
+        if key.startswith("model.") and key not in _POLICY:
+            raise UserError(f"{name} is of another model: its {key} is {there}, this run's is {here}; set {key}={there}")
+        if key in _CONTRACT and kept_heads(saved, config):
+            raise UserError(f"{name} has heads of {key}={there}, this run's are {here}; set {key}={there}, or init.heads=fresh")
+
+
+def head_modules(mtp: MTPConfig) -> int:
+    """How many modules the heads of a model are; ``mtp.repeat`` makes all depths one."""
+    return min(mtp.depth, 1) if mtp.repeat else mtp.depth
+
+
+def kept_heads(saved: TrainingRun, config: TrainingRun) -> int:
+    """How many modules of a checkpoint's heads, from the first on, a run that starts from it takes over."""
+    return min(head_modules(saved.mtp), head_modules(config.mtp)) if config.init.heads == "keep" else 0

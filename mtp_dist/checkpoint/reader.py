@@ -5,7 +5,7 @@ No rank reads more than the slices that it needs, and the boxes (tensor-parallel
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +23,11 @@ from mtp_dist.errors import UserError
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.parameter import replace, spec_of
 from mtp_dist.parallel.engine import PARTS, Engine
-from mtp_dist.parallel.parameter_groups import HEADS, TRUNK
+from mtp_dist.parallel.parameter_groups import HEADS, TRUNK, role_of
+
+
+def _every(name: str) -> bool:
+    return True
 
 
 class Checkpoint:
@@ -114,18 +118,24 @@ class Checkpoint:
         self.load_weights([model], dtype)
         return model.eval().requires_grad_(False)
 
-    def load_engine(self, engine: Engine) -> None:
-        """Weights, masters and moments of this rank's part, whatever layout saved them."""
-        for name, p in engine.parameters.items():
-            spec = spec_of(p)
+    def load_engine(
+        self, engine: Engine, *, weights: Callable[[str], bool] = _every, moments: Collection[str] = (TRUNK, HEADS)
+    ) -> None:
+        """Weights and masters of this rank's part, whatever layout saved them, of the parameters that `weights` takes by name;
+        moments, and Adam's count of steps, of the roles in `moments`. The others stay as they are."""
+        taken = [name for name in engine.parameters if weights(name)]
+        for name in taken:
+            spec = spec_of(engine.parameters[name])
             engine.set_weight(name, self.read(name, PARTS[0], spec.start, spec.local_shape))
         for fragment in engine.fragments(all_copies=True):
             spec = spec_of(engine.parameters[fragment.name])
             for part, values in fragment.parts.items():
-                whole = self.read(fragment.name, part, spec.start, spec.local_shape)
-                values.copy_(whole.flatten()[fragment.begin : fragment.end])
+                if weights(fragment.name) and (part == PARTS[0] or role_of(fragment.name) in moments):
+                    whole = self.read(fragment.name, part, spec.start, spec.local_shape)
+                    values.copy_(whole.flatten()[fragment.begin : fragment.end])
         applied = self.manifest.optimizer
-        engine.optimizer_steps = applied.get("steps") or dict.fromkeys((TRUNK, HEADS), applied["step"])
+        steps = applied.get("steps") or dict.fromkeys((TRUNK, HEADS), applied["step"])
+        engine.optimizer_steps = {role: count if role in moments else 0 for role, count in steps.items()}
 
     def load_random_state(self, rank: int) -> None:
         """This rank's random generators, where the layout that saved had such a rank."""

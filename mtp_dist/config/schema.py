@@ -165,6 +165,15 @@ class ValidationConfig:
 
 
 @dataclass
+class InitConfig:
+    """What a new run starts from. A run that has checkpoints of its own goes on from them."""
+
+    checkpoint: str = setting("", "A checkpoint folder, or a run folder (its newest): start from its float32 weights. Empty: from random weights.")
+    heads: str = setting("keep", "keep (the checkpoint's MTP heads; mtp.depth may differ: heads that it lacks start fresh, those beyond are dropped) | fresh (all from random weights).")
+    optimizer: bool = setting(False, "Take Adam's moments, too; those of the heads only where all of them are kept.")
+
+
+@dataclass
 class CheckpointConfig:
     """When to save and what to keep."""
 
@@ -245,6 +254,7 @@ class TrainingRun:
     schedule: ScheduleConfig = group(ScheduleConfig, "Learning rate over tokens.")
     train: TrainConfig = group(TrainConfig, "The loop.")
     validation: ValidationConfig = group(ValidationConfig, "Held-out loss during training.")
+    init: InitConfig = group(InitConfig, "Where a new run's weights come from.")
     checkpoint: CheckpointConfig = group(CheckpointConfig, "Checkpoints.")
     tracker: TrackerConfig = group(TrackerConfig, "Metrics.")
     launch: LaunchConfig = group(LaunchConfig, "Processes.")

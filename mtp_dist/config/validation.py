@@ -55,6 +55,7 @@ def validate_training(config: TrainingRun, vocabulary: int | None) -> None:
     _validate_lengths(config)
     validate_sequence_parallel(config.parallel, config.train.sequence_length)
     _validate_intervals(config)
+    one_of("init.heads", config.init.heads, ["keep", "fresh"])
     one_of("tracker.wandb", config.tracker.wandb, ["offline", "online", "disabled"])
     one_of("tokenizer.kind", config.tokenizer.kind, ["bpe", "bytes", "file"])
 

@@ -1,4 +1,5 @@
-"""From a run's checkpoints back to the step after: the newest that verifies, loaded into whatever layout runs now."""
+"""What a start begins with: the newest of the run's own checkpoints that verifies, or else another run's weights
+(``init.checkpoint``), loaded into whatever layout runs now."""
 
 import sys
 from pathlib import Path
@@ -6,9 +7,14 @@ from pathlib import Path
 import torch.distributed as dist
 
 from mtp_dist.checkpoint import folder as folders
+from mtp_dist.checkpoint.compatibility import head_modules, kept_heads, require_start
 from mtp_dist.checkpoint.reader import Checkpoint
+from mtp_dist.config.schema import TrainingRun
 from mtp_dist.errors import AgreedError, UserError
+from mtp_dist.parallel.engine import Engine
 from mtp_dist.parallel.mesh import Mesh
+from mtp_dist.parallel.parameter_groups import HEADS, TRUNK, role_of
+from mtp_dist.training.agreement import together
 
 
 def newest_sound(root: Path, mesh: Mesh) -> Checkpoint | None:
@@ -40,3 +46,35 @@ def newest_sound(root: Path, mesh: Mesh) -> Checkpoint | None:
             f"no checkpoint in {root} is sound ({', '.join(names[0])}); remove them to start over, or choose a new run_dir"
         )
     return None
+
+
+def warm_start(config: TrainingRun, mesh: Mesh, engine: Engine) -> str:
+    """Give a new run the weights of ``init.checkpoint``: the true float32 ones, in whatever layout they were saved. Collective.
+
+    Returns what was taken, in one line. Raises UserError, on all ranks, where the checkpoint is damaged or does not fit.
+    """
+    given = config.init.checkpoint
+    path = folders.locate(given, "init.checkpoint")[0]
+    checkpoint = together(mesh, lambda: _verified(path, mesh))
+    require_start(path, config)
+    kept = kept_heads(checkpoint.config, config)
+    there, here = (head_modules(run.mtp) for run in (checkpoint.config, config))
+
+    def weights(name: str) -> bool:
+        return role_of(name) != HEADS or int(name.split(".")[1]) <= kept
+
+    roles = [TRUNK] if config.init.optimizer else []
+    if config.init.optimizer and kept == there == here:
+        roles.append(HEADS)
+    checkpoint.load_engine(engine, weights=weights, moments=roles)
+    heads = f"{kept} MTP modules kept, {here - kept} fresh, {there - kept} dropped"
+    return f"started from the weights of {path} (step {checkpoint.step}): {heads}"
+
+
+def _verified(path: Path, mesh: Mesh) -> Checkpoint:
+    """Every rank checks its share of the files."""
+    checkpoint = Checkpoint(path)
+    problems = checkpoint.damages(mesh.rank, dist.get_world_size())
+    if problems:
+        raise UserError(f"init.checkpoint={path} is damaged ({problems[0]}); give another one")
+    return checkpoint

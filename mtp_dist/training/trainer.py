@@ -34,7 +34,7 @@ from mtp_dist.training.learning_rate import learning_rate
 from mtp_dist.training.nonfinite import keep_batch
 from mtp_dist.training.objective import coefficients, loss_weight
 from mtp_dist.training.progress import Progress
-from mtp_dist.training.resume import newest_sound
+from mtp_dist.training.resume import newest_sound, warm_start
 from mtp_dist.training.signals import StopRequest
 from mtp_dist.training.statistics import Totals
 from mtp_dist.training.step import Workload, build
@@ -95,9 +95,13 @@ class Trainer:
     # Start
 
     def _resume(self) -> str | None:
-        """Load the newest sound checkpoint if there is one; returns the tracker's run id."""
+        """Load the newest sound checkpoint if there is one, else what the run starts from; returns the tracker's run id."""
         checkpoint = newest_sound(self.checkpoints, self.mesh)
         if checkpoint is None:
+            if self.config.init.checkpoint:
+                said = warm_start(self.config, self.mesh, self.workload.engine)
+                if self.mesh.rank == 0 and self.config.train.progress:
+                    print(said, flush=True)
             return None
         checkpoint.load_engine(self.workload.engine)
         checkpoint.load_random_state(self.mesh.rank)

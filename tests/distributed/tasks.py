@@ -408,3 +408,18 @@ def background_save(data: str, run_dir: str, asynchronous: bool) -> dict[str, An
     finally:
         FragmentFile.write, Trainer._one_step = write, one_step  # type: ignore[method-assign]
     return {"trained": trained, "met": met[0]}
+
+
+def start_from(layout: str, data: str, run_dir: str, depth: int, seed: int, overrides: dict[str, Any]) -> None:
+    """A new run from another's weights, saved before its first step (as step 0), then trained for two."""
+    from mtp_dist.training.trainer import Trainer
+
+    settings = _settings(layout, data, run_dir, 2, overrides)
+    settings.mtp.depth, settings.mtp.kind = depth, "sequential" if depth else "none"
+    settings.mtp.depth_weights, settings.seed = [], seed
+    trainer = Trainer(settings, build_mesh(settings.parallel, torch.device("cpu")), Stop())  # type: ignore[arg-type]
+    try:
+        trainer.save()
+        trainer.run()
+    finally:
+        trainer.close()
