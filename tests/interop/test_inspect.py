@@ -23,7 +23,7 @@ def test_what_is_in_it(checkpoints: dict[str, Path], capsys: pytest.CaptureFixtu
     assert "newest of 1" not in text
     for part in ("step         6 (", "concat hidden_first", "tensor 2, schedule zbv, ZeRO 1, 2 processes", "sound: every file"):
         assert part in text
-    assert "head.weight" in text and "[264, 32] in 2 fragments" in text
+    assert "head.weight" in text and "[265, 32] in 2 fragments" in text
 
 
 def test_a_damaged_one(checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
