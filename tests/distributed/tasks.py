@@ -423,3 +423,40 @@ def start_from(layout: str, data: str, run_dir: str, depth: int, seed: int, over
         trainer.run()
     finally:
         trainer.close()
+
+
+def _next_losses(workload: Workload, config: TrainingRun, steps: range) -> list[float]:
+    parts = coefficients(config.mtp, 0)
+    found = []
+    for step in steps:
+        totals, _ = workload.step(_own_rows(config, workload.mesh, step), parts, config.optim.lr)
+        found.append(totals.loss)
+    return found
+
+
+def _save(workload: Workload, config: TrainingRun, root: str, tokenizer: str) -> None:
+    from mtp_dist.checkpoint.writer import Saver
+
+    saver = Saver(Path(root), config, workload.mesh, workload.engine, Path(tokenizer))
+    saver.begin(step=2, progress={}, data={}, tracker={"run_id": "none"})
+    saver.finish()
+
+
+def save_under(layout: str, root: str, tokenizer: str) -> list[float]:
+    """A checkpoint after two steps, in root/step_00000002. Returns the losses of the two steps after it."""
+    config = configuration(layout)
+    workload = build(config, build_mesh(config.parallel, torch.device("cpu")))
+    _next_losses(workload, config, range(2))
+    _save(workload, config, root, tokenizer)
+    return _next_losses(workload, config, range(2, 4))
+
+
+def load_under(layout: str, checkpoint: str, root: str, tokenizer: str) -> list[float]:
+    """That checkpoint under another layout, saved again in root before anything is trained. Returns the same losses."""
+    from mtp_dist.checkpoint.reader import Checkpoint
+
+    config = configuration(layout)
+    workload = build(config, build_mesh(config.parallel, torch.device("cpu")))
+    Checkpoint(Path(checkpoint)).load_engine(workload.engine)
+    _save(workload, config, root, tokenizer)
+    return _next_losses(workload, config, range(2, 4))
