@@ -158,8 +158,9 @@ def _memory(config: Plan) -> str:
         rows.append([f"pipeline rank {pipeline_rank}", *(f"{value / GIB:.3f}" for value in values)])
     saved = budget.chunk_parameters(config.model, config.mtp, config.model.layers).total * budget.CHECKPOINT_BYTES
     return "\n".join([
-        f"memory: {config.train.dtype}, ZeRO-{zero}; bytes a parameter: weights {weight}, gradients {budget.GRADIENT_BYTES}, "
-        f"optimizer ({'master + ' if zero else ''}moments) {optimizer}{shared}",
+        f"memory: {config.train.dtype}, ZeRO-{zero}; bytes a parameter: weights {weight}"
+        f"{shared if zero == 3 else ''}, gradients {budget.GRADIENT_BYTES}, optimizer "
+        f"({'master + ' if zero else ''}moments) {optimizer}{shared}",
         _table(rows),
         "* estimates: kept for backward passes in flight; buffers of the loss and the optimizer step",
         f"checkpoint: {saved / GIB:.3f} GiB ({budget.CHECKPOINT_BYTES} bytes a parameter)",
@@ -180,6 +181,8 @@ def _schedules(config: Plan) -> str:
     from mtp_dist.parallel.simulation import simulated_step
 
     cost, parallel = costs(config), config.parallel
+    if config.mtp.freeze_trunk:
+        return f"schedules: none, the trunk only runs forward; the heads weigh {cost.tail_in_layers:.1f} layers"
     even = micro_batches(config) * (config.model.layers * cost.block.total + cost.tail.total) / parallel.pipeline
     rows = [["schedule", "layers of chunks", "simulated step / even split without waiting", "bubble"]]
     for schedule in SCHEDULES:

@@ -85,7 +85,7 @@ class ZeroConfig:
     """DeepSpeed ZeRO."""
 
     stage: int = setting(1, "0: replicated optimizer | 1: optimizer sharded over replicas | 2: gradients too | 3: weights too; 2 and 3 without a pipeline.")
-    offload: bool = setting(False, "Keep the optimizer (float32 weights, moments) in the host's memory and step there; without a pipeline.")
+    offload: bool = setting(False, "Keep the optimizer (float32 weights, moments) in the host's memory and step there.")
     reduce_bucket_size: int = setting(50_000_000, "Elements reduced in one collective.")
     allgather_bucket_size: int = setting(50_000_000, "Elements gathered in one collective.")
 

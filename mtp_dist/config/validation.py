@@ -265,11 +265,6 @@ def _validate_zero(config: TrainingRun) -> None:
         raise UserError("zero.offload=true with zero.stage=0: it is ZeRO that moves the optimizer; choose zero.stage=1")
     if stage == 3 and config.parallel.data == 1:
         raise UserError("zero.stage=3 with parallel.data=1 has no replicas to shard weights over; choose zero.stage=1")
-    if stage >= 2 and config.parallel.sequence_parallel and config.parallel.tensor > 1:
-        raise UserError(
-            f"zero.stage={stage} reduces gradients during every backward, before sequence parallelism has summed its partial "
-            "ones; choose zero.stage=1, or parallel.sequence_parallel=false"
-        )
     one_of("train.recompute", config.train.recompute, ["none", "selective", "full"])
     if stage == 3 and config.train.recompute == "selective":
         raise UserError(

@@ -202,7 +202,7 @@ def rank_memory(config: TrainingRun, pipeline_rank: int) -> Memory:
 
 def rank_vectors(config: TrainingRun) -> int:
     """Elements of norms, which ZeRO-3 (without a pipeline) keeps whole on each rank."""
-    return config.model.hidden * (2 * config.model.layers + 1 + 5 * config.mtp.depth)
+    return config.model.hidden * (2 * config.model.layers + 1 + modules(config.mtp) * (2 * config.mtp.blocks + 3))
 
 
 def _activations(config: TrainingRun, pipeline_rank: int) -> int:
@@ -221,9 +221,10 @@ def _activations(config: TrainingRun, pipeline_rank: int) -> int:
 
 
 def flops_per_token(config: TrainingRun) -> int:
-    """Floating-point operations of forward and backward for one trained position."""
+    """Floating-point operations of forward and backward for one trained position; a frozen trunk runs forward only."""
     length = config.train.sequence_length
-    return config.model.layers * block_flops(config.model, length) + tail_flops(config.model, config.mtp, length)
+    trunk = config.model.layers * block_flops(config.model, length)
+    return trunk // (3 if config.mtp.freeze_trunk else 1) + tail_flops(config.model, config.mtp, length)
 
 
 def dtype_bytes(config: TrainingRun) -> int:

@@ -74,16 +74,20 @@ def tail_flops(model: ModelConfig, mtp: MTPConfig, sequence_length: int) -> int:
 
 
 def projection_flops(model: ModelConfig, mtp: MTPConfig) -> int:
-    """1 + D projections onto the vocabulary; detached depths form no gradient of the matrix."""
+    """1 + D projections onto the vocabulary; detached depths form no gradient of the matrix, and under a frozen trunk there is none,
+    nor one of the main head's state."""
     assert model.vocab_size is not None
+    if mtp.freeze_trunk:
+        return (2 + 4 * mtp.depth) * model.vocab_size * model.hidden
     return (6 + (4 if mtp.detach else 6) * mtp.depth) * model.vocab_size * model.hidden
 
 
 def costs(config: TrainingRun) -> Costs:
     """``parallel.costs``, or by operations in units of one block's three passes without recomputation."""
-    given = config.parallel.costs
+    given, frozen = config.parallel.costs, config.mtp.freeze_trunk
     if given:
-        return Costs(Work(*given[:3]), Work(*given[3:]))
+        block = Work(*given[:3])
+        return Costs(Work(block.forward, 0, 0) if frozen else block, Work(*given[3:]))
     model, mtp, length = config.model, config.mtp, config.train.sequence_length
     assert model.vocab_size is not None
     matrices, attention = 2 * block_matrices(model), 4 * length * attention_width(model, model.heads)
@@ -94,6 +98,8 @@ def costs(config: TrainingRun) -> Costs:
     head = projection_flops(model, mtp) * unit
     # The head forms its gradients while it has the logits: in the forward pass.
     tail = (block * mtp.blocks + Work(join, join, join)) * mtp.depth + Work(head, 0, 0)
-    if config.train.recompute == "full":
+    if frozen:
+        block = Work(block.forward, 0, 0)
+    elif config.train.recompute == "full":
         block += Work(0, block.forward, 0)
     return Costs(block, tail)

@@ -90,6 +90,10 @@ class Engine:
             announce_borrowed(chunks[0])
         for p in [*self.trained.values(), *self.placeholders]:
             p.grad_dtype = torch.float32
+        if self.shards_gradients and mesh.tensor.shares_positions:
+            # Before DeepSpeed takes them: a parameter's own hook runs before any that waits for its gradient to be there.
+            for p in self._seen_in_part():
+                p.register_hook(lambda gradient: mesh.tensor.all_reduce(gradient.contiguous().clone()))
         self._states = [self._fresh_state(flat) for flat in self._flats()]
         self._roles = [roles[flat] for flat in self._flats()] if self.stage == 0 else self._roles_of_flats()
         self._frozen_masters = self._hold_frozen()
@@ -280,11 +284,15 @@ class Engine:
         dist.all_reduce(high, op=dist.ReduceOp.MAX, group=self.mesh.tied)
         return (high - low).abs().max().item()
 
-    def _sum_partial_gradients(self) -> None:
+    def _seen_in_part(self) -> list[nn.Parameter]:
         """Under sequence parallelism a parameter that is whole on each tensor rank has seen that rank's positions only."""
-        if not self.mesh.tensor.shares_positions:
+        return [p for p in self.trained.values() if spec_of(p).split is None]
+
+    def _sum_partial_gradients(self) -> None:
+        """Sums of ``_seen_in_part`` over tensor ranks. Where gradients are sharded, hooks of the parameters have done it."""
+        if not self.mesh.tensor.shares_positions or self.shards_gradients:
             return
-        partial = [gradient_of(p) for p in self.trained.values() if spec_of(p).split is None]
+        partial = [gradient_of(p) for p in self._seen_in_part()]
         if not partial:
             return
         flat = self.mesh.tensor.all_reduce(torch.cat([gradient.flatten() for gradient in partial]))

@@ -141,17 +141,9 @@ BROKEN = [
     ("zero.stage=3", ["zero.stage=3", "parallel.data=1", "zero.stage=1"]),
     ("zero.stage=3 parallel.data=2 train.recompute=selective", ["zero.stage=3", "train.recompute=selective", "full or none"]),
     ("zero.stage=3 parallel.data=2 train.compile=true", ["zero.stage=3", "train.compile=true", "zero.stage=2"]),
-    (
-        "zero.stage=3 parallel=tensor2 parallel.data=2 parallel.sequence_parallel=true",
-        ["zero.stage=3", "sequence parallelism", "zero.stage=1"],
-    ),
     ("zero.offload=true zero.stage=0 train.dtype=float32", ["zero.offload=true", "zero.stage=0", "zero.stage=1"]),
     ("mtp.freeze_trunk=true mtp=none", ["mtp.freeze_trunk=true", "mtp.depth=0", "nothing to train"]),
     ("optim.head_lr_ratio=0", ["optim.head_lr_ratio=0", "greater than 0"]),
-    (
-        "zero.stage=2 parallel=tensor2 parallel.sequence_parallel=true",
-        ["zero.stage=2", "sequence parallelism", "zero.stage=1"],
-    ),
     ("zero.stage=0", ["train.dtype=bfloat16", "phantom Adam step", "zero.stage=1", "float32"]),
     ("zero.reduce_bucket_size=0", ["zero.reduce_bucket_size"]),
     ("schedule.kind=linear", ["schedule.kind=linear", "cosine, wsd or constant"]),
