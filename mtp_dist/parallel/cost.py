@@ -74,8 +74,8 @@ def tail_flops(model: ModelConfig, mtp: MTPConfig, sequence_length: int) -> int:
 
 
 def projection_flops(model: ModelConfig, mtp: MTPConfig) -> int:
-    """1 + D projections onto the vocabulary; detached depths form no gradient of the matrix, and under a frozen trunk there is none,
-    nor one of the main head's state."""
+    """1 + D projections onto the vocabulary; detached depths form no gradient of the matrix, and under a frozen trunk there is
+    none, nor one of the main head's state."""
     assert model.vocab_size is not None
     if mtp.freeze_trunk:
         return (2 + 4 * mtp.depth) * model.vocab_size * model.hidden
