@@ -123,15 +123,17 @@ class Checkpoint:
     ) -> None:
         """Weights and masters of this rank's part, whatever layout saved them, of the parameters that `weights` takes by name;
         moments, and Adam's count of steps, of the roles in `moments`. The others stay as they are."""
-        taken = [name for name in engine.parameters if weights(name)]
-        for name in taken:
+        owned = {fragment.name: fragment for fragment in engine.fragments(all_copies=True)}
+        for name in filter(weights, engine.parameters):
             spec = spec_of(engine.parameters[name])
-            engine.set_weight(name, self.read(name, PARTS[0], spec.start, spec.local_shape))
-        for fragment in engine.fragments(all_copies=True):
-            spec = spec_of(engine.parameters[fragment.name])
+            master = self.read(name, PARTS[0], spec.start, spec.local_shape)
+            engine.set_weight(name, master)
+            fragment = owned.get(name)
+            if fragment is None:
+                continue
             for part, values in fragment.parts.items():
-                if weights(fragment.name) and (part == PARTS[0] or role_of(fragment.name) in moments):
-                    whole = self.read(fragment.name, part, spec.start, spec.local_shape)
+                if part == PARTS[0] or role_of(name) in moments:
+                    whole = master if part == PARTS[0] else self.read(name, part, spec.start, spec.local_shape)
                     values.copy_(whole.flatten()[fragment.begin : fragment.end])
         applied = self.manifest.optimizer
         steps = applied.get("steps") or dict.fromkeys((TRUNK, HEADS), applied["step"])
