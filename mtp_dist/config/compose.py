@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,7 +107,7 @@ def value(config: Any, key: str) -> Any:
 
 def settings(schema: type) -> dict[str, Any]:
     """Every leaf setting of a schema: dotted key -> annotated type."""
-    return dict(_leaves(schema, ""))
+    return dict(_all_leaves(schema))
 
 
 def config_groups(config_name: str) -> dict[str, str | None]:
@@ -134,6 +135,11 @@ def suggestion(word: str, known: list[str]) -> str:
     """``; did you mean X?`` where some known word is near, else nothing."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+@cache
+def _all_leaves(schema: type) -> tuple[tuple[str, Any], ...]:
+    return tuple(_leaves(schema, ""))
 
 
 def _leaves(schema: type, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""One pool a world size for the whole session, made when the first test asks for it."""
+"""Layouts run when the first test asks for them, in the pool of their world size."""
 
 from collections.abc import Callable
 from functools import cache
@@ -6,17 +6,18 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.layouts import LAYOUTS, world
+from tests.distributed.cells import CELLS
+from tests.distributed.layouts import processes
 from tests.distributed.pool import run_jobs
 
 
 @pytest.fixture(scope="session")
 def grid(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
-    """layout -> results of ``tasks.parity`` on each rank."""
+    """Name in ``CELLS`` -> results of ``tasks.parity`` on each rank."""
 
     @cache
-    def of_world(size: int) -> dict[str, list[Any]]:
-        jobs = [{"name": name, "task": "parity", "arguments": {"layout": name}} for name in LAYOUTS if world(name) == size]
-        return run_jobs(size, jobs, tmp_path_factory.mktemp(f"world{size}"))
+    def of(name: str) -> list[Any]:
+        job = {"name": "cell", "task": "parity", "arguments": {"layout": CELLS[name]}}
+        return run_jobs(processes(CELLS[name]), [job], tmp_path_factory.mktemp("cell"))["cell"]
 
-    return lambda layout: of_world(world(layout))[layout]
+    return of

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mtp_dist.config.layout import chunks, fewest_micro_batches
+from mtp_dist.config.layout import chunks
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.config.validation import resolve, validate_training
 from mtp_dist.data.batch import Batch
@@ -115,11 +115,12 @@ PATHS = {
     "blocks": "mtp.blocks",
     "detach": "mtp.detach",
     "head_lr_ratio": "optim.head_lr_ratio",
+    "micro_batch": "train.micro_batch",
 }
 """Short name of a setting in a layout -> the setting. A feature joins the grid by a line here."""
 
-ROWS, SHARED_ROWS = 16, 2
-"""Rows of a global batch, and of a micro-batch where the schedule has enough micro-batches so."""
+ROWS = 16
+"""Rows of a global batch."""
 
 
 def world(layout: str) -> int:
@@ -141,20 +142,16 @@ def unchecked(settings: dict[str, Any]) -> TrainingRun:
     config.model.init_std = 0.15
     config.train.steps, config.train.dtype, config.train.sequence_length = 3, "float32", 16
     # A large eps keeps AdamW's update smooth where a gradient is nearly 0: rounding noise there would turn into whole steps.
-    config.optim.lr, config.optim.clip, config.optim.eps = 1e-2, 0.5, 1e-3
-    config.data.lanes = 8
+    config.optim.lr, config.optim.clip, config.optim.eps = 1e-2, 0.5, 1e-2
+    config.data.lanes, config.train.global_batch, config.train.micro_batch = 8, ROWS, 2
     for name, value in settings.items():
         group, _, field = PATHS[name].partition(".")
         setattr(getattr(config, group), field, value)
     config.mtp.kind = settings.get("kind", "sequential") if config.mtp.depth else "none"
     if config.mtp.decay == 1:
         config.mtp.depth_weights = [1.0, 0.7, 1.3][: config.mtp.depth]
-    parallel = config.parallel
     if "layers" not in settings:
-        config.model.layers = max(4, chunks(parallel))
-    config.train.global_batch = ROWS
-    enough = ROWS // (SHARED_ROWS * parallel.data) >= fewest_micro_batches(parallel)
-    config.train.micro_batch = SHARED_ROWS if enough else 1
+        config.model.layers = max(4, chunks(config.parallel))
     return config
 
 

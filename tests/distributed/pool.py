@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from tests.distributed.worker import serve
 
@@ -44,16 +44,21 @@ def run_jobs(world: int, jobs: list[dict[str, Any]], folder: Path) -> dict[str, 
     }
 
 
+def rendezvous(world: int) -> tuple[dist.TCPStore, dict[str, str]]:
+    """The store at which ranks meet, which must live as long as they do, and what tells them of it in their environment. As
+    torchrun does, it is made here: a free port that is only looked up may be taken before rank 0 listens there."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    return store, place | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+
+
 class Pool:
     """Ranks that wait for requests in a folder (see ``worker``) until they are told to stop or their parent is gone."""
 
     def __init__(self, world: int) -> None:
         self.world, self.requests = world, 0
         self.folder = Path(tempfile.mkdtemp(prefix=f"pool{world}-"))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        self.meeting, place = rendezvous(world)
         self.ranks = []
         for rank in range(world):
             variables = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}

@@ -1,7 +1,9 @@
 """What pools run under a layout, and the same on one process without any of the parallel code."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
@@ -15,7 +17,7 @@ from mtp_dist.config.schema import Evaluation, ParallelConfig, TrainingRun
 from mtp_dist.errors import UserError
 from mtp_dist.model import head_loss
 from mtp_dist.model.chunk import Chunk
-from mtp_dist.model.parameter import initialize
+from mtp_dist.model.parameter import initialize, spec_of
 from mtp_dist.model.targets import targets, valid_counts
 from mtp_dist.parallel.engine import MOMENTS
 from mtp_dist.parallel.mesh import Mesh, build_mesh
@@ -25,6 +27,8 @@ from mtp_dist.training.step import Workload, build
 from tests.distributed.layouts import configuration, global_batch, replica_batch
 
 STEPS = 3
+SPLITS = 4
+"""Micro-batches of the reference in bfloat16."""
 
 
 def _own_rows(config: TrainingRun, mesh: Mesh, step: int) -> Any:
@@ -56,13 +60,67 @@ def _reduced_gradients(workload: Workload) -> dict[str, Tensor]:
     return found
 
 
+def _masters(workload: Workload) -> list[tuple[str, tuple[int, ...], tuple[int, ...], int, Tensor]]:
+    """name, start and shape of this rank's slice, where in the flattened slice the values begin, values."""
+    found = []
+    for fragment in workload.engine.fragments(all_copies=True):
+        spec = spec_of(workload.engine.parameters[fragment.name])
+        found.append((fragment.name, spec.start, spec.local_shape, fragment.begin, fragment.parts["master"].detach().clone()))
+    return found
+
+
+def _double_a_gradient(workload: Workload) -> None:
+    compute, victim = workload.gradients, next(iter(workload.engine.parameters.values()))
+
+    def gradients(batch: Any, parts: list[float]) -> Any:
+        totals = compute(batch, parts)
+        if victim.grad is not None:
+            victim.grad *= 2
+        return totals
+
+    workload.gradients = gradients  # type: ignore[method-assign]
+
+
+def _count_replicas_twice(workload: Workload) -> None:
+    for p in workload.engine.parameters.values():
+        p.ds_pipe_replicated, p.tensor_model_parallel = False, True  # type: ignore[attr-defined]
+
+
+def _do_not_sum_the_embedding(workload: Workload) -> None:
+    workload.engine.replica_of_first = None
+
+
+def _lose_a_replica(workload: Workload) -> None:
+    reduce = workload.engine.engine.allreduce_gradients
+
+    def without() -> None:
+        for p in workload.engine.parameters.values():
+            if p.grad is not None and workload.mesh.data_rank > 0:
+                p.grad.zero_()
+        reduce()
+
+    workload.engine.engine.allreduce_gradients = without
+
+
+FAULTS = {
+    "doubled gradient": _double_a_gradient,
+    "replicas counted twice": _count_replicas_twice,
+    "no sum over the embedding's copies": _do_not_sum_the_embedding,
+    "a replica lost": _lose_a_replica,
+}
+"""What may be wrong in a product that trains all the same: ``parity`` with one of them must differ from the reference."""
+
+
 # So few logits at once that a micro-batch takes several turns; 48 and 49 rows of an odd vocabulary would cut it in other places.
 @patch.object(head_loss, "LOGITS_IN_FLIGHT", 480)
-def parity(layout: str | dict[str, Any], **train: object) -> dict[str, Any]:
-    """Losses and norms of three steps, the first step's gradients, the weights after the last, and an evaluation."""
+def parity(layout: str | dict[str, Any], fault: str | None = None, **train: object) -> dict[str, Any]:
+    """Losses and norms of three steps, the first step's gradients, the weights and masters after the last, and an evaluation.
+    `fault`: of ``FAULTS``, done to the product first."""
     config = configuration(layout, **train)
     mesh = build_mesh(config.parallel, torch.device("cpu"))
     workload = build(config, mesh)
+    if fault is not None:
+        FAULTS[fault](workload)
     parts = coefficients(config.mtp, 0)
     losses, means, norms, gradients = [], [], [], {}
     rows = config.train.global_batch // config.parallel.data
@@ -86,6 +144,7 @@ def parity(layout: str | dict[str, Any], **train: object) -> dict[str, Any]:
         "norms": norms,
         "gradients": gradients,
         "weights": weights,
+        "masters": _masters(workload),
         "forward_calls": calls,
         "micro_batches": workload.pipeline.micro_batches,
         "held_out": held_out.means(),
@@ -101,12 +160,15 @@ def compiled(layout: str, **train: object) -> dict[str, Any]:
 
 
 def reference(layout: str | dict[str, Any]) -> dict[str, Any]:
-    """The same three steps by plain autograd on one whole model and the whole global batch, torch's own AdamW and clipping."""
+    """The same three steps by plain autograd on one whole model, torch's own AdamW and clipping.
+
+    float32: the whole global batch at once. bfloat16: the same of weights that are rounded from float32 masters before each step,
+    with gradients of single micro-batches added up in float32: what mixed precision means, without any of the parallel code.
+    """
     config = configuration(layout)
-    with torch.device("meta"):
-        model = Chunk(config.model, config.mtp, range(config.model.layers))
-    initialize(model, config.seed)
-    learning = {name: p for name, p in model.named_parameters() if name.startswith("mtp.") or not config.mtp.freeze_trunk}
+    dtype = getattr(torch, config.train.dtype)
+    masters, model = _whole_model(config), _whole_model(config).to(dtype)
+    learning = {name: p for name, p in masters.named_parameters() if name.startswith("mtp.") or not config.mtp.freeze_trunk}
     optimizer = torch.optim.AdamW(
         [
             {
@@ -119,35 +181,64 @@ def reference(layout: str | dict[str, Any]) -> dict[str, Any]:
         betas=(config.optim.beta1, config.optim.beta2),
         eps=config.optim.eps,
     )
+    initial = {name: p.detach().clone() for name, p in masters.named_parameters()}
+    splits = 1 if dtype == torch.float32 else SPLITS
     parts = coefficients(config.mtp, 0)
     losses, means, norms, gradients = [], [], [], {}
-    held_out = _reference_result(model, config, 77, parts)[1]
+    held_out = _reference_result(model, config, 77, parts, 1)[1].means()
     for step in range(STEPS):
-        loss, mean = _reference_result(model, config, step, parts)
-        model.zero_grad()
-        loss.backward()
+        optimizer.zero_grad()
+        loss, totals = _reference_result(model, config, step, parts, splits, learning)
         if step == 0:
             gradients = {name: p.grad.clone() for name, p in learning.items() if p.grad is not None}
         norms.append(nn.utils.clip_grad_norm_(learning.values(), config.optim.clip).item())
         optimizer.step()
-        losses.append(loss.item())
-        means.append(mean)
+        model.load_state_dict(masters.state_dict())
+        losses.append(loss)
+        means.append(totals.means())
     return {
         "losses": losses,
         "means": means,
         "norms": norms,
         "gradients": gradients,
         "held_out": held_out,
-        "weights": {name: p.detach() for name, p in model.named_parameters()},
+        "initial": initial,
+        "weights": {name: p.detach() for name, p in masters.named_parameters()},
     }
 
 
-def _reference_result(model: Chunk, config: TrainingRun, step: int, parts: list[float]) -> tuple[Tensor, dict[str, list[float]]]:
+def _whole_model(config: TrainingRun) -> Chunk:
+    with torch.device("meta"):
+        model = Chunk(config.model, config.mtp, range(config.model.layers))
+    initialize(model, config.seed)
+    return model
+
+
+def _reference_result(
+    model: Chunk,
+    config: TrainingRun,
+    step: int,
+    parts: list[float],
+    splits: int,
+    learning: Mapping[str, nn.Parameter] = MappingProxyType({}),
+) -> tuple[float, Totals]:
+    """The loss and the statistics of a global batch; its gradients are added to those of the parameters that are `learning`."""
     batch = global_batch(config, step)
     counts = valid_counts(targets(batch.tokens, batch.documents, config.mtp.depth))
     scale = target_scale(parts, counts, replicas=1).expand(len(batch), -1)
-    out = model(tokens=batch.tokens, documents=batch.documents, scale=scale)
-    return out[0], Totals(out[0].item(), out[1:].detach().view(len(counts), -1).double(), counts).means()
+    out = torch.zeros(model.result_size())
+    for tokens, documents, weights in zip(*(rows.chunk(splits) for rows in (batch.tokens, batch.documents, scale)), strict=True):
+        result = model(tokens=tokens, documents=documents, scale=weights)
+        out += result.detach()
+        if not learning:
+            continue
+        model.zero_grad()
+        result[0].backward()
+        for name, master in learning.items():
+            gradient = model.get_parameter(name).grad
+            if gradient is not None:
+                master.grad = gradient.float() if master.grad is None else master.grad + gradient
+    return out[0].item(), Totals(out[0].item(), out[1:].view(len(counts), -1).double(), counts)
 
 
 class Stop:

@@ -1,6 +1,6 @@
 """Promise: a checkpoint's held-out numbers do not depend on the layout that evaluates it, nor on the one that trained it.
 
-Tolerance, float32: layouts differ by the order of sums only; see test_parity.
+Tolerance, float32: layouts differ by the order of sums only; see tests/distributed/comparison.py.
 """
 
 import json

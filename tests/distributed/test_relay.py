@@ -1,7 +1,7 @@
 """Promise: any layout goes on from any other's checkpoint, without a conversion: losses, norms and the final masters and
 moments are those of a run that never changed its layout.
 
-Tolerance, float32: as in test_parity, 1e-5 of the largest element for a step; five steps add up.
+Tolerance, float32: as in tests/distributed/comparison.py, 1e-5 of the largest element for a step; five steps add up.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Promise: transformers, which knows nothing of this project, reads an exported folder as the same model: same logits, same
 drafts, same text.
 
-Tolerance, float32: the two implementations differ by the order of sums only; see tests/distributed/test_parity.py.
+Tolerance, float32: the two implementations differ by the order of sums only; see tests/distributed/comparison.py.
 """
 
 import json

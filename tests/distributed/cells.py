@@ -1,0 +1,119 @@
+"""The generated part of the grid: the full block at PP = 2, and an array in which every pair of values of ``AXES`` meets.
+
+What a cell may be is decided by ``validate_training`` alone; here stand only the limits of a test machine and what a value means.
+
+    python -m tests.distributed.cells      prints the cells, and the pairs that cannot be with the reason
+"""
+
+from functools import cache
+from itertools import product
+from typing import Any
+
+from mtp_dist.config.layout import SCHEDULES, fewest_micro_batches
+from mtp_dist.config.validation import validate_training
+from mtp_dist.errors import UserError
+from tests.distributed.covering import Cell, CoveringArray, covering_array
+from tests.distributed.layouts import LAYOUTS, ROWS, processes, unchecked
+
+ORDINARY, MOST = 4, 8
+"""Processes of a cell at most, in an ordinary test run and in a full one: a pair that fits into the first is tested there."""
+PASSES = 4
+"""Micro-batches, or more where the schedule needs more."""
+
+AXES: dict[str, tuple[Any, ...]] = {
+    "pipeline": (1, 2, 4),
+    "schedule": ("none", *SCHEDULES),
+    "tensor": (1, 2),
+    "data": (1, 2, 4),
+    "stage": (1, 0, 2, 3),
+    "depth": (1, 0, 3),
+    "recompute": ("none", "selective", "full"),
+    "dtype": ("float32", "bfloat16"),
+    "document_mask": (True, False),
+    "attention": ("masked", "causal"),
+    "sequence_parallel": (False, True),
+    "tie": (True, False),
+    "vocabulary": (96, 97),
+    "freeze_trunk": (False, True),
+    "head_lr_ratio": (1, 3),
+    "offload": (False, True),
+}
+"""Names of ``layouts.PATHS`` -> values. The first ones make a valid cell together, from which the search starts."""
+
+BLOCK_AXES: dict[str, tuple[Any, ...]] = {
+    "pipeline": (2,),
+    "schedule": ("zbv", "1f1b"),
+    "tensor": (1, 2),
+    "data": (1, 2),
+    "stage": (0, 1),
+    "depth": (0, 2),
+}
+
+
+def settings_of(cell: Cell) -> dict[str, Any]:
+    """A cell as the settings of a layout."""
+    parallel = unchecked(cell).parallel
+    passes = max(PASSES, fewest_micro_batches(parallel))
+    return cell | {"micro_batch": max(1, ROWS // (parallel.data * passes))}
+
+
+def refusal(cell: Cell, most: int = MOST) -> str | None:
+    """Why a cell cannot be with so many processes, or None."""
+    if processes(cell) > most:
+        return f"more than {most} processes"
+    # A value without effect would count as covered without being tested.
+    if cell["pipeline"] == 1 and cell["schedule"] != "none":
+        return "one pipeline rank has no schedule"
+    if cell["tensor"] == 1 and cell["sequence_parallel"]:
+        return "one tensor rank shares no positions"
+    if cell["depth"] == 0 and cell["head_lr_ratio"] != 1:
+        return "no heads have no learning rate"
+    try:
+        validate_training(unchecked(settings_of(cell)), None)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def name_of(cell: Cell) -> str:
+    """What tests call a cell: its values, with the axis where a value alone says nothing."""
+    short = {"pipeline": "pp", "tensor": "tp", "data": "dp", "stage": "zero", "depth": "depth", "vocabulary": "v"}
+    short["head_lr_ratio"] = "heads_x"
+    words = []
+    for axis, value in cell.items():
+        if isinstance(value, bool):
+            words += [axis if value else f"no_{axis}"]
+        elif value != "none":
+            words += [f"{short.get(axis, '')}{value}" + ("_recompute" if axis == "recompute" else "")]
+    return "-".join(words)
+
+
+@cache
+def covering() -> CoveringArray:
+    """The array over ``AXES``; its cells of at most ``ORDINARY`` processes hold every pair that fits there."""
+    small = covering_array(AXES, lambda cell: refusal(cell, ORDINARY))
+    large = covering_array(AXES, refusal, given=small.cells)
+    return CoveringArray(small.cells + large.cells, large.impossible)
+
+
+def block() -> list[Cell]:
+    """Every combination of ``BLOCK_AXES``."""
+    return [dict(zip(BLOCK_AXES, values, strict=True)) for values in product(*BLOCK_AXES.values())]
+
+
+def all_cells() -> dict[str, dict[str, Any]]:
+    """name -> settings of the named layouts and of the generated cells."""
+    return LAYOUTS | {name_of(cell): settings_of(cell) for cell in [*block(), *covering().cells]}
+
+
+CELLS = all_cells()
+"""Every cell of the grid."""
+
+
+if __name__ == "__main__":
+    array = covering()
+    for cell in sorted(array.cells, key=processes):
+        print(processes(cell), name_of(cell))
+    for pair, reasons in array.impossible.items():
+        print(", ".join(f"{axis}={value}" for axis, value in pair) + ":", *reasons, sep="\n    ")
+    print(len(array.cells), "cells;", len(array.impossible), "pairs cannot be")
