@@ -37,7 +37,8 @@ def cause(failures: Mapping[int, ProcessFailure], host: str) -> str:
     # A rank with an error of its own may end after its peers; one that was killed late, torchrun has killed.
     own = [rank for rank in own if rank not in late or failures[rank].exitcode != -signal.SIGKILL]
     if not own:
-        return f"the ranks on {host} lost a rank of another node, or were ended from outside; {_AGAIN}"
+        where = "their tracebacks are in run_dir/failures"
+        return f"the ranks on {host} lost a rank of another node, or were ended from outside; {where}; {_AGAIN}"
     rank = min(own, key=lambda rank: (rank in late, rank))
     failure = failures[rank]
     place = f"process {failure.pid} on {host}"

@@ -65,8 +65,8 @@ def _train(config: TrainingRun) -> int:
         raise AgreedError(str(error)) from None
     if config.train.deterministic:
         make_deterministic(device)
+    connect(device, config.parallel.timeout_minutes)
     try:
-        connect(device, config.parallel.timeout_minutes)
         trainer = Trainer(config, build_mesh(config.parallel, device), stop)
         try:
             state = trainer.run()

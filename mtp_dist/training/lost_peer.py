@@ -22,6 +22,8 @@ _GONE = re.compile(
     r"gloo/transport|Connection (closed|reset|refused)|Socket closed|Broken pipe|recvBytes|sendBytes|"
     r"ncclRemoteError|ncclSystemError|NCCL communicator was aborted"
 )
+# Of the same classes, but this rank's own trouble: it must be told with its traceback.
+_OWN = re.compile(r"ncclUnhandledCudaError|ncclInvalid|ncclInternalError|EADDRINUSE|out of memory")
 
 
 def quiet() -> None:
@@ -35,7 +37,7 @@ def exit_status(error: BaseException) -> int | None:
         return None
     text = str(error)
     distributed = isinstance(error, dist.DistError) or _GONE.search(text) is not None
-    if not distributed:
+    if not distributed or _OWN.search(text):
         return None
     return TIMED_OUT if _LATE.search(text) else LOST_PEER
 

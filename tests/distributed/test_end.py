@@ -12,12 +12,13 @@ from typing import Any
 
 import psutil
 import pytest
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from mtp_dist.elastic_agent import cause
 from mtp_dist.exit_codes import LOST_PEER, STOPPED, TIMED_OUT
 from mtp_dist.tracking.jsonl import read_records
-from mtp_dist.training.lost_peer import FOLDER
+from mtp_dist.training.lost_peer import FOLDER, exit_status
 from tests.distributed.pool import ROOT
 from tests.distributed.ranks import Ranks, freeze, output, settings
 from tests.distributed.test_kill import wait_for_step
@@ -120,3 +121,19 @@ def failure(exitcode: int, seen: int) -> ProcessFailure:
 )
 def test_the_cause_is_not_a_rank_that_ended_because_of_another(codes: dict[int, tuple[int, int]], expected: str) -> None:
     assert cause({rank: failure(*seen) for rank, seen in codes.items()}, "host").startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.1]:26338"), LOST_PEER),
+        (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 15000ms for recv operation"), TIMED_OUT),
+        (dist.DistBackendError("NCCL error: remote process exited, ncclRemoteError"), LOST_PEER),
+        (dist.DistBackendError("NCCL error, ncclUnhandledCudaError: Call to CUDA function failed"), None),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), None),
+        (RuntimeError("shape '[2, 3]' is invalid for input of size 5"), None),
+        (KeyError("gloo/transport"), None),
+    ],
+)
+def test_only_the_loss_of_a_peer_is_passed_over_in_silence(error: Exception, status: int | None) -> None:
+    assert exit_status(error) == status
