@@ -40,6 +40,9 @@ AXES: dict[str, tuple[Any, ...]] = {
 }
 """Names of ``layouts.PATHS`` -> values. The first ones make a valid cell together, from which the search starts."""
 
+LAYOUT = ("pipeline", "schedule", "tensor", "data", "stage", "depth", "dtype")
+"""Axes that are always named."""
+
 BLOCK_AXES: dict[str, tuple[Any, ...]] = {
     "pipeline": (2,),
     "schedule": ("zbv", "1f1b"),
@@ -76,15 +79,17 @@ def refusal(cell: Cell, most: int = MOST) -> str | None:
 
 
 def name_of(cell: Cell) -> str:
-    """What tests call a cell: its values, with the axis where a value alone says nothing."""
+    """What tests call a cell: its layout, and what differs from the first values of ``AXES``."""
     short = {"pipeline": "pp", "tensor": "tp", "data": "dp", "stage": "zero", "depth": "depth", "vocabulary": "v"}
-    short["head_lr_ratio"] = "heads_x"
+    short |= {"recompute": "recompute_", "head_lr_ratio": "rate"}
     words = []
     for axis, value in cell.items():
+        if axis not in LAYOUT and value == AXES[axis][0]:
+            continue
         if isinstance(value, bool):
-            words += [axis if value else f"no_{axis}"]
+            words.append(("" if value else "no_") + axis.split("_")[0])
         elif value != "none":
-            words += [f"{short.get(axis, '')}{value}" + ("_recompute" if axis == "recompute" else "")]
+            words.append(f"{short.get(axis, '')}{value}")
     return "-".join(words)
 
 
