@@ -53,7 +53,15 @@ def test_parameters_of_llama_3_8b_are_the_published_ones() -> None:
     assert budget.chunk_parameters(config.model, config.mtp, config.model.layers).total == 8_030_261_248
 
 
-HEADS = ["mtp.depth=2", "mtp.repeat=true mtp.depth=3", "mtp.blocks=2", "mtp.detach=true"]
+HEADS = [
+    "mtp.depth=2",
+    "mtp.repeat=true mtp.depth=3",
+    "mtp.blocks=2",
+    "mtp.detach=true",
+    "mtp.kind=parallel",
+    "mtp.kind=parallel mtp.branch=final mtp.blocks=2",
+    "mtp.kind=medusa mtp.blocks=3",
+]
 """One of each kind and option, at a depth above 1."""
 
 
@@ -105,7 +113,7 @@ def test_operations_are_those_that_torch_counts(heads: str) -> None:
         assert model.weight_gradients is not None
         model.weight_gradients.take()()
     positions = config.train.micro_batch * config.train.sequence_length
-    blocks = config.mtp.blocks * config.mtp.depth
+    blocks = 0 if config.mtp.kind == "medusa" else config.mtp.blocks * config.mtp.depth
     attention = 12 * (config.model.layers + blocks) * config.train.sequence_length * config.model.hidden
     assert counter.get_total_flops() / positions + attention == budget.flops_per_token(config)
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 
-KINDS = ("none", "sequential")
-CONTRACT = ("kind", "depth", "concat", "h0", "recycle", "repeat", "blocks")
+KINDS = ("none", "sequential", "parallel", "medusa")
+CONTRACT = ("kind", "depth", "concat", "h0", "recycle", "repeat", "blocks", "branch")
 """Settings that say which parameters the heads have and how a decoder must use them; every checkpoint records them."""
 
 
@@ -22,6 +22,21 @@ def modules(mtp: MTPConfig) -> int:
 def reads_tokens(mtp: MTPConfig) -> bool:
     """Whether depth k is fed the embedding of t[i+k]: the last chunk then needs the embedding."""
     return mtp.kind == "sequential"
+
+
+def taps(model: ModelConfig, mtp: MTPConfig) -> tuple[int, ...]:
+    """States of the trunk that the heads read beside its output: layer i stands for the state that enters layer i. Ascending."""
+    return (model.layers - 1,) if mtp.kind == "parallel" and mtp.branch == "penultimate" else ()
+
+
+def received_taps(model: ModelConfig, mtp: MTPConfig, layers: range) -> tuple[int, ...]:
+    """Taps of earlier chunks, which reach the chunk of these layers together with the hidden state."""
+    return tuple(tap for tap in taps(model, mtp) if tap < layers.start)
+
+
+def handed_taps(model: ModelConfig, mtp: MTPConfig, layers: range, *, last: bool) -> tuple[int, ...]:
+    """Taps that the chunk of these layers hands on together with the hidden state: those it received, and its own."""
+    return () if last else tuple(tap for tap in taps(model, mtp) if tap < layers.stop)
 
 
 def embeds_on_last(model: ModelConfig, mtp: MTPConfig) -> bool:

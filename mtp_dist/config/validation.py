@@ -6,6 +6,7 @@ A rule that is torch's or DeepSpeed's own says so, since it may fall when they c
 
 import copy
 import math
+from typing import TypeVar
 
 from mtp_dist.config.attention import BACKENDS, require
 from mtp_dist.config.compose import settings, value
@@ -25,6 +26,8 @@ from mtp_dist.config.rules import above, alternatives, at_least, between, diviso
 from mtp_dist.config.schema import LaunchConfig, ModelConfig, MTPConfig, ParallelConfig, TrainingRun
 from mtp_dist.errors import UserError
 
+Training = TypeVar("Training", bound=TrainingRun)
+
 
 def validate(config: TrainingRun, vocabulary: int | None) -> None:
     """Raise UserError at the first rule that the configuration breaks; ``vocabulary`` as in ``validate_training``."""
@@ -38,6 +41,7 @@ def validate_training(config: TrainingRun, vocabulary: int | None) -> None:
 
     ``vocabulary``: entries of the dataset's tokenizer, or None while no dataset is known; then ``model.vocab_size`` stands alone.
     """
+    config = _matched(config)
     for key, kind in settings(type(config)).items():
         if kind is float:
             finite(key, value(config, key))
@@ -66,7 +70,7 @@ def resolve(config: TrainingRun, vocabulary: int | None) -> TrainingRun:
     Filled: model.head_dim, model.vocab_size (when a vocabulary is known), train.steps, schedule.decay_tokens (wsd) and
     launch.processes_per_node.
     """
-    full = copy.deepcopy(config)
+    full = _matched(copy.deepcopy(config))
     full.model.head_dim = head_dim(config.model)
     full.model.vocab_size = vocabulary_rows(config.model, vocabulary)
     full.train.steps = total_steps(config)
@@ -81,6 +85,23 @@ def vocabulary_rows(model: ModelConfig, vocabulary: int | None) -> int | None:
     if model.vocab_size is not None or vocabulary is None:
         return model.vocab_size
     return -(-vocabulary // model.vocab_multiple) * model.vocab_multiple
+
+
+def _matched(config: Training) -> Training:
+    """A copy with the blocks taken out of the trunk that `mtp.match_parameters` asks for, which is then done and false."""
+    mtp, layers = config.mtp, config.model.layers
+    if not mtp.match_parameters:
+        return config
+    if mtp.kind != "parallel":
+        raise UserError(f"mtp.match_parameters=true is for mtp.kind=parallel, not {mtp.kind}; choose mtp.match_parameters=false")
+    if layers <= mtp.depth * mtp.blocks:
+        raise UserError(
+            f"mtp.match_parameters=true takes mtp.depth x mtp.blocks = {mtp.depth} x {mtp.blocks} blocks out of the trunk, which "
+            f"has model.layers={layers}; choose model.layers={mtp.depth * mtp.blocks + 1} or more, or mtp.match_parameters=false"
+        )
+    full = copy.deepcopy(config)
+    full.model.layers, full.mtp.match_parameters = layers - mtp.depth * mtp.blocks, False
+    return full
 
 
 def head_dim(model: ModelConfig) -> int:
@@ -210,6 +231,9 @@ def _validate_mtp(mtp: MTPConfig, sequence_length: int) -> None:
     one_of("mtp.concat", mtp.concat, ["embedding_first", "hidden_first"])
     one_of("mtp.h0", mtp.h0, ["post_norm", "pre_norm"])
     one_of("mtp.recycle", mtp.recycle, ["post_norm", "pre_norm"])
+    one_of("mtp.branch", mtp.branch, ["penultimate", "final"])
+    if mtp.repeat and mtp.kind not in ("none", "sequential"):
+        raise UserError(f"mtp.repeat=true with mtp.kind={mtp.kind} would make all depths equal; choose mtp.repeat=false")
     one_of("mtp.normalize", mtp.normalize, ["mean", "sum", "weights"])
     one_of("mtp.loss_weight_shape", mtp.loss_weight_shape, ["step", "linear"])
     at_least("mtp.blocks", mtp.blocks, 1)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mtp_dist.config.heads import embeds_on_last, reads_tokens
+from mtp_dist.config.heads import embeds_on_last, handed_taps, reads_tokens, received_taps, taps
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.attention import Mask, build_mask
 from mtp_dist.model.embedding import Embedding
@@ -53,6 +53,8 @@ class Chunk(nn.Module):
         if needs_embedding:
             self.embedding = embedding or Embedding(model.vocab_size, model.hidden, std=model.init_std, group=group)
         self.layers = nn.ModuleDict({str(i): Block(model, group) for i in layers})
+        self.taps, self.received = taps(model, mtp), received_taps(model, mtp, layers)
+        self.handed = handed_taps(model, mtp, layers, last=last)
         self.norm = RMSNorm(model.hidden, model.norm_eps, group) if last else None
         self.mtp = build_heads(model, mtp, group) if last else None
         self.head: OutputHead | None = None
@@ -102,8 +104,9 @@ class Chunk(nn.Module):
         """tokens int64 and documents int [B, S+1+D], scale float32 [B, 1+D] (see ``head_loss``); starts: ``document_starts`` of
         the first S positions, needed where ``attention`` is varlen.
 
-        hidden [B, S, d] (None on the first chunk; S/R positions under sequence parallelism) -> hidden of that shape, or on the
-        last chunk float32 [1 + 4 (1+D)]: the loss to differentiate, then ``STATISTICS`` of each depth.
+        hidden [B, S, d] (None on the first chunk; S/R positions under sequence parallelism) -> hidden of that shape, each with
+        the taps that travel behind it in the last dimension (`states_in` and `states_out` states). The last chunk returns float32
+        [1 + 4 (1+D)]: the loss to differentiate, then ``STATISTICS`` of each depth.
         """
         self.forward_calls += 1
         positions = tokens.shape[1] - 1 - self.depth
@@ -111,35 +114,44 @@ class Chunk(nn.Module):
             assert self.embedding is not None
             hidden = self.embedding(tokens[:, :positions])
         assert hidden is not None
+        hidden, *earlier = hidden.chunk(self.states_in, dim=-1)
+        tapped = dict(zip(self.received, earlier, strict=True))
         assert self.model.head_dim is not None
         turn = rotation(torch.arange(positions, device=hidden.device), self.model.head_dim, self.model.rope_theta)
         mask = build_mask(self.attention, documents[:, :positions], starts)
-        for block in self.layers.values():
+        for number, block in self.layers.items():
+            if int(number) in self.taps:
+                tapped[int(number)] = hidden
             assert isinstance(block, Block)
             hidden = run_block(block, hidden, turn, mask, self.recompute)
         assert hidden is not None
         if not self.last:
-            return hidden
+            return torch.cat((hidden, *(tapped[tap] for tap in self.handed)), dim=-1) if self.handed else hidden
         assert self.norm is not None
         normed = self.norm(hidden)
         states = [normed]
         if self.mtp is not None:
-            states += self._head_states(hidden, normed, tokens, turn, mask)
+            states += self._head_states(TrunkStates(hidden, normed, self.norm, tapped), tokens, turn, mask)
         states = [self.group.enter(state) for state in states]
         assert self.head is not None
         wanted = targets(tokens, documents, self.depth)
         loss, statistics = self.head(states, wanted=wanted, scale=scale, queue=self.weight_gradients, main_only=self.detach)
         return torch.cat((loss.view(1), statistics.flatten()))
 
-    def _head_states(self, hidden: Tensor, normed: Tensor, tokens: Tensor, turn: Tensor, mask: Mask) -> list[Tensor]:
-        """The MTP modules on the trunk's states around its final norm -> D states [B, S, d]."""
+    def _head_states(self, trunk: TrunkStates, tokens: Tensor, turn: Tensor, mask: Mask) -> list[Tensor]:
+        """The MTP modules on the trunk's states -> D states [B, S, d]."""
         assert self.mtp is not None
         assert self.norm is not None
         embedded = self._embed_ahead(tokens, turn.shape[1])
         if not self.detach:
-            return self.mtp(TrunkStates(hidden, normed, self.norm), embedded, turn, mask)
-        trunk = TrunkStates(hidden.detach(), normed.detach(), partial(self.norm, learn=False))
-        return self.mtp(trunk, [part.detach() for part in embedded], turn, mask)
+            return self.mtp(trunk, embedded, turn, mask)
+        detached = TrunkStates(
+            trunk.before_norm.detach(),
+            trunk.after_norm.detach(),
+            partial(self.norm, learn=False),
+            {tap: state.detach() for tap, state in trunk.taps.items()},
+        )
+        return self.mtp(detached, [part.detach() for part in embedded], turn, mask)
 
     def _embed_ahead(self, tokens: Tensor, positions: int) -> list[Tensor]:
         """Emb(t[i+k]) for each depth k, where the kind of head reads tokens. Tokens are shifted before they are embedded: an
@@ -151,6 +163,16 @@ class Chunk(nn.Module):
             return [self.embedding(tokens[:, k : k + positions]) for k in range(1, self.depth + 1)]
         once = self.embedding(tokens[:, 1 : positions + self.depth])
         return [once[:, k : k + positions] for k in range(self.depth)]
+
+    @property
+    def states_in(self) -> int:
+        """States that arrive: the hidden one, and taps."""
+        return 1 + len(self.received)
+
+    @property
+    def states_out(self) -> int:
+        """States that a chunk which is not the last hands on."""
+        return 1 + len(self.handed)
 
     def result_size(self) -> int:
         """Elements of what the last chunk returns."""

@@ -7,10 +7,10 @@ gradients and optimizer are exact (up to ZeRO's padding of a few elements); acti
 from dataclasses import dataclass
 
 from mtp_dist.config.attention import possible
-from mtp_dist.config.heads import embeds_on_last, modules
+from mtp_dist.config.heads import embeds_on_last, handed_taps, modules, received_taps
 from mtp_dist.config.layout import chunks, chunks_of_rank, is_v, micro_batches
 from mtp_dist.config.schema import ModelConfig, MTPConfig, ParallelConfig, TrainingRun
-from mtp_dist.parallel.cost import attention_width, beside_blocks, block_flops, block_matrices, tail_flops
+from mtp_dist.parallel.cost import attention_width, beside_blocks, block_flops, block_matrices, blocks_of_module, tail_flops
 from mtp_dist.parallel.placement import layers_of_chunks
 
 GRADIENT_BYTES = 4
@@ -74,8 +74,11 @@ def vocabulary_rows(model: ModelConfig, tensor: int) -> int:
 
 
 def module_parameters(model: ModelConfig, mtp: MTPConfig, tensor: int = 1) -> int:
-    """One MTP module's share on one of `tensor` ranks: its blocks are split; its projection and its norms are on each."""
-    return mtp.blocks * block_parameters(model, tensor) + beside_blocks(model) + 3 * model.hidden
+    """One MTP module's share on one of `tensor` ranks: its blocks are split; its projection (or Medusa's residual blocks) and its
+    norms (or their biases) are on each."""
+    vectors = {"sequential": 3, "medusa": mtp.blocks}.get(mtp.kind, 0)
+    blocks = blocks_of_module(mtp) * block_parameters(model, tensor)
+    return blocks + beside_blocks(model, mtp) + vectors * model.hidden
 
 
 def chunk_parameters(
@@ -142,8 +145,9 @@ def kept_activations(model: ModelConfig, parallel: ParallelConfig, recompute: st
     return 3 * outside + products // parallel.tensor
 
 
-def chunk_activations(config: TrainingRun, layers: int, *, last: bool) -> int:
-    """Bytes that one forward pass of a chunk over one micro-batch keeps for its backward pass.
+def chunk_activations(config: TrainingRun, layers: int, *, last: bool, taps: int = 0) -> int:
+    """Bytes that one forward pass of a chunk over one micro-batch keeps for its backward pass. `taps`: states that come in or go
+    out beside the hidden one.
 
     An estimate: torch's fused attention keeps no scores, but a mask of its own for each block where a mask is what keeps
     documents apart (if it may be, on a device that is not known yet, it is counted).
@@ -154,14 +158,22 @@ def chunk_activations(config: TrainingRun, layers: int, *, last: bool) -> int:
     block = block_activations(model, config.parallel) + mask
     kept = kept_activations(model, config.parallel, config.train.recompute)
     elements = layers * (kept + (0 if config.train.recompute == "full" else mask))
+    elements += taps * (model.hidden // _position_shares(config.parallel))
     if config.train.recompute != "none" and layers:
         elements += block - kept  # one block at a time is whole again
     if last:
-        # A module: its blocks, the concatenation and what its three norms keep beside it. Then the final norm, and the gradients
-        # of 1 + D states, which the loss forms in the forward pass.
+        # A module: its blocks, the concatenation and what its three norms keep beside it (or the shared norm, or what a residual
+        # block keeps). Then the final norm, and the gradients of 1 + D states, which the loss forms in the forward pass.
+        states = {"sequential": 7, "parallel": 3, "medusa": 2 * config.mtp.blocks}.get(config.mtp.kind, 0)
         outside = model.hidden // _position_shares(config.parallel)
-        elements += depth * (config.mtp.blocks * block + 7 * outside) + 3 * outside + (1 + depth) * model.hidden
+        elements += depth * (blocks_of_module(config.mtp) * block + states * outside) + 3 * outside + (1 + depth) * model.hidden
     return config.train.micro_batch * length * elements * dtype_bytes(config)
+
+
+def _activations_of(config: TrainingRun, layers: range, *, last: bool) -> int:
+    received = received_taps(config.model, config.mtp, layers)
+    taps = len(received) + len(handed_taps(config.model, config.mtp, layers, last=last))
+    return chunk_activations(config, len(layers), last=last, taps=taps)
 
 
 def _position_shares(parallel: ParallelConfig) -> int:
@@ -211,10 +223,11 @@ def _activations(config: TrainingRun, pipeline_rank: int) -> int:
     layers, numbers, end = layers_of_chunks(config), chunks_of_rank(parallel, pipeline_rank), chunks(parallel) - 1
     if config.mtp.freeze_trunk:
         # The heads alone run backward, a micro-batch at a time; states on their way to the next chunk wait until the end.
-        heads = chunk_activations(config, 0, last=True) if end in numbers else 0
+        heads = _activations_of(config, range(config.model.layers, config.model.layers), last=True) if end in numbers else 0
+        states = [1 + len(handed_taps(config.model, config.mtp, layers[n], last=False)) for n in numbers if n < end]
         edge = config.train.micro_batch * config.train.sequence_length * config.model.hidden // _position_shares(parallel)
-        return heads + micro_batches(config) * edge * dtype_bytes(config) * sum(number < end for number in numbers)
-    passes = [chunk_activations(config, len(layers[n]), last=n == end) for n in numbers]
+        return heads + micro_batches(config) * edge * dtype_bytes(config) * sum(states)
+    passes = [_activations_of(config, layers[n], last=n == end) for n in numbers]
     in_flight = chunks_in_flight(parallel, pipeline_rank, micro_batches(config))
     # A V rank's passes in flight are of its two chunks in about equal parts.
     return -(-in_flight * sum(passes) // len(passes))

@@ -61,15 +61,22 @@ def block_flops(model: ModelConfig, sequence_length: int) -> int:
     return 6 * block_matrices(model) + 12 * sequence_length * attention_width(model, model.heads)
 
 
-def beside_blocks(model: ModelConfig) -> int:
-    """Matrix elements of one MTP module beside its decoder blocks."""
-    return 2 * model.hidden**2
+def beside_blocks(model: ModelConfig, mtp: MTPConfig) -> int:
+    """Matrix elements of one MTP module beside its decoder blocks: the projection of two states to one, or Medusa's residual
+    blocks."""
+    squares = {"sequential": 2, "medusa": mtp.blocks}.get(mtp.kind, 0)
+    return squares * model.hidden**2
+
+
+def blocks_of_module(mtp: MTPConfig) -> int:
+    """Decoder blocks of one MTP module."""
+    return 0 if mtp.kind == "medusa" else mtp.blocks
 
 
 def tail_flops(model: ModelConfig, mtp: MTPConfig, sequence_length: int) -> int:
     """What follows the trunk's last layer: the MTP modules, and 1 + D projections onto the vocabulary."""
     assert model.vocab_size is not None
-    modules = mtp.depth * (mtp.blocks * block_flops(model, sequence_length) + 6 * beside_blocks(model))
+    modules = mtp.depth * (blocks_of_module(mtp) * block_flops(model, sequence_length) + 6 * beside_blocks(model, mtp))
     return modules + projection_flops(model, mtp)
 
 
@@ -94,10 +101,10 @@ def costs(config: TrainingRun) -> Costs:
     unit = 1 / block_flops(model, length)
     # Of attention's products, two are forward and four give the gradient of its inputs; it has no weights.
     block = Work(matrices + attention, matrices + 2 * attention, matrices) * unit
-    join = 2 * beside_blocks(model) * unit
+    join = 2 * beside_blocks(model, mtp) * unit
     head = projection_flops(model, mtp) * unit
     # The head forms its gradients while it has the logits: in the forward pass.
-    tail = (block * mtp.blocks + Work(join, join, join)) * mtp.depth + Work(head, 0, 0)
+    tail = (block * blocks_of_module(mtp) + Work(join, join, join)) * mtp.depth + Work(head, 0, 0)
     if frozen:
         block = Work(block.forward, 0, 0)
     elif config.train.recompute == "full":

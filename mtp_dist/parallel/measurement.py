@@ -47,8 +47,9 @@ class _Timed:
     def __init__(self, config: TrainingRun, blocks: int, device: torch.device) -> None:
         config = copy.deepcopy(config)
         self.device, dtype = device, getattr(torch, config.train.dtype)
+        layers = range(1, 1 + blocks) if blocks else range(config.model.layers, config.model.layers)
         with torch.device("meta"):
-            self.chunk = Chunk(config.model, config.mtp, range(1, 1 + blocks), first=False, last=blocks == 0)
+            self.chunk = Chunk(config.model, config.mtp, layers, first=False, last=blocks == 0)
         initialize(self.chunk, config.seed)
         self.chunk.to(device, dtype)
         self.chunk.recompute = config.train.recompute
@@ -67,7 +68,8 @@ class _Timed:
             "documents": torch.zeros((rows, width), dtype=torch.int32, device=device),
             "scale": torch.full((rows, 1 + depth), 1 / (rows * positions), device=device),
         }
-        self.hidden = torch.randn((rows, positions, config.model.hidden), generator=generator).to(device, dtype)
+        width = config.model.hidden * self.chunk.states_in
+        self.hidden = torch.randn((rows, positions, width), generator=generator).to(device, dtype)
 
     def round(self) -> Work:
         """Seconds of one micro-batch's passes."""

@@ -38,7 +38,8 @@ class Pipeline:
         *,
         frozen_trunk: bool = False,
     ) -> None:
-        """`edge`: shape [B, S, d] of what travels between chunks, in `dtype`. `frozen_trunk`: only the last chunk has anything to
+        """`edge`: shape [B, S, d] of one state that travels between chunks, in `dtype`; chunks say how many travel side by side.
+        `frozen_trunk`: only the last chunk has anything to
         learn, so no gradient travels and the pipeline has no schedule: micro-batches walk forward, and the last chunk alone runs
         backward."""
         self.chunks, self.mesh, self.micro_batches, self.edge, self.dtype = chunks, mesh, micro_batches, edge, dtype
@@ -60,13 +61,20 @@ class Pipeline:
         """Whether this rank computes the loss."""
         return self.count - 1 in self.numbers
 
+    def _shape(self, states: int) -> tuple[int, int, int]:
+        """Of so many states side by side."""
+        return (*self.edge[:2], states * self.edge[2])
+
     def _build_schedule(self) -> Any:
         mesh = self.mesh
-        edge = torch.empty(self.edge, dtype=self.dtype, device=mesh.device, requires_grad=True)
+
+        def edge(states: int) -> Tensor:
+            return torch.empty(self._shape(states), dtype=self.dtype, device=mesh.device, requires_grad=True)
+
         stages = self.stages
         for chunk, number in zip(self.chunks, self.numbers, strict=True):
             last = number == self.count - 1
-            result = torch.empty(chunk.result_size(), device=mesh.device) if last else edge  # type: ignore[operator]
+            loss = torch.empty(chunk.result_size(), device=mesh.device) if last else None  # type: ignore[operator]
             stages.append(
                 PipelineStage(
                     chunk,
@@ -75,8 +83,8 @@ class Pipeline:
                     mesh.device,
                     group=mesh.pipeline,
                     dw_builder=self.queue.take,
-                    input_args=() if number == 0 else edge,
-                    output_args=result,
+                    input_args=() if number == 0 else edge(chunk.states_in),  # type: ignore[arg-type]
+                    output_args=edge(chunk.states_out) if loss is None else loss,  # type: ignore[arg-type]
                 )
             )
         kind = SCHEDULES[mesh.parallel.schedule]
@@ -139,7 +147,7 @@ class Pipeline:
 
     def _walk(self, parts: list[tuple[int, dict[str, Tensor]]], learn: bool) -> list[Tensor]:
         """`_walk_all` for these micro-batches, each with its number."""
-        edge = (parts[0][1]["tokens"].shape[0], *self.edge[1:])
+        rows = parts[0][1]["tokens"].shape[0]
         timeline = self.timeline if learn else None
         sending: list[tuple[dist.Work | None, Tensor]] = []
         carried: list[Tensor] = []
@@ -153,7 +161,8 @@ class Pipeline:
                 if before is not None and before == self.mesh.pipeline_rank:
                     hidden = handed[position]
                 elif before is not None:
-                    hidden = torch.empty(edge, dtype=self.dtype, device=self.mesh.device)
+                    shape = (rows, *self._shape(chunk.states_in)[1:])  # type: ignore[arg-type]
+                    hidden = torch.empty(shape, dtype=self.dtype, device=self.mesh.device)
                     dist.recv(hidden, self.mesh.pipeline_peer(before), group=self.mesh.pipeline)
                 with (
                     torch.set_grad_enabled(learn and after is None),

@@ -114,6 +114,10 @@ BROKEN = [
     ("mtp.loss_weight_points=[[10.0,-1.0]]", ["mtp.loss_weight_points"]),
     ("mtp.loss_weight_points=[[10.0,.nan]]", ["mtp.loss_weight_points"]),
     ("mtp.loss_weight_shape=lin", ["mtp.loss_weight_shape=lin", "step or linear"]),
+    ("mtp.branch=last", ["mtp.branch=last", "penultimate or final"]),
+    ("mtp.kind=medusa mtp.repeat=true", ["mtp.repeat=true", "mtp.kind=medusa"]),
+    ("mtp.kind=sequential mtp.match_parameters=true", ["mtp.match_parameters", "mtp.kind=parallel"]),
+    ("mtp.kind=parallel mtp.match_parameters=true model.layers=2", ["mtp.match_parameters", "model.layers=2", "model.layers=3"]),
     ("mtp.blocks=0", ["mtp.blocks=0", "at least 1"]),
     ("mtp.decay=0", ["mtp.decay=0"]),
     ("mtp.decay=0.5 mtp.depth_weights=[1,1]", ["mtp.decay=0.5", "mtp.depth_weights"]),
@@ -197,6 +201,9 @@ FITTING = [
     "mtp=none",
     "mtp=deepseek_v3",
     "mtp=fastmtp",
+    "mtp=gloeckle_n4",
+    "mtp=gloeckle_bytes_n8",
+    "mtp=medusa1",
     "train.steps=null train.tokens=1000000",
     "schedule=wsd schedule.warmup_tokens=400000 schedule.decay_tokens=419200",
     "parallel.data=4 launch.nodes=2 launch.node_rank=1",
@@ -243,6 +250,14 @@ def test_a_plan_needs_no_run_folder_and_no_dataset() -> None:
 )
 def test_a_v_placement_has_two_chunks_a_pipeline_rank(parallel: ParallelConfig, world: int, parts: int) -> None:
     assert (world_size(parallel), chunks(parallel)) == (world, parts)
+
+
+def test_blocks_of_parallel_heads_are_taken_out_of_the_trunk_once() -> None:
+    full = resolve(composed("mtp=gloeckle_n4"), VOCABULARY)
+    assert (full.model.layers, full.mtp.match_parameters) == (5, False)
+    assert resolve(full, VOCABULARY) == full
+    with pytest.raises(UserError, match=r"parallel\.placement=\[4,4\] adds up to 8 layers, but model\.layers=5"):
+        validate(composed("mtp=gloeckle_n4", "parallel=classic2", "parallel.placement=[4,4]"), VOCABULARY)
 
 
 def test_derived_settings_are_filled_and_nothing_else() -> None:

@@ -20,7 +20,7 @@ def random_model(
     document_mask: bool = True,
     std: float = 0.3,
     layers: int = 2,
-    **mtp: str,
+    **mtp: object,
 ) -> Chunk:
     """Two layers of width 32. The large initial values make texts that do not repeat themselves at once."""
     model = ModelConfig(
@@ -35,7 +35,7 @@ def random_model(
         tie_embeddings=tie,
         document_mask=document_mask,
     )
-    heads = MTPConfig(kind="sequential" if depth else "none", depth=depth, **mtp)
+    heads = MTPConfig(kind="sequential" if depth else "none", depth=depth, **mtp)  # type: ignore[arg-type]
     with torch.device("meta"):
         chunk = Chunk(model, heads, range(layers))
     initialize(chunk, seed)

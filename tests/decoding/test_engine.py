@@ -23,6 +23,7 @@ VARIANTS = [
     {},
     {"concat": "hidden_first", "recycle": "pre_norm"},
     {"tie": False, "h0": "pre_norm"},
+    {"repeat": True},
     {"document_mask": False, "h0": "pre_norm", "recycle": "pre_norm"},
 ]
 DTYPES = [torch.float32, torch.float64]

@@ -79,6 +79,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         for option, what in {
             "repeat": {"repeat": True, "decay": 0.6, "depth": 3},
             "blocks2_detach": {"blocks": 2, "detach": True},
+            "parallel": {"kind": "parallel"},
+            "medusa": {"kind": "medusa", "blocks": 2},
         }.items()
         for name, where in {
             "pp2_1f1b": {"pipeline": 2, "schedule": "1f1b"},
@@ -88,6 +90,23 @@ LAYOUTS: dict[str, dict[str, Any]] = {
             "dp2_zero3": {"data": 2, "stage": 3},
         }.items()
     },
+    **{
+        f"{name}_parallel": where | {"kind": "parallel"}
+        for name, where in {
+            "pp2_zbv": {"pipeline": 2, "schedule": "zbv"},
+            "pp2_zbv_untied": {"pipeline": 2, "schedule": "zbv", "tie": False},
+            "pp2_1f1b_heads_alone_untied": {"pipeline": 2, "schedule": "1f1b", "placement": "[4,0]", "tie": False},
+            "pp2_1f1b_heads_alone_frozen": {"pipeline": 2, "schedule": "1f1b", "placement": "[4,0]", "freeze_trunk": True},
+            "pp2_1f1b_heads_alone_detach": {"pipeline": 2, "schedule": "1f1b", "placement": "[4,0]", "detach": True},
+            "pp2_1f1b_heads_alone_tp2_sequence": {
+                "pipeline": 2, "schedule": "1f1b", "placement": "[4,0]", "tensor": 2, "sequence_parallel": True},
+            "pp2_zbv_final": {"pipeline": 2, "schedule": "zbv", "branch": "final"},
+            "pp2_zbv_heads_alone_full": {"pipeline": 2, "schedule": "zbv", "placement": "[1,1,2,0]", "recompute": "full"},
+        }.items()
+    },
+    "pp2_zbv_medusa": {"pipeline": 2, "schedule": "zbv", "kind": "medusa"},
+    "pp2_1f1b_untied_medusa": {"pipeline": 2, "schedule": "1f1b", "kind": "medusa", "tie": False},
+    "pp2_1f1b_frozen_medusa": {"pipeline": 2, "schedule": "1f1b", "kind": "medusa", "freeze_trunk": True},
 }
 
 
@@ -110,6 +129,7 @@ PATHS = {
     "offload": "zero.offload",
     "freeze_trunk": "mtp.freeze_trunk",
     "kind": "mtp.kind",
+    "branch": "mtp.branch",
     "repeat": "mtp.repeat",
     "decay": "mtp.decay",
     "blocks": "mtp.blocks",

@@ -74,6 +74,32 @@ def blocks(weights: Weights, name: str, model: ModelConfig, mtp: MTPConfig, xs: 
     return xs
 
 
+def parallel_heads(
+    weights: Weights, model: ModelConfig, mtp: MTPConfig, entering: Vectors, before: Vectors, documents: list[int]
+) -> list[Vectors]:
+    """Gloeckle's heads; `entering` and `before`: the states that enter and leave the trunk's last block."""
+    z = entering if mtp.branch == "penultimate" else before
+    states = []
+    for k in range(1, mtp.depth + 1):
+        out = blocks(weights, f"mtp.{k}.block", model, mtp, z, documents[: len(z)])
+        states.append([norm(x, weights["norm.weight"], model.norm_eps) for x in out])
+    return states
+
+
+def medusa_heads(weights: Weights, mtp: MTPConfig, after: Vectors) -> list[Vectors]:
+    states = []
+    for k in range(1, mtp.depth + 1):
+        xs = after
+        for r in range(1, mtp.blocks + 1):
+            name, out = f"mtp.{k}.block.{r}", []
+            for x in xs:
+                inner = weights[f"{name}.linear.weight"] @ x + weights[f"{name}.bias"]
+                out.append(x + inner / (1 + (-inner).exp()))
+            xs = out
+        states.append(xs)
+    return states
+
+
 def heads(
     weights: Weights, model: ModelConfig, mtp: MTPConfig, before: Vectors, after: Vectors, tokens: list[int], documents: list[int]
 ) -> list[Vectors]:
@@ -103,9 +129,15 @@ def row_states(weights: Weights, model: ModelConfig, mtp: MTPConfig, tokens: lis
     """h^0 (normed), h^1 .. h^D of one row of S + 1 + D tokens."""
     positions = len(tokens) - 1 - mtp.depth
     xs = [weights["embedding.weight"][token] for token in tokens[:positions]]
+    entering = xs
     for layer in range(model.layers):
+        entering = xs
         xs = block(weights, f"layers.{layer}", model, xs, documents[:positions])
     after = [norm(x, weights["norm.weight"], model.norm_eps) for x in xs]
+    if mtp.kind == "parallel":
+        return [after, *parallel_heads(weights, model, mtp, entering, xs, documents)]
+    if mtp.kind == "medusa":
+        return [after, *medusa_heads(weights, mtp, after)]
     return [after, *heads(weights, model, mtp, xs, after, tokens, documents)]
 
 

@@ -26,7 +26,7 @@ def small_model(depth: int = 2, *, tie: bool = True, document_mask: bool = True,
         document_mask=document_mask,
         init_std=0.5,
     )
-    heads = MTPConfig(kind="sequential" if depth else "none", depth=depth, **mtp)  # type: ignore[arg-type]
+    heads = MTPConfig(**{"kind": "sequential" if depth else "none", "depth": depth} | mtp)  # type: ignore[arg-type]
     with torch.device("meta"):
         chunk = Chunk(model, heads, range(layers))
     initialize(chunk, seed=3)
@@ -34,7 +34,7 @@ def small_model(depth: int = 2, *, tie: bool = True, document_mask: bool = True,
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in chunk.parameters():
-            if p.ndim == 1:
+            if p.ndim == 1 or not p.any():  # also what starts as zeros
                 p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.3)
     return chunk
 

@@ -37,7 +37,7 @@ def copies(chunk: Chunk) -> dict[str, Tensor]:
 
 
 def settings(chunk: Chunk, **mtp: object) -> MTPConfig:
-    return MTPConfig(kind="sequential" if chunk.depth else "none", depth=chunk.depth, **mtp)  # type: ignore[arg-type]
+    return MTPConfig(**{"kind": "sequential" if chunk.depth else "none", "depth": chunk.depth} | mtp)  # type: ignore[arg-type]
 
 
 def run(chunk: Chunk, mtp: MTPConfig, tokens: Tensor, documents: Tensor) -> tuple[Tensor, Tensor, Tensor]:

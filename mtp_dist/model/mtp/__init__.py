@@ -6,15 +6,24 @@ that only the state transition differs from kind to kind. Every kind is a module
     forward(trunk: TrunkStates, embedded D x [B, S, d], turn, mask) -> D states [B, S, d]
 
 where `embedded` is Emb(t[i+k]) for k = 1 .. D (empty for a kind that reads no tokens), and each state is ready for the shared
-output head. What a kind asks of the rest (modules, tokens) is in ``config/heads.py``.
+output head. What a kind asks of the rest (modules, tokens, taps) is in ``config/heads.py``.
 """
+
+from collections.abc import Callable
 
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.mtp.heads import Heads
+from mtp_dist.model.mtp.medusa import MedusaHeads
+from mtp_dist.model.mtp.parallel import ParallelHeads
 from mtp_dist.model.mtp.sequential import SequentialHeads
 from mtp_dist.model.tensor_group import TensorGroup
 
 
 def build_heads(model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> Heads | None:
     """The heads that `mtp.kind` names, None for none."""
-    return SequentialHeads(model, mtp, group) if mtp.kind == "sequential" else None
+    kinds: dict[str, Callable[[ModelConfig, MTPConfig, TensorGroup], Heads]] = {
+        "sequential": SequentialHeads,
+        "parallel": ParallelHeads,
+        "medusa": MedusaHeads,
+    }
+    return kinds[mtp.kind](model, mtp, group) if mtp.kind != "none" else None

@@ -1,7 +1,7 @@
 """What all kinds of MTP heads have in common: the interface, and a module's blocks."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -13,11 +13,13 @@ from mtp_dist.model.trunk import Block, KeyValueCache
 
 @dataclass(frozen=True)
 class TrunkStates:
-    """What heads read of the trunk, each [B, S, d]: its output before and after the final norm, and that norm."""
+    """What heads read of the trunk, each [B, S, d]: its output before and after the final norm, and that norm; `taps`: the state
+    that enters a layer, for each that the kind names."""
 
     before_norm: Tensor
     after_norm: Tensor
     norm: Callable[[Tensor], Tensor]
+    taps: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Heads(nn.ModuleDict):

@@ -1,0 +1,54 @@
+"""Medusa heads (Cai and others, arXiv 2401.10774, section 2.1.1) on the shared output head.
+
+h^k = x + SiLU(W_k x + b_k) with x = h⁰, the trunk's output after its final norm; `mtp.blocks` such residual blocks in a row. W_k
+and b_k start as zeros, so every head starts as the main one. The paper gives each head a vocabulary projection of its own, a copy
+of the main one at the start; here all share the main one.
+"""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtp_dist.config.heads import modules
+from mtp_dist.config.schema import ModelConfig, MTPConfig
+from mtp_dist.model.attention import Mask
+from mtp_dist.model.linear import Linear
+from mtp_dist.model.mtp.heads import Heads, TrunkStates
+from mtp_dist.model.parameter import parameter
+from mtp_dist.model.tensor_group import TensorGroup
+
+
+class ResidualBlock(nn.Module):
+    """x + SiLU(W x + b), [B, n, d] -> [B, n, d]; position by position, whole on every tensor rank."""
+
+    def __init__(self, hidden: int, group: TensorGroup) -> None:
+        super().__init__()
+        self.linear = Linear(hidden, hidden, std=0.0, group=group)
+        self.bias = parameter((hidden,), split=None, std=0.0, group=group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.silu(self.linear(x) + self.bias)
+
+
+class MedusaModule(nn.Module):
+    """One depth: its residual blocks, keyed "1" .. "r"."""
+
+    def __init__(self, model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> None:
+        super().__init__()
+        self.block = nn.ModuleDict({str(r): ResidualBlock(model.hidden, group) for r in range(1, mtp.blocks + 1)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block.values():
+            x = block(x)
+        return x
+
+
+class MedusaHeads(Heads):
+    """D modules side by side."""
+
+    def __init__(self, model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> None:
+        super().__init__({str(k): MedusaModule(model, mtp, group) for k in range(1, modules(mtp) + 1)})
+
+    def forward(self, trunk: TrunkStates, embedded: Sequence[Tensor], turn: Tensor, mask: Mask) -> list[Tensor]:
+        return [module(trunk.after_norm) for module in self.values()]

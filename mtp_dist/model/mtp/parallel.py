@@ -1,0 +1,41 @@
+"""Parallel heads (Gloeckle and others, arXiv 2404.19737, section 2): each depth a decoder stack of its own on one trunk state.
+
+h^k = Block_k(z); the trunk's final norm and the output head, both shared, predict t[i+k+1] from it. `mtp.branch` says what z is:
+`penultimate`, the state that enters the trunk's last block, so that this block is the main head's own as in the paper; or
+`final`, the trunk's output. Depth k sees no token after t[i].
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from mtp_dist.config.heads import modules, taps
+from mtp_dist.config.schema import ModelConfig, MTPConfig
+from mtp_dist.model.attention import Mask
+from mtp_dist.model.mtp.heads import Heads, TrunkStates, build_blocks
+from mtp_dist.model.tensor_group import TensorGroup
+
+
+class ParallelModule(nn.Module):
+    """One depth: its blocks."""
+
+    def __init__(self, model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> None:
+        super().__init__()
+        self.block = build_blocks(model, mtp, group)
+
+    def forward(self, z: Tensor, turn: Tensor, mask: Mask) -> Tensor:
+        """[B, n, d] -> [B, n, d]."""
+        state: Tensor = self.block(z, turn, mask)
+        return state
+
+
+class ParallelHeads(Heads):
+    """D modules side by side."""
+
+    def __init__(self, model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> None:
+        super().__init__({str(k): ParallelModule(model, mtp, group) for k in range(1, modules(mtp) + 1)})
+        self.taps = taps(model, mtp)
+
+    def forward(self, trunk: TrunkStates, embedded: Sequence[Tensor], turn: Tensor, mask: Mask) -> list[Tensor]:
+        z = trunk.taps[self.taps[0]] if self.taps else trunk.before_norm
+        return [trunk.norm(module(z, turn, mask)) for module in self.values()]

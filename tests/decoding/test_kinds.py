@@ -1,0 +1,44 @@
+"""Promise: a model with any kind of heads decodes plainly, from its trunk alone; what has no drafter or no name in an export is
+refused in one line that says what works."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from mtp_dist.config.schema import DecodeConfig, ModelConfig, MTPConfig
+from mtp_dist.decoding.engine import generate
+from mtp_dist.decoding.request import validate_heads
+from mtp_dist.errors import UserError
+from mtp_dist.interop.hugging_face import require_expressible
+from mtp_dist.model.chunk import Chunk
+from mtp_dist.model.parameter import initialize
+
+OTHERS: list[dict[str, Any]] = [{"kind": "parallel"}, {"kind": "medusa"}, {"kind": "sequential", "blocks": 2}]
+
+
+@pytest.mark.parametrize("heads", OTHERS, ids=lambda heads: heads["kind"])
+def test_plain_text_is_the_trunks(heads: dict[str, Any]) -> None:
+    model = ModelConfig(vocab_size=23, layers=2, hidden=32, heads=4, kv_heads=2, head_dim=8, mlp=48, init_std=0.3)
+    texts = []
+    for mtp in (MTPConfig(depth=2, **heads), MTPConfig(kind="none", depth=0)):
+        with torch.device("meta"):
+            chunk = Chunk(model, mtp, range(2))
+        initialize(chunk, 1)
+        texts.append(generate(chunk.eval(), [1, 2, 3], DecodeConfig(mode="plain", max_new_tokens=8)).tokens)
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 8
+
+
+@pytest.mark.parametrize("heads", OTHERS, ids=lambda heads: heads["kind"])
+def test_drafting_and_exporting_are_refused(heads: dict[str, Any]) -> None:
+    mtp = MTPConfig(depth=2, **heads)
+    validate_heads(DecodeConfig(mode="plain"), mtp)
+    with pytest.raises(UserError, match=r"choose decode\.mode=plain") as refused:
+        validate_heads(DecodeConfig(mode="speculative"), mtp)
+    assert f"mtp.kind={mtp.kind}" in str(refused.value)
+    with pytest.raises(UserError, match="choose heads=false"):
+        require_expressible(ModelConfig(), mtp)
+    with pytest.raises(UserError, match=r"mtp\.repeat=true"):
+        require_expressible(ModelConfig(), MTPConfig(repeat=True))
+    validate_heads(DecodeConfig(mode="speculative"), MTPConfig(repeat=True))
