@@ -3,6 +3,7 @@
 Tolerance as in test_sequential: all is float64 but the rotary angles and the head's logits.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -77,7 +78,7 @@ def test_a_tap_travels_from_chunk_to_chunk(kind: dict[str, Any], sizes: list[int
     tokens, documents = rows(2)
     rest = {"tokens": tokens, "documents": documents, "scale": torch.ones(3, 3)}
     hidden = None
-    for chunk, following in zip(chunks, chunks[1:], strict=False):
+    for chunk, following in pairwise(chunks):
         hidden = chunk(hidden, **rest)
         assert chunk.states_out == following.states_in == hidden.shape[-1] // 8
         assert chunk.states_out == (2 if mtp.branch == "penultimate" and "2" not in following.layers and following.last else 1)
