@@ -93,7 +93,7 @@ def medusa_heads(weights: Weights, mtp: MTPConfig, after: Vectors) -> list[Vecto
         for r in range(1, mtp.blocks + 1):
             name, out = f"mtp.{k}.block.{r}", []
             for x in xs:
-                inner = weights[f"{name}.linear.weight"] @ x + weights[f"{name}.bias"]
+                inner = weights[f"{name}.linear.weight"] @ x + weights[f"{name}.linear.bias"]
                 out.append(x + inner / (1 + (-inner).exp()))
             xs = out
         states.append(xs)

@@ -19,16 +19,26 @@ from mtp_dist.model.parameter import parameter
 from mtp_dist.model.tensor_group import TensorGroup
 
 
+class Affine(Linear):
+    """W x + b, both zeros at the start. One module has both: ZeRO-3 shards module by module."""
+
+    def __init__(self, hidden: int, group: TensorGroup) -> None:
+        super().__init__(hidden, hidden, std=0.0, group=group)
+        self.bias = parameter((hidden,), split=None, std=0.0, group=group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.bias
+
+
 class ResidualBlock(nn.Module):
     """x + SiLU(W x + b), [B, n, d] -> [B, n, d]; position by position, whole on every tensor rank."""
 
     def __init__(self, hidden: int, group: TensorGroup) -> None:
         super().__init__()
-        self.linear = Linear(hidden, hidden, std=0.0, group=group)
-        self.bias = parameter((hidden,), split=None, std=0.0, group=group)
+        self.linear = Affine(hidden, group)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + F.silu(self.linear(x) + self.bias)
+        return x + F.silu(self.linear(x))
 
 
 class MedusaModule(nn.Module):
