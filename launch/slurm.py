@@ -30,8 +30,8 @@ FOLDER = Path(__file__).resolve().parents[1]
 TEMPLATE = FOLDER / "slurm" / "train.sbatch.template"
 SCRIPT = "train.sbatch"
 EXAMPLES = (
-    "python launch/slurm.py launch=slurm run_dir=runs/big data.path=datasets/mine model=1b parallel.data=16 train.steps=1000 "
-    "launch.nodes=2 launch.gpus_per_node=8",
+    "python launch/slurm.py launch=slurm run_dir=runs/big data.path=datasets/mine model=1b parallel.data=16 "
+    "train.global_batch=64 data.lanes=16 train.steps=1000 launch.nodes=2 launch.gpus_per_node=8",
     "python launch/slurm.py run_dir=runs/big dry_run=true",
 )
 

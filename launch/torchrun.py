@@ -15,8 +15,8 @@ from mtp_dist.train import launch
 
 EXAMPLES = (
     "python launch/torchrun.py experiment=quickstart",
-    "python launch/torchrun.py run_dir=runs/big data.path=datasets/mine model=1b parallel.data=16 train.steps=1000 "
-    "launch.nodes=2 launch.master_addr=10.0.0.1 launch.node_rank=0",
+    "python launch/torchrun.py run_dir=runs/big data.path=datasets/mine model=1b parallel.data=16 "
+    "train.global_batch=64 data.lanes=16 train.steps=1000 launch.nodes=2 launch.master_addr=10.0.0.1 launch.node_rank=0",
 )
 
 

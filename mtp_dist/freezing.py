@@ -92,6 +92,11 @@ def check(config: TrainingRun, cores: int | None = None) -> TrainingRun:
         require_same_model(checkpoint, full)
     old = _frozen_before(full.run_dir)
     full.init.checkpoint = _start(full, dataset, old)
+    if full.mtp.freeze_trunk and not full.init.checkpoint and not folder.complete(Path(full.run_dir) / "checkpoints"):
+        raise UserError(
+            "mtp.freeze_trunk=true would keep a trunk of random weights for ever; give a trained one by "
+            "init.checkpoint=RUN_FOLDER, or set mtp.freeze_trunk=false"
+        )
     if full.train.deterministic:
         full.launch.threads = _threads(full, old, available_cores() if cores is None else cores)
     if old is not None:
@@ -190,6 +195,8 @@ def _dataset(config: TrainingRun) -> Dataset:
         dataset.split("train")
     except UserError as error:
         raise UserError(f"data.path={config.data.path}: {error}") from None
+    if config.tokenizer.kind == "file" and not config.tokenizer.path:
+        raise UserError("tokenizer.kind=file without tokenizer.path; give the file, or leave out both for the dataset's own")
     if config.tokenizer.path:
         path = Path(config.tokenizer.path)
         if not path.is_file():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from mtp_dist.config import versions
 from mtp_dist.config.command import application
+from mtp_dist.config.heads import modules
 from mtp_dist.config.schema import DecodeConfig, Generation
 from mtp_dist.decoding import request
 from mtp_dist.errors import UserError
@@ -135,8 +136,8 @@ def _description(decode: DecodeConfig, checkpoint: "Checkpoint") -> str:
         parts += [f"top-k {decode.top_k}"] if decode.top_k else []
         parts += [f"top-p {decode.top_p:g}"] if decode.top_p < 1 else []
     if decode.mode != "plain":
-        depth = checkpoint.config.mtp.depth
-        parts.append(f"drafts of {decode.draft or depth} by {depth} MTP module" + ("s" if depth > 1 else ""))
+        mtp = checkpoint.config.mtp
+        parts.append(f"drafts of {decode.draft or mtp.depth} by {modules(mtp)} MTP module" + ("s" if modules(mtp) > 1 else ""))
     return ", ".join(parts)
 
 

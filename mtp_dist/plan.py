@@ -1,9 +1,9 @@
 """What a training configuration would do, without doing it: ``python -m mtp_dist.plan key=value ...``.
 
-Takes the settings of ``mtp_dist.train`` and checks them alike; needs no processes, and no dataset where ``model.vocab_size`` is
-given. Prints the layout, parameters, batches, memory of each rank and operations a token, compares pipeline schedules by
-simulating a step, and names the smallest layout of this run that fits ``world_memory_gib``. Torch is loaded only for what needs
-it: a pipeline's schedules, and ``measure=true``.
+Takes the settings of ``mtp_dist.train`` and checks them alike, apart from places (run_dir, init.checkpoint); needs no processes,
+and no dataset where ``model.vocab_size`` is given. Prints the layout, parameters, batches, memory of each rank and operations a
+token, compares pipeline schedules by simulating a step, and names the smallest layout of this run that fits ``world_memory_gib``.
+Torch is loaded only for what needs it: a pipeline's schedules, and ``measure=true``.
 """
 
 import copy
@@ -51,6 +51,8 @@ def prepare(config: Plan) -> tuple[Plan, Dataset | None]:
     """The valid configuration with derived settings filled, and its dataset if there is one. Raises UserError."""
     versions.check()
     above("world_memory_gib", config.world_memory_gib, 0)
+    if config.measure and config.mtp.freeze_trunk:
+        raise UserError("measure=true times passes in which everything learns; leave it out, or set mtp.freeze_trunk=false")
     dataset = _dataset(config)
     vocabulary = dataset.vocab_size if dataset else None
     validate_training(config, vocabulary)
@@ -156,24 +158,27 @@ def _memory(config: Plan) -> str:
         values = [memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.working, memory.total]
         values += [memory.host] * on_host
         rows.append([f"pipeline rank {pipeline_rank}", *(f"{value / GIB:.3f}" for value in values)])
-    saved = budget.chunk_parameters(config.model, config.mtp, config.model.layers).total * budget.CHECKPOINT_BYTES
+    whole = budget.chunk_parameters(config.model, config.mtp, config.model.layers)
+    trained = whole.heads if config.mtp.freeze_trunk else whole.total
+    saved = budget.MASTER_BYTES * (whole.total - trained) + budget.CHECKPOINT_BYTES * trained
+    kept = f", {budget.MASTER_BYTES} a frozen one" if config.mtp.freeze_trunk else ""
     return "\n".join([
         f"memory: {config.train.dtype}, ZeRO-{zero}; bytes a parameter: weights {weight}"
         f"{shared if zero == 3 else ''}, gradients {budget.GRADIENT_BYTES}, optimizer "
         f"({'master + ' if zero else ''}moments) {optimizer}{shared}",
         _table(rows),
         "* estimates: kept for backward passes in flight; buffers of the loss and the optimizer step",
-        f"checkpoint: {saved / GIB:.3f} GiB ({budget.CHECKPOINT_BYTES} bytes a parameter)",
+        f"checkpoint: {saved / GIB:.3f} GiB ({budget.CHECKPOINT_BYTES} bytes a parameter{kept})",
     ])
 
 
 def _operations(config: Plan) -> str:
     each = budget.flops_per_token(config)
     step = each * tokens_per_step(config)
-    return (
-        f"operations: {each:.4g} FLOP a token, {step:.4g} a step, {step * total_steps(config):.4g} the run\n"
-        f"(forward and backward: 6 a matrix element, the output matrix {1 + config.mtp.depth}x; 12 S H c a block for attention)"
-    )
+    how = f"forward and backward: 6 a matrix element, the output matrix {1 + config.mtp.depth}x; 12 S H c a block for attention"
+    if config.mtp.freeze_trunk or config.mtp.detach:
+        how = "6 a matrix element and 12 S H c a block for attention where both passes run, a third of it where nothing learns"
+    return f"operations: {each:.4g} FLOP a token, {step:.4g} a step, {step * total_steps(config):.4g} the run\n({how})"
 
 
 def _schedules(config: Plan) -> str:

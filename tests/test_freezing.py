@@ -58,6 +58,22 @@ def test_what_is_frozen_is_what_every_process_reads(composed: Composer, dataset:
     assert frozen([f"run_dir={prepared.run_dir}"], {"RANK": "0", "WORLD_SIZE": "1"}) == prepared
 
 
+def test_a_frozen_trunk_must_have_been_trained(composed: Composer) -> None:
+    assert "init.checkpoint" in refusal(composed("mtp.freeze_trunk=true"))
+
+
+def test_a_tokenizer_file_must_be_named(composed: Composer) -> None:
+    assert "tokenizer.path" in refusal(composed("tokenizer.kind=file"))
+
+
+def test_a_setting_that_is_no_more_is_passed_over(composed: Composer) -> None:
+    prepared = prepare(composed())
+    path = resolved_file(prepared.run_dir)
+    path.write_text(path.read_text().replace("parallel:\n", "parallel:\n  tail_cost: null\n"))
+    assert "tail_cost" in path.read_text()
+    assert load(path, TrainingRun) == prepared
+
+
 def test_the_same_settings_again_leave_the_file_alone(composed: Composer) -> None:
     config = prepare(composed())
     before = resolved_file(config.run_dir).stat()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from mtp_dist.checkpoint.manifest import CONFIG
 from mtp_dist.config import compose
-from mtp_dist.config.heads import CONTRACT
-from mtp_dist.config.schema import MTPConfig, TrainingRun
+from mtp_dist.config.heads import CONTRACT, modules
+from mtp_dist.config.schema import TrainingRun
 from mtp_dist.errors import UserError
 
 # How weights were drawn, and how the vocabulary's size was found: the size itself is compared.
@@ -44,11 +44,6 @@ def require_start(checkpoint: Path, config: TrainingRun) -> None:
             raise UserError(f"{name} has heads of {key}={there}, this run's are {here}; set {key}={there}, or init.heads=fresh")
 
 
-def head_modules(mtp: MTPConfig) -> int:
-    """How many modules the heads of a model are; ``mtp.repeat`` makes all depths one."""
-    return min(mtp.depth, 1) if mtp.repeat else mtp.depth
-
-
 def kept_heads(saved: TrainingRun, config: TrainingRun) -> int:
     """How many modules of a checkpoint's heads, from the first on, a run that starts from it takes over."""
-    return min(head_modules(saved.mtp), head_modules(config.mtp)) if config.init.heads == "keep" else 0
+    return min(modules(saved.mtp), modules(config.mtp)) if config.init.heads == "keep" else 0

@@ -33,6 +33,9 @@ T = TypeVar("T")
 
 _OVERRIDE = re.compile(r"(?P<prefix>\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@-]*)(?P<equals>=)?(?P<value>.*)", re.DOTALL)
 
+REMOVED = ("parallel.tail_cost",)
+"""Settings of earlier versions that are passed over in their files."""
+
 # 2e9 is how people write a number of tokens; a whole number so written is one.
 _POWER = re.compile(r"\d+(\.\d+)?[eE]\+?\d{1,2}")
 
@@ -84,6 +87,7 @@ def load(path: str | os.PathLike[str], schema: type[T]) -> T:
     if not isinstance(raw, DictConfig):
         raise UserError(f"{path} does not hold settings (a mapping of names to values)")
     content = _escape_all(OmegaConf.to_container(raw, resolve=False))
+    _drop_removed(content)
     _refuse_unknown(content, schema, str(path))
     try:
         config = OmegaConf.merge(OmegaConf.structured(schema), content)
@@ -263,6 +267,14 @@ def _typed(config: DictConfig, schema: type[T], origin: str) -> T:
         raise UserError(f"{origin}: {_reason(error, settings(schema))}") from None
     assert isinstance(instance, schema)
     return instance
+
+
+def _drop_removed(content: Any) -> None:
+    """Leave out, in place, what earlier versions wrote and no version needs any more: settings that change no result."""
+    for key in REMOVED:
+        group, name = key.split(".")
+        if isinstance(content, dict) and isinstance(content.get(group), dict):
+            content[group].pop(name, None)
 
 
 def _refuse_unknown(content: Any, schema: type, origin: str, prefix: str = "") -> None:

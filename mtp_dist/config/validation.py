@@ -60,6 +60,9 @@ def validate_training(config: TrainingRun, vocabulary: int | None) -> None:
     validate_sequence_parallel(config.parallel, config.train.sequence_length)
     _validate_intervals(config)
     one_of("init.heads", config.init.heads, ["keep", "fresh"])
+    for key, asked in (("init.heads=fresh", config.init.heads == "fresh"), ("init.optimizer=true", config.init.optimizer)):
+        if asked and not config.init.checkpoint:
+            raise UserError(f"{key} without init.checkpoint has nothing to take; give init.checkpoint=RUN_FOLDER or leave it out")
     one_of("tracker.wandb", config.tracker.wandb, ["offline", "online", "disabled"])
     one_of("tokenizer.kind", config.tokenizer.kind, ["bpe", "bytes", "file"])
 
@@ -151,7 +154,8 @@ def validate_launch(launch: LaunchConfig, parallel: ParallelConfig) -> None:
     at_least("launch.processes_per_node", launch.processes_per_node, 1)
     at_least("launch.threads", launch.threads, 0)
     between("launch.master_port", launch.master_port, 0, 65535)
-    between("launch.node_rank", launch.node_rank, 0, launch.nodes - 1)
+    if not 0 <= launch.node_rank < launch.nodes:
+        raise UserError(f"launch.node_rank={launch.node_rank} is not one of launch.nodes={launch.nodes} nodes, counted from 0")
     at_least("launch.signal_seconds", launch.signal_seconds, 0)
     at_least("launch.max_restarts", launch.max_restarts, 0)
     at_least("launch.gpus_per_node", launch.gpus_per_node, 0)
@@ -199,7 +203,10 @@ def _validate_placement(parallel: ParallelConfig, model: ModelConfig) -> None:
         # The last chunk may be the heads alone.
         needed = parts if shown == "uniform" or parts == 1 else parts - 1
         if model.layers < needed:
-            raise UserError(f"model.layers={model.layers} is too few for the {parts} chunks of {layout}: they need {needed}")
+            raise UserError(
+                f"model.layers={model.layers} is too few for the {parts} chunks of {layout}: they need {needed} (beside what "
+                "mtp.match_parameters=true takes out); choose more layers, fewer pipeline ranks, or parallel.schedule=1f1b"
+            )
         return
     try:
         sizes = placement_by_hand(shown)
@@ -210,7 +217,10 @@ def _validate_placement(parallel: ParallelConfig, model: ModelConfig) -> None:
     if min(sizes[:-1], default=1) < 1 or sizes[-1] < 0:
         raise UserError(f"parallel.placement={shown}: every chunk needs a layer, only the last one (it has the heads) may have 0")
     if sum(sizes) != model.layers:
-        raise UserError(f"parallel.placement={shown} adds up to {sum(sizes)} layers, but model.layers={model.layers}")
+        raise UserError(
+            f"parallel.placement={shown} adds up to {sum(sizes)} layers, but model.layers={model.layers} (where "
+            "mtp.match_parameters=true: what it leaves of them)"
+        )
 
 
 def _validate_costs(costs: list[float]) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from mtp_dist.checkpoint import folder as folders
-from mtp_dist.checkpoint.compatibility import head_modules, kept_heads, require_start
+from mtp_dist.checkpoint.compatibility import kept_heads, require_start
 from mtp_dist.checkpoint.reader import Checkpoint
+from mtp_dist.config.heads import modules
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.errors import AgreedError, UserError
 from mtp_dist.parallel.engine import Engine
@@ -58,7 +59,7 @@ def warm_start(config: TrainingRun, mesh: Mesh, engine: Engine) -> str:
     checkpoint = together(mesh, lambda: _verified(path, mesh))
     require_start(path, config)
     kept = kept_heads(checkpoint.config, config)
-    there, here = (head_modules(run.mtp) for run in (checkpoint.config, config))
+    there, here = (modules(run.mtp) for run in (checkpoint.config, config))
 
     def weights(name: str) -> bool:
         return role_of(name) != HEADS or int(name.split(".")[1]) <= kept
