@@ -27,9 +27,11 @@ def cause(failures: Mapping[int, ProcessFailure], host: str) -> str:
     """One line on why the ranks of this node ended; `failures` by rank, with the times at which they were seen."""
     first = min(failure.timestamp for failure in failures.values())
     late = {rank for rank, failure in failures.items() if failure.timestamp > first}
-    if any(failure.exitcode == TIMED_OUT for failure in failures.values()):
-        # torchrun had to kill, after its patience, what heard neither its peers nor a SIGTERM.
-        hung = [rank for rank in late if failures[rank].exitcode == -signal.SIGKILL]
+    codes = {failure.exitcode for failure in failures.values()}
+    # torchrun had to kill, after its patience, what heard neither its peers nor a SIGTERM.
+    hung = [rank for rank in late if failures[rank].exitcode == -signal.SIGKILL]
+    # Gloo's ranks say that they timed out; NCCL's are ended by its watchdog.
+    if TIMED_OUT in codes or (hung and -signal.SIGABRT in codes):
         names = ", ".join(f"rank {rank} (process {failures[rank].pid} on {host})" for rank in sorted(hung))
         who = names or "a rank that is not among those of this node, or ended meanwhile,"
         return f"{who} did not answer within parallel.timeout_minutes and was given up; {_AGAIN}"

@@ -64,10 +64,10 @@ def sound(path: str | Path, setting: str = "checkpoint") -> Path:
     for candidate in locate(path, setting):
         try:
             files = read_manifest(candidate).files
+            problem = next((found for name, record in sorted(files.items()) if (found := damage(candidate, name, record))), None)
         except UserError as error:
             skipped.append(str(error))
             continue
-        problem = next((found for name, record in sorted(files.items()) if (found := damage(candidate, name, record))), None)
         if problem is None:
             return candidate
         skipped.append(f"{candidate.name} is damaged ({problem})")

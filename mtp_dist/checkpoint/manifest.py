@@ -101,8 +101,12 @@ def _sum_line(content: bytes) -> bytes:
     return f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n".encode()
 
 
+class DamagedError(UserError):
+    """The content is proven to be other than what was written. Anything else that hinders reading may pass."""
+
+
 def read_manifest(folder: Path) -> Manifest:
-    """Raises UserError where the folder is no checkpoint, a damaged one, or one of another format."""
+    """Raises UserError where the folder is no checkpoint or one of another format, DamagedError where it is a damaged one."""
     try:
         content = (folder / MANIFEST).read_bytes()
         summed = (folder / MANIFEST_SUM).read_bytes() if (folder / MANIFEST_SUM).exists() else None
@@ -111,14 +115,14 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise UserError(f"{folder / MANIFEST} cannot be read: {error.strerror}") from None
     if summed is not None and summed != _sum_line(content):
-        raise UserError(f"{folder / MANIFEST} is damaged (its SHA-256 is not that of {MANIFEST_SUM}); use another checkpoint")
+        raise DamagedError(f"{folder / MANIFEST} is damaged (its SHA-256 is not that of {MANIFEST_SUM}); use another checkpoint")
     try:
         raw = json.loads(content)
         if raw.get("format") not in (FORMAT, UNSUMMED):
             known = f"{FORMAT!r} and {UNSUMMED!r}"
             raise UserError(f"{folder} has checkpoint format {raw.get('format')!r}; this version reads {known}")
         if raw["format"] == FORMAT and summed is None:
-            raise UserError(f"{folder} is damaged: it has no {MANIFEST_SUM}; use another checkpoint")
+            raise DamagedError(f"{folder} is damaged: it has no {MANIFEST_SUM}; use another checkpoint")
         raw["parameters"] = {
             name: ParameterRecord(
                 entry["shape"], [FragmentRecord(**fragment) for fragment in entry["fragments"]], entry.get("moments", True)
@@ -128,7 +132,7 @@ def read_manifest(folder: Path) -> Manifest:
         raw["files"] = {name: FileRecord(**entry) for name, entry in raw["files"].items()}
         return Manifest(**raw)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
+        raise DamagedError(
             f"{folder / MANIFEST} is damaged ({type(error).__name__}: {str(error)[:80]}); use another checkpoint"
         ) from None
 
@@ -139,11 +143,13 @@ def file_record(path: Path) -> FileRecord:
 
 
 def damage(folder: Path, name: str, expected: FileRecord) -> str | None:
-    """What is wrong with one file of a checkpoint, None if nothing is."""
+    """What is wrong with one file of a checkpoint, None if nothing is. Raises UserError where it is there and cannot be read."""
     try:
         found = file_record(folder / name)
-    except OSError as error:
+    except FileNotFoundError as error:
         return f"{name}: {error.strerror}"
+    except OSError as error:
+        raise UserError(f"{folder / name} cannot be read: {error.strerror}") from None
     if found.size != expected.size:
         return f"{name}: {found.size} bytes instead of {expected.size}"
     return None if found.sha256 == expected.sha256 else f"{name}: its SHA-256 is not the recorded one"

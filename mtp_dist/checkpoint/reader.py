@@ -139,15 +139,15 @@ class Checkpoint:
         steps = applied.get("steps") or dict.fromkeys((TRUNK, HEADS), applied["step"])
         engine.optimizer_steps = {role: count if role in moments else 0 for role, count in steps.items()}
 
-    def load_random_state(self, rank: int) -> None:
+    def load_random_state(self, rank: int, device: torch.device) -> None:
         """This rank's random generators, where the layout that saved had such a rank."""
         file = f"rank_{rank:05d}.safetensors"
         if file not in self.manifest.files:
             return
         torch.set_rng_state(self._tensor(file, "rng.cpu"))
         with safe_open(self.path / file, framework="pt") as content:
-            if torch.cuda.is_available() and "rng.cuda" in content.keys():  # noqa: SIM118 (not a mapping)
-                torch.cuda.set_rng_state(content.get_tensor("rng.cuda"))
+            if device.type == "cuda" and "rng.cuda" in content.keys():  # noqa: SIM118 (not a mapping)
+                torch.cuda.set_rng_state(content.get_tensor("rng.cuda"), device)
 
 
 def open_checkpoint(path: str | Path, setting: str = "checkpoint") -> Checkpoint:

@@ -76,8 +76,9 @@ class _Work:
     def busy(self) -> bool:
         return self._thread.is_alive()
 
-    def join(self) -> None:
-        self._thread.join()
+    def join(self, seconds: float) -> None:
+        """Wait for the thread, but no longer than that."""
+        self._thread.join(seconds)
 
 
 @dataclass
@@ -162,7 +163,8 @@ class Saver:
         """Wait for the save in flight, if there is one. Raises AgreedError where it failed."""
         while self._save is not None:
             if self._save.work is not None:
-                self._save.work.join()
+                # Ranks whose part is done wait for this one in the exchange below, which must not time out.
+                self._save.work.join(min(30.0, 15 * self.config.parallel.timeout_minutes))
             flags = torch.tensor(self.wishes(), dtype=torch.int32)
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.mesh.control)
             self.advance(*(bool(flag) for flag in flags.tolist()))
@@ -177,6 +179,8 @@ class Saver:
 
     def _attempt(self, target: Path) -> Path | None:
         """The temporary folder that all ranks write into; None where the checkpoint exists."""
+        if self.mesh.rank == 0 and target.exists() and not (target / MANIFEST).is_file():
+            folders.set_aside(target)  # no checkpoint, whatever it is: it must not pass for this one
         name = [None if target.exists() else f"{target.name}.tmp-{uuid.uuid4().hex[:8]}"] if self.mesh.rank == 0 else [None]
         dist.broadcast_object_list(name, src=0, group=self.mesh.control)
         return None if name[0] is None else self.root / name[0]

@@ -232,8 +232,8 @@ def _validate_costs(costs: list[float]) -> None:
     for cost in costs:
         finite("parallel.costs", cost)
         at_least("parallel.costs", cost, 0)
-    if costs and not sum(costs[:3]):
-        raise UserError(f"parallel.costs={costs}: the first three, a block's, are all 0")
+    if costs and not costs[0]:
+        raise UserError(f"parallel.costs={costs}: the first, a block's forward pass, is 0")
 
 
 def _validate_mtp(mtp: MTPConfig, sequence_length: int) -> None:

@@ -62,6 +62,11 @@ def block_mask(documents: Tensor) -> BlockMask:
     return create_block_mask(visible, rows, None, length, length, device=documents.device)
 
 
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device; None of any other."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
 def most_documents(documents: Tensor) -> int:
     """documents int [.., S] -> at least the documents of any row: a power of two, 8 or more, so that few shapes occur. Waits for
     the device, so it is asked once a step, before the first forward pass, when the device has nothing else to do."""
@@ -115,6 +120,8 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, mask: Segments) -> Tensor
     # It takes a second to load, and runs on CUDA only.
     from torch.nn.attention.varlen import varlen_attn
 
+    # Before torch 2.12 there is no such argument, and no need for it where each query head has a key head.
+    grouped: dict[str, Any] = {"enable_gqa": True} if key.shape[1] != query.shape[1] else {}
     attended = varlen_attn(
         _end_to_end(query),
         _end_to_end(key),
@@ -124,7 +131,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, mask: Segments) -> Tensor
         max_q=mask.longest,
         max_k=mask.longest,
         window_size=(-1, 0),  # as far back as there is, no further than itself
-        enable_gqa=key.shape[1] != query.shape[1],
+        **grouped,
     )
     assert isinstance(attended, Tensor)
     return attended.unflatten(0, (query.shape[0], -1)).transpose(1, 2)

@@ -14,7 +14,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from mtp_dist.config.attention import choose
 from mtp_dist.config.schema import TrainingRun
+from mtp_dist.model.attention import capability, document_starts, most_documents
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.parameter import initialize
 from mtp_dist.model.weight_gradients import WeightGradients
@@ -53,6 +55,7 @@ class _Timed:
         initialize(self.chunk, config.seed)
         self.chunk.to(device, dtype)
         self.chunk.recompute = config.train.recompute
+        self.chunk.attention = choose(config.model, config.train, device.type, capability(device)).backend
         for p in self.chunk.parameters():
             p.grad_dtype = torch.float32
         if config.train.compile:
@@ -68,6 +71,9 @@ class _Timed:
             "documents": torch.zeros((rows, width), dtype=torch.int32, device=device),
             "scale": torch.full((rows, 1 + depth), 1 / (rows * positions), device=device),
         }
+        if self.chunk.attention == "varlen":
+            attending = self.rows["documents"][:, :positions]
+            self.rows["starts"] = document_starts(attending, most_documents(attending))
         width = config.model.hidden * self.chunk.states_in
         self.hidden = torch.randn((rows, positions, width), generator=generator).to(device, dtype)
 

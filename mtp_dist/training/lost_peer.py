@@ -20,10 +20,10 @@ FOLDER = "failures"
 _LATE = re.compile(r"[Tt]imed out|[Tt]imeout")
 _GONE = re.compile(
     r"gloo/transport|Connection (closed|reset|refused)|Socket closed|Broken pipe|recvBytes|sendBytes|"
-    r"ncclRemoteError|ncclSystemError|NCCL communicator was aborted"
+    r"ncclRemoteError|NCCL communicator was aborted"
 )
 # Of the same classes, but this rank's own trouble: it must be told with its traceback.
-_OWN = re.compile(r"ncclUnhandledCudaError|ncclInvalid|ncclInternalError|EADDRINUSE|out of memory")
+_OWN = re.compile(r"ncclUnhandledCudaError|ncclSystemError|ncclInvalid|ncclInternalError|EADDRINUSE|out of memory")
 
 
 def quiet() -> None:

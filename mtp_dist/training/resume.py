@@ -3,11 +3,13 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from mtp_dist.checkpoint import folder as folders
 from mtp_dist.checkpoint.compatibility import kept_heads, require_start
+from mtp_dist.checkpoint.manifest import DamagedError
 from mtp_dist.checkpoint.reader import Checkpoint
 from mtp_dist.config.heads import modules
 from mtp_dist.config.schema import TrainingRun
@@ -21,22 +23,28 @@ from mtp_dist.training.agreement import together
 def newest_sound(root: Path, mesh: Mesh) -> Checkpoint | None:
     """The newest checkpoint under `root` whose files all verify; None if there is none at all. Collective: ranks share the work.
 
-    Those that do not verify are renamed, so that a later save of their step can take their place. Says on rank 0 which and why.
-    Raises UserError where checkpoints exist but none is sound: starting over would bury them.
+    Those that are damaged are renamed, so that a later save of their step can take their place. Says on rank 0 which and why.
+    Raises AgreedError where checkpoints exist but none is sound (starting over would bury them), and where one cannot be read for
+    another reason (a disk that is away, a later format): that may pass, so nothing is renamed.
     """
     names = [[path.name for path in folders.complete(root)[::-1]]]
     dist.broadcast_object_list(names, src=0, group=mesh.control)
     for name in names[0]:
-        checkpoint, problem = None, None
+        checkpoint, problem, hindrance = None, None, None
         try:
             checkpoint = Checkpoint(root / name)
             problems = checkpoint.damages(mesh.rank, dist.get_world_size())
             problem = problems[0] if problems else None
-        except UserError as error:
+        except DamagedError as error:
             problem = str(error)
-        found: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, problem, group=mesh.control)
-        problem = next((entry for entry in found if entry), None)
+        except UserError as error:
+            hindrance = str(error)
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (problem, hindrance), group=mesh.control)
+        problem = next((entry[0] for entry in found if entry[0]), None)
+        hindrance = next((entry[1] for entry in found if entry[1]), None)
+        if hindrance is not None:
+            raise AgreedError(f"{hindrance}; nothing was changed: mend it, or move {root / name} away, and start again")
         if problem is None:
             return checkpoint
         if mesh.rank == 0:

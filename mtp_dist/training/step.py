@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from mtp_dist.checkpoint.reader import Checkpoint
-from mtp_dist.config.attention import Choice, choose
+from mtp_dist.config.attention import Choice, choose, obstacle
 from mtp_dist.config.heads import embeds_on_last
 from mtp_dist.config.layout import micro_batches
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.data.batch import Batch
-from mtp_dist.model.attention import document_starts, most_documents
+from mtp_dist.model.attention import capability, document_starts, most_documents
 from mtp_dist.model.parameter import initialize
 from mtp_dist.parallel.engine import Engine, StepOutcome
 from mtp_dist.parallel.mesh import Mesh
@@ -86,7 +86,7 @@ class Workload(ForwardOnly):
 def build(config: TrainingRun, mesh: Mesh) -> Workload:
     """This rank's part of the model with its initial weights, its pipeline and its optimizer. Collective."""
     dtype = getattr(torch, config.train.dtype)
-    attention = choose(config.model, config.train, mesh.device.type)
+    attention = choose(config.model, config.train, mesh.device.type, capability(mesh.device))
     chunks = build_chunks(config, mesh)
     if config.mtp.freeze_trunk:
         freeze_trunk(chunks)
@@ -111,15 +111,23 @@ def build(config: TrainingRun, mesh: Mesh) -> Workload:
 
 
 def load_forward_only(config: TrainingRun, mesh: Mesh, checkpoint: Checkpoint) -> ForwardOnly:
-    """This rank's part of the model with a checkpoint's weights, whatever layout saved it, and whatever attention it was trained
-    with. Collective."""
-    attention = choose(config.model, replace(config.train, attention="auto"), mesh.device.type)
+    """This rank's part of the model with a checkpoint's weights, whatever layout saved it, and with the attention that it was
+    trained with or another one that runs here. Collective."""
+    attention = _evaluating_attention(config, mesh)
     chunks = build_chunks(config, mesh)
     for chunk in chunks:
         chunk.attention = attention.backend  # type: ignore[assignment]
     checkpoint.load_weights(chunks, getattr(torch, config.train.dtype))
     chunks.to(mesh.device)
     return ForwardOnly(config, mesh, _pipeline(config, mesh, chunks), attention)
+
+
+def _evaluating_attention(config: TrainingRun, mesh: Mesh) -> Choice:
+    """``train.attention`` where it runs on this device, else auto's. Nothing is computed again, as there is no backward pass."""
+    train, able = replace(config.train, recompute="none"), capability(mesh.device)
+    if train.attention != "auto" and obstacle(train.attention, config.model, train, mesh.device.type, able) is not None:
+        train = replace(train, attention="auto")
+    return choose(config.model, train, mesh.device.type, able)
 
 
 def _pipeline(config: TrainingRun, mesh: Mesh, chunks: nn.ModuleList) -> Pipeline:

@@ -104,7 +104,7 @@ class Trainer:
                     print(said, flush=True)
             return None
         checkpoint.load_engine(self.workload.engine)
-        checkpoint.load_random_state(self.mesh.rank)
+        checkpoint.load_random_state(self.mesh.rank, self.mesh.device)
         self.progress = Progress(**checkpoint.manifest.progress)
         self.data_state = checkpoint.manifest.data
         self.saved_step = checkpoint.step
@@ -147,8 +147,10 @@ class Trainer:
             return self._train()
         except BaseException as error:
             if isinstance(error, AgreedError):  # every rank is here, so all can end the save in flight
-                with contextlib.suppress(AgreedError):
+                try:
                     self.saver.finish()
+                except AgreedError as problem:
+                    self.console.say(f"warning: {problem}")
             with contextlib.suppress(OSError):  # a full disk may be the reason
                 self._mark(status.FAILED)
             raise

@@ -62,7 +62,7 @@ def loop(
     max_q: int,
     max_k: int,
     window_size: tuple[int, int],
-    enable_gqa: bool,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """``varlen_attn`` as its documentation reads: [T, H, c], one causal attention a segment."""
     assert window_size == (-1, 0)
