@@ -1,5 +1,6 @@
 """What pools run under a layout, and the same on one process without any of the parallel code."""
 
+import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -433,6 +434,23 @@ def trouble(
     finally:
         Stream.next = read  # type: ignore[method-assign]
     return None
+
+
+def write_later_format(checkpoint: str) -> None:
+    """A sound checkpoint of a format that this version does not know."""
+    if dist.get_rank() == 0:
+        manifest = Path(checkpoint) / "MANIFEST.json"
+        manifest.write_text(manifest.read_text().replace("mtp_dist.checkpoint/2", "mtp_dist.checkpoint/9"))
+        summed = hashlib.sha256(manifest.read_bytes()).hexdigest()
+        manifest.with_name("MANIFEST.sha256").write_text(f"{summed}  MANIFEST.json\n")
+    dist.barrier()
+
+
+def make_folder(path: str) -> None:
+    """An empty folder."""
+    if dist.get_rank() == 0:
+        Path(path).mkdir(parents=True)
+    dist.barrier()
 
 
 def damage(checkpoint: str) -> None:

@@ -26,11 +26,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> Callab
         return {"name": name, "task": "trouble", "arguments": arguments | more}
 
     newest = {"checkpoint": str(folder / "damaged" / "checkpoints" / "step_00000004")}
+    saved = Path("checkpoints") / "step_00000002"
     jobs = [
         job("read", "read", 5, read_fails_at=4),
         job("first", "damaged", 4, overrides=saving | {"checkpoint.keep_last": 2}),
         {"name": "flip", "task": "damage", "arguments": newest},
         job("second", "damaged", 4),
+        job("old", "later", 2),
+        {"name": "format", "task": "write_later_format", "arguments": {"checkpoint": str(folder / "later" / saved)}},
+        job("later", "later", 4),
+        {"name": "folder", "task": "make_folder", "arguments": {"path": str(folder / "hollow" / saved)}},
+        job("hollow", "hollow", 3),
     ]
     results = run_jobs(2, jobs, folder)
     return lambda name: (results[name], folder / {"first": "damaged", "second": "damaged"}.get(name, name))
@@ -52,6 +58,24 @@ def test_a_damaged_checkpoint_is_set_aside_and_its_step_saved_again(runs: Any) -
     assert Checkpoint(run / "checkpoints" / "step_00000004").damages() == []
     assert Checkpoint(run / "checkpoints" / "step_00000004.damaged").damages() != []
     assert [record["step"] for record in read_records(run / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_of_a_later_format_is_left_alone(runs: Any) -> None:
+    """An older version started by mistake must not rename what a newer one can read."""
+    raised, run = runs("later")
+    assert len(set(raised)) == 1
+    assert "mtp_dist.checkpoint/9" in raised[0]
+    assert "nothing was changed" in raised[0]
+    assert [path.name for path in (run / "checkpoints").iterdir() if path.is_dir()] == ["step_00000002"]
+    assert [record["step"] for record in read_records(run / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_folder_that_is_no_checkpoint_does_not_pass_for_one(runs: Any) -> None:
+    raised, run = runs("hollow")
+    assert raised == [None, None]
+    names = sorted(path.name for path in (run / "checkpoints").iterdir() if path.is_dir())
+    assert "step_00000002.damaged" in names
+    assert Checkpoint(run / "checkpoints" / "step_00000003").damages() == []
 
 
 def test_a_drifting_copy_of_the_embedding_is_noticed(tmp_path: Path) -> None:
