@@ -1,7 +1,8 @@
 """Runs jobs in real processes: one pool a world size for the whole test session.
 
 Importing torch and deepspeed costs seconds a process, a tiny layout costs milliseconds; so ranks are forked from one process that
-has imported everything (``preloaded``), and stay for later jobs.
+has imported everything (``preloaded``), and stay for later jobs. Not for too many: every group of a job leaves a thread behind,
+which may go on polling connections that its peers have closed.
 """
 
 import atexit
@@ -11,8 +12,6 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +24,23 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.distributed.preloaded"])
 ROOT = Path(__file__).parents[2]
 LIMIT = 500.0
-"""Seconds that the jobs of one call may take."""
+"""Seconds that the jobs of one request may take."""
+JOBS = 12
+"""Jobs of a pool, after which fresh ranks take its place."""
 
 
 def run_jobs(world: int, jobs: list[dict[str, Any]], folder: Path) -> dict[str, list[Any]]:
     """name -> what the job's task returned on each rank. Raises with the processes' output if they fail."""
     folder.mkdir(parents=True, exist_ok=True)
-    pool = _pool(world)
-    try:
-        pool.run(jobs, folder)
-    except BaseException:
-        pool.kill()
-        _pool.cache_clear()
-        raise
+    for begin in range(0, len(jobs), JOBS):
+        pool = _pools[world] = _pools.get(world) or Pool(world)
+        try:
+            pool.run(jobs[begin : begin + JOBS], folder)
+        except BaseException:
+            _pools.pop(world).kill()
+            raise
+        if pool.jobs >= JOBS:
+            _pools.pop(world).kill()
     return {
         job["name"]: [torch.load(folder / f"{job['name']}.rank{rank}.pt", weights_only=False) for rank in range(world)]
         for job in jobs
@@ -56,7 +59,7 @@ class Pool:
     """Ranks that wait for requests in a folder (see ``worker``) until they are told to stop or their parent is gone."""
 
     def __init__(self, world: int) -> None:
-        self.world, self.requests = world, 0
+        self.world, self.requests, self.jobs = world, 0, 0
         self.folder = Path(tempfile.mkdtemp(prefix=f"pool{world}-"))
         self.meeting, place = rendezvous(world)
         self.ranks = []
@@ -69,6 +72,7 @@ class Pool:
 
     def run(self, jobs: list[dict[str, Any]], folder: Path) -> None:
         """Return when every rank has done every job and written its result."""
+        self.jobs += len(jobs)
         request = self.folder / f"request{self.requests}"
         self.requests += 1
         request.with_suffix(".new").write_text(json.dumps({"jobs": jobs, "out": str(folder)}))
@@ -101,4 +105,4 @@ class Pool:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-_pool: Callable[[int], Pool] = cache(Pool)
+_pools: dict[int, Pool] = {}
