@@ -9,7 +9,6 @@ to the processes. A SIGINT that was ignored on entry stays so, as shells want it
 import contextlib
 import ctypes
 import importlib.metadata
-import json
 import os
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from mtp_dist import exit_codes
 from mtp_dist.config.layout import processes_per_node
 from mtp_dist.config.schema import Evaluation, TrainingRun
 from mtp_dist.errors import UserError
+from mtp_dist.training.status import was_stopped
 
 RENDEZVOUS_PORT = 29400
 # SIGTERM when the parent dies: a job must not live on without the one who passes it its signals.
@@ -87,14 +87,7 @@ def start(config: TrainingRun, *, kill_on_second: bool = True) -> int:
     where the run was asked to stop and has saved."""
     command = torchrun_command(config, "mtp_dist.train", [f"run_dir={config.run_dir}"])
     status = run_child(command, node_environment(config), kill_on_second=kill_on_second)
-    return exit_codes.STOPPED if status == 0 and _stopped(Path(config.run_dir)) else status
-
-
-def _stopped(run_dir: Path) -> bool:
-    try:
-        return bool(json.loads((run_dir / "status.json").read_text())["state"] == "stopped")
-    except (OSError, ValueError, KeyError):
-        return False
+    return exit_codes.STOPPED if status == 0 and was_stopped(Path(config.run_dir)) else status
 
 
 def start_module(config: TrainingRun | Evaluation, module: str, arguments: list[str]) -> int:

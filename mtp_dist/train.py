@@ -49,6 +49,7 @@ def _train(config: TrainingRun) -> int:
     # Torch and DeepSpeed are imported only here: bad input is answered before.
     import torch
 
+    from mtp_dist.model.attention import capability
     from mtp_dist.parallel.mesh import build_mesh, choose_device, connect, disconnect
     from mtp_dist.training import lost_peer
     from mtp_dist.training.signals import StopRequest
@@ -60,7 +61,7 @@ def _train(config: TrainingRun) -> int:
     torch.set_num_threads(config.launch.threads or int(os.environ.get("OMP_NUM_THREADS", "1")))
     device = choose_device(config.launch.device)
     try:
-        choose(config.model, config.train, device.type)
+        choose(config.model, config.train, device.type, capability(device))
     except UserError as error:  # launch.device=auto left it open until now; every rank finds the same
         raise AgreedError(str(error)) from None
     if config.train.deterministic:

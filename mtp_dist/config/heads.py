@@ -1,7 +1,5 @@
 """What a kind of MTP head asks of the rest of the project, from the settings alone: no torch, so a plan can ask too."""
 
-from dataclasses import replace
-
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 
 KINDS = ("none", "sequential", "parallel", "medusa")
@@ -42,8 +40,3 @@ def handed_taps(model: ModelConfig, mtp: MTPConfig, layers: range, *, last: bool
 def embeds_on_last(model: ModelConfig, mtp: MTPConfig) -> bool:
     """Whether the last chunk uses the embedding: as output head, or to feed the MTP modules."""
     return model.tie_embeddings or reads_tokens(mtp)
-
-
-def without_heads(mtp: MTPConfig) -> MTPConfig:
-    """The same settings for a trunk alone."""
-    return replace(mtp, kind="none", depth=0)

@@ -39,9 +39,8 @@ class Pipeline:
         frozen_trunk: bool = False,
     ) -> None:
         """`edge`: shape [B, S, d] of one state that travels between chunks, in `dtype`; chunks say how many travel side by side.
-        `frozen_trunk`: only the last chunk has anything to
-        learn, so no gradient travels and the pipeline has no schedule: micro-batches walk forward, and the last chunk alone runs
-        backward."""
+        `frozen_trunk`: only the last chunk has anything to learn, so no gradient travels and the pipeline has no schedule:
+        micro-batches walk forward, and the last chunk alone runs backward."""
         self.chunks, self.mesh, self.micro_batches, self.edge, self.dtype = chunks, mesh, micro_batches, edge, dtype
         self.numbers = layout.chunks_of_rank(mesh.parallel, mesh.pipeline_rank)
         self.count = layout.chunks(mesh.parallel)

@@ -1,12 +1,11 @@
 """When each pass of a step would run, given what passes cost: the length of a step and its bubble without running it.
 
-A pass starts when its rank is free and its input has arrived. Computation alone is simulated: messages take `latency`, and hold
-nobody up.
+A pass starts when its rank is free and its inputs are computed. Computation alone is simulated: messages take no time.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from mtp_dist.config.layout import chunks, micro_batches, rank_of_chunk
+from mtp_dist.config.layout import chunks, micro_batches
 from mtp_dist.config.schema import ParallelConfig, TrainingRun
 from mtp_dist.parallel.cost import Work, costs
 from mtp_dist.parallel.passes import Order, Pass, orders
@@ -17,7 +16,7 @@ from mtp_dist.parallel.placement import layers_of_chunks
 class Simulation:
     """`times`: for each rank its passes with begin and end, in the unit of the costs."""
 
-    times: list[list[tuple[Pass, float, float]]] = field(default_factory=list)
+    times: list[list[tuple[Pass, float, float]]]
 
     @property
     def length(self) -> float:
@@ -53,13 +52,9 @@ def inputs(one: Pass, count: int) -> list[Pass]:
     return [own, Pass("B", chunk + 1, m)] if chunk + 1 < count else [own]
 
 
-def simulate(parallel: ParallelConfig, order: list[Order], works: list[Work], latency: float = 0.0) -> Simulation:
-    """Run the order of each rank with this work of each chunk. `latency`: of a message between ranks.
-
-    Raises ValueError for orders that wait for each other.
-    """
+def simulate(parallel: ParallelConfig, order: list[Order], works: list[Work]) -> Simulation:
+    """Run the order of each rank with this work of each chunk. Raises ValueError for orders that wait for each other."""
     count = chunks(parallel)
-    rank_of = [rank_of_chunk(parallel, number) for number in range(count)]
     over: dict[Pass, float] = {}
     result = Simulation([[] for _ in order])
     free, position, moved = [0.0] * len(order), [0] * len(order), True
@@ -71,7 +66,7 @@ def simulate(parallel: ParallelConfig, order: list[Order], works: list[Work], la
                 needed = inputs(one, count)
                 if any(need not in over for need in needed):
                     break
-                begin = max([free[rank], *(over[need] + latency * (rank_of[need.chunk] != rank) for need in needed)])
+                begin = max([free[rank], *(over[need] for need in needed)])
                 free[rank] = end = begin + duration(one, works)
                 over[Pass("B", one.chunk, one.micro_batch) if one.kind == "BW" else one] = end
                 result.times[rank].append((one, begin, end))

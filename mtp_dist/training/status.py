@@ -16,3 +16,11 @@ def write_status(run_dir: Path, state: str, step: int, **more: str | int) -> Non
     temporary = run_dir / f".{STATUS}.{os.getpid()}"
     temporary.write_text(json.dumps({"state": state, "step": step, **more}) + "\n")
     os.replace(temporary, run_dir / STATUS)
+
+
+def was_stopped(run_dir: Path) -> bool:
+    """Whether the run's last job was asked to stop, and saved."""
+    try:
+        return bool(json.loads((run_dir / STATUS).read_text())["state"] == STOPPED)
+    except (OSError, ValueError, KeyError):
+        return False

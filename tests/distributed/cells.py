@@ -9,6 +9,7 @@ from functools import cache
 from itertools import product
 from typing import Any
 
+from mtp_dist.config.heads import KINDS
 from mtp_dist.config.layout import SCHEDULES, fewest_micro_batches
 from mtp_dist.config.validation import validate_training
 from mtp_dist.errors import UserError
@@ -37,6 +38,10 @@ AXES: dict[str, tuple[Any, ...]] = {
     "freeze_trunk": (False, True),
     "head_lr_ratio": (1, 3),
     "offload": (False, True),
+    "kind": ("sequential", *(kind for kind in KINDS if kind != "sequential")),
+    "repeat": (False, True),
+    "blocks": (1, 2),
+    "detach": (False, True),
 }
 """Names of ``layouts.PATHS`` -> values. The first ones make a valid cell together, from which the search starts."""
 
@@ -69,8 +74,12 @@ def refusal(cell: Cell, most: int = MOST) -> str | None:
         return "one pipeline rank has no schedule"
     if cell["tensor"] == 1 and cell["sequence_parallel"]:
         return "one tensor rank shares no positions"
-    if cell["depth"] == 0 and cell["head_lr_ratio"] != 1:
-        return "no heads have no learning rate"
+    if cell["depth"] == 0 and (cell["head_lr_ratio"] != 1 or cell["repeat"] or cell["blocks"] > 1 or cell["detach"]):
+        return "no heads have no learning rate, no blocks and no losses"
+    if cell["depth"] == 1 and cell["repeat"]:
+        return "one depth repeats nothing"
+    if cell["freeze_trunk"] and cell["detach"]:
+        return "a frozen trunk gets no gradient anyway"
     try:
         validate_training(unchecked(settings_of(cell)), None)
     except UserError as error:
@@ -81,7 +90,7 @@ def refusal(cell: Cell, most: int = MOST) -> str | None:
 def name_of(cell: Cell) -> str:
     """What tests call a cell: its layout, and what differs from the first values of ``AXES``."""
     short = {"pipeline": "pp", "tensor": "tp", "data": "dp", "stage": "zero", "depth": "depth", "vocabulary": "v"}
-    short |= {"recompute": "recompute_", "head_lr_ratio": "rate"}
+    short |= {"recompute": "recompute_", "head_lr_ratio": "rate", "blocks": "blocks"}
     words = []
     for axis, value in cell.items():
         if axis not in LAYOUT and value == AXES[axis][0]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.cells import CELLS
 from tests.distributed.layouts import processes
 from tests.distributed.pool import run_jobs
 
@@ -14,6 +13,7 @@ from tests.distributed.pool import run_jobs
 @pytest.fixture(scope="session")
 def grid(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
     """Name in ``CELLS`` -> results of ``tasks.parity`` on each rank."""
+    from tests.distributed.cells import CELLS  # generated: seconds that only those pay who ask
 
     @cache
     def of(name: str) -> list[Any]:

@@ -69,9 +69,8 @@ def covering_array(
     worth = dict.fromkeys(all_pairs(axes), 0) | dict.fromkeys(missing, NEW)
     while missing:
         wanted = next(iter(missing))
-        starts = (cell for cell in completions(axes, wanted, changes) if refused(cell) is None)
-        climbed = [_climb(axes, wanted, start, worth, refused) for start, _ in zip(starts, range(STARTS), strict=False)]
-        best = max(climbed, key=lambda cell: _value(cell, worth))
+        start = next(cell for cell in completions(axes, wanted, changes) if refused(cell) is None)
+        best = _climb(axes, wanted, start, worth, refused)
         cells.append(best)
         for pair in pairs_of(best):
             worth[pair] = (0 if pair in missing else worth[pair]) - 1
@@ -88,10 +87,6 @@ def _reasons(axes: Mapping[str, Sequence[Any]], pair: Pair, refused: Refusal) ->
     without = {axis: axes[axis][0] for axis, _ in pair}
     near = ((refused(cell), refused(cell | without)) for cell in completions(axes, pair, 1))
     return list(dict.fromkeys(reason for reason, other in near if reason is not None and reason != other))
-
-
-STARTS = 6
-"""Cells from which the search of the next one starts; more make a slightly smaller array in more time."""
 
 
 NEW = 1 << 20

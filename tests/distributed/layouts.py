@@ -167,7 +167,7 @@ def unchecked(settings: dict[str, Any]) -> TrainingRun:
     for name, value in settings.items():
         group, _, field = PATHS[name].partition(".")
         setattr(getattr(config, group), field, value)
-    config.mtp.kind = settings.get("kind", "sequential") if config.mtp.depth else "none"
+    config.mtp.kind = settings.get("kind", "sequential" if config.mtp.depth else "none")
     if config.mtp.decay == 1:
         config.mtp.depth_weights = [1.0, 0.7, 1.3][: config.mtp.depth]
     if "layers" not in settings:

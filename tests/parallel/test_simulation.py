@@ -1,7 +1,6 @@
 """Promise: a simulated step keeps every dependence, runs what torch runs, and gives the bubbles that the papers derive."""
 
 import math
-import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,13 +76,6 @@ def test_zero_bubble_v_is_nearly_without() -> None:
     assert simulate(parallel, orders(parallel, 16), heavy).bubble > 2 * step.bubble
 
 
-def test_messages_take_time() -> None:
-    parallel = ParallelConfig(pipeline=2, schedule="1f1b")
-    order, work = orders(parallel, 1), works(parallel, 1, 1, 1)
-    assert simulate(parallel, order, work).length == 6
-    assert simulate(parallel, order, work, latency=0.5).length == 7
-
-
 def test_orders_that_wait_for_each_other_are_refused() -> None:
     parallel = ParallelConfig(pipeline=2, schedule="1f1b")
     first, second = orders(parallel, 2)
@@ -135,7 +127,7 @@ def _run_on_recorders(parallel: ParallelConfig, rank: int, micro_batches: int, r
     schedule._step_microbatches(parts, [{}] * micro_batches, None, None)
 
 
-def test_a_measurement_has_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measurement_has_all_parts() -> None:
     import torch
 
     from mtp_dist.config.validation import resolve
@@ -144,6 +136,5 @@ def test_a_measurement_has_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainingRun()
     config.model.vocab_size, config.model.hidden, config.model.heads, config.model.kv_heads = 64, 32, 4, 2
     config.train.sequence_length, config.train.steps, config.train.micro_batch = 16, 1, 2
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     found = measured_costs(resolve(config, None), torch.device("cpu"), rounds=2)
     assert all(part > 0 and math.isfinite(part) for work in found for part in work)
