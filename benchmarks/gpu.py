@@ -22,8 +22,9 @@ import torch.distributed as dist
 
 from benchmarks.timing import seconds
 from mtp_dist.config.compose import compose
+from mtp_dist.config.resolution import resolve
 from mtp_dist.config.schema import TrainingRun
-from mtp_dist.config.validation import resolve, validate_training
+from mtp_dist.config.validation import validate_training
 from mtp_dist.data.batch import Batch
 from mtp_dist.model.head_loss import head_loss
 from mtp_dist.model.parameter import parameter

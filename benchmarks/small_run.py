@@ -2,8 +2,9 @@
 
 import torch
 
+from mtp_dist.config.resolution import resolve
 from mtp_dist.config.schema import TrainingRun
-from mtp_dist.config.validation import resolve, validate_training
+from mtp_dist.config.validation import validate_training
 from mtp_dist.data.batch import Batch
 
 

@@ -22,8 +22,9 @@ from mtp_dist.config import versions
 from mtp_dist.config.command import application
 from mtp_dist.config.compose import compose, differences, load, save
 from mtp_dist.config.layout import world_size
+from mtp_dist.config.resolution import resolve
 from mtp_dist.config.schema import ParallelConfig, TrainingRun
-from mtp_dist.config.validation import resolve, validate
+from mtp_dist.config.validation import validate
 from mtp_dist.data.dataset import Dataset, file_sha256
 from mtp_dist.errors import UserError
 from mtp_dist.launching import available_cores, threads_of_each

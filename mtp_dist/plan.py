@@ -25,9 +25,10 @@ from mtp_dist.config.layout import (
     total_steps,
     world_size,
 )
+from mtp_dist.config.resolution import resolve
 from mtp_dist.config.rules import above
 from mtp_dist.config.schema import ParallelConfig, Plan
-from mtp_dist.config.validation import resolve, validate_training
+from mtp_dist.config.validation import validate_training
 from mtp_dist.data.dataset import Dataset
 from mtp_dist.errors import UserError
 from mtp_dist.launching import available_cores, threads_of_each

@@ -1,12 +1,10 @@
 """The rules that need more than one setting, checked once, before anything expensive.
 
-``validate`` raises UserError at the first broken rule; ``resolve`` fills the settings whose null means "derived". Both are pure.
-A rule that is torch's or DeepSpeed's own says so, since it may fall when they change.
+``validate`` raises UserError at the first broken rule; it is pure. A rule that is torch's or DeepSpeed's own says so,
+since it may fall when they change.
 """
 
-import copy
 import math
-from typing import TypeVar
 
 from mtp_dist.config.attention import BACKENDS, require
 from mtp_dist.config.compose import settings, value
@@ -17,16 +15,14 @@ from mtp_dist.config.layout import (
     fewest_micro_batches,
     micro_batches,
     placement_by_hand,
-    processes_per_node,
     tokens_per_step,
     total_steps,
     world_size,
 )
+from mtp_dist.config.resolution import head_dim, matched, vocabulary_rows
 from mtp_dist.config.rules import above, alternatives, at_least, between, divisors, finite, given, one_of
 from mtp_dist.config.schema import LaunchConfig, ModelConfig, MTPConfig, ParallelConfig, TrainingRun
 from mtp_dist.errors import UserError
-
-Training = TypeVar("Training", bound=TrainingRun)
 
 
 def validate(config: TrainingRun, vocabulary: int | None) -> None:
@@ -41,7 +37,7 @@ def validate_training(config: TrainingRun, vocabulary: int | None) -> None:
 
     ``vocabulary``: entries of the dataset's tokenizer, or None while no dataset is known; then ``model.vocab_size`` stands alone.
     """
-    config = _matched(config)
+    config = matched(config)
     for key, kind in settings(type(config)).items():
         if kind is float:
             finite(key, value(config, key))
@@ -65,51 +61,6 @@ def validate_training(config: TrainingRun, vocabulary: int | None) -> None:
             raise UserError(f"{key} without init.checkpoint has nothing to take; give init.checkpoint=RUN_FOLDER or leave it out")
     one_of("tracker.wandb", config.tracker.wandb, ["offline", "online", "disabled"])
     one_of("tokenizer.kind", config.tokenizer.kind, ["bpe", "bytes", "file"])
-
-
-def resolve(config: TrainingRun, vocabulary: int | None) -> TrainingRun:
-    """A copy of a valid configuration with derived nulls filled.
-
-    Filled: model.head_dim, model.vocab_size (when a vocabulary is known), train.steps, schedule.decay_tokens (wsd) and
-    launch.processes_per_node.
-    """
-    full = _matched(copy.deepcopy(config))
-    full.model.head_dim = head_dim(config.model)
-    full.model.vocab_size = vocabulary_rows(config.model, vocabulary)
-    full.train.steps = total_steps(config)
-    if full.schedule.kind == "wsd" and full.schedule.decay_tokens is None:
-        full.schedule.decay_tokens = full.train.steps * tokens_per_step(full) // 5
-    full.launch.processes_per_node = processes_per_node(config)
-    return full
-
-
-def vocabulary_rows(model: ModelConfig, vocabulary: int | None) -> int | None:
-    """Rows of the embedding: ``model.vocab_size``, or the tokenizer's vocabulary padded; None while neither is known."""
-    if model.vocab_size is not None or vocabulary is None:
-        return model.vocab_size
-    return -(-vocabulary // model.vocab_multiple) * model.vocab_multiple
-
-
-def _matched(config: Training) -> Training:
-    """A copy with the blocks taken out of the trunk that `mtp.match_parameters` asks for, which is then done and false."""
-    mtp, layers = config.mtp, config.model.layers
-    if not mtp.match_parameters:
-        return config
-    if mtp.kind != "parallel":
-        raise UserError(f"mtp.match_parameters=true is for mtp.kind=parallel, not {mtp.kind}; choose mtp.match_parameters=false")
-    if layers <= mtp.depth * mtp.blocks:
-        raise UserError(
-            f"mtp.match_parameters=true takes mtp.depth x mtp.blocks = {mtp.depth} x {mtp.blocks} blocks out of the trunk, which "
-            f"has model.layers={layers}; choose model.layers={mtp.depth * mtp.blocks + 1} or more, or mtp.match_parameters=false"
-        )
-    full = copy.deepcopy(config)
-    full.model.layers, full.mtp.match_parameters = layers - mtp.depth * mtp.blocks, False
-    return full
-
-
-def head_dim(model: ModelConfig) -> int:
-    """Width of one attention head."""
-    return model.hidden // model.heads if model.head_dim is None else model.head_dim
 
 
 def validate_model(model: ModelConfig, vocabulary: int | None) -> None:

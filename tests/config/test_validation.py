@@ -13,8 +13,9 @@ import yaml
 from mtp_dist.config.compose import compose, differences, value
 from mtp_dist.config.folder import groups
 from mtp_dist.config.layout import chunks, micro_batches, processes_per_node, total_steps, world_size
+from mtp_dist.config.resolution import resolve
 from mtp_dist.config.schema import ParallelConfig, TrainingRun
-from mtp_dist.config.validation import resolve, validate, validate_training
+from mtp_dist.config.validation import validate, validate_training
 from mtp_dist.errors import UserError
 
 # model=small: 8 layers, hidden 256, 8 heads, 4 kv_heads, mlp 704.

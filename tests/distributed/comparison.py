@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed.layouts import configuration
-from tests.distributed.tasks import reference
+from tests.distributed.tasks.oracle import reference
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from mtp_dist.config.layout import chunks
+from mtp_dist.config.resolution import resolve
 from mtp_dist.config.schema import TrainingRun
-from mtp_dist.config.validation import resolve, validate_training
+from mtp_dist.config.validation import validate_training
 from mtp_dist.data.batch import Batch
 
 LAYOUTS: dict[str, dict[str, Any]] = {

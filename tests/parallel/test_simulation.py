@@ -130,7 +130,7 @@ def _run_on_recorders(parallel: ParallelConfig, rank: int, micro_batches: int, r
 def test_a_measurement_has_all_parts() -> None:
     import torch
 
-    from mtp_dist.config.validation import resolve
+    from mtp_dist.config.resolution import resolve
     from mtp_dist.parallel.measurement import measured_costs
 
     config = TrainingRun()

@@ -1,0 +1,28 @@
+"""What pools run under a layout, by name."""
+
+from tests.distributed.tasks.checkpoints import damage, load_under, make_folder, save_under, write_later_format
+from tests.distributed.tasks.oracle import reference
+from tests.distributed.tasks.poison import nonfinite
+from tests.distributed.tasks.runs import background_save, copy, evaluate, relay, start_from, train, trouble
+from tests.distributed.tasks.step import compiled, drift, held, parity
+
+__all__ = [
+    "background_save",
+    "compiled",
+    "copy",
+    "damage",
+    "drift",
+    "evaluate",
+    "held",
+    "load_under",
+    "make_folder",
+    "nonfinite",
+    "parity",
+    "reference",
+    "relay",
+    "save_under",
+    "start_from",
+    "train",
+    "trouble",
+    "write_later_format",
+]
