@@ -22,6 +22,11 @@ def reads_tokens(mtp: MTPConfig) -> bool:
     return mtp.kind == "sequential"
 
 
+def learns_inside(mtp: MTPConfig) -> bool:
+    """Whether depth k learns from what the trunk itself makes of position i + k, which must then be in the row."""
+    return False
+
+
 def taps(model: ModelConfig, mtp: MTPConfig) -> tuple[int, ...]:
     """States of the trunk that the heads read beside its output: layer i stands for the state that enters layer i. Ascending."""
     return (model.layers - 1,) if mtp.kind == "parallel" and mtp.branch == "penultimate" else ()

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mtp_dist.config.heads import embeds_on_last, handed_taps, reads_tokens, received_taps, taps
+from mtp_dist.config.heads import embeds_on_last, handed_taps, learns_inside, reads_tokens, received_taps, taps
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.attention import Mask, build_mask
 from mtp_dist.model.embedding import Embedding
@@ -47,7 +47,7 @@ class Chunk(nn.Module):
         assert model.vocab_size is not None
         assert model.head_dim is not None
         self.model, self.depth, self.group, self.first, self.last = model, mtp.depth, group, first, last
-        self.detach, self.reads_tokens = mtp.detach, reads_tokens(mtp)
+        self.detach, self.reads_tokens, self.inside = mtp.detach, reads_tokens(mtp), learns_inside(mtp)
         needs_embedding = first or (last and embeds_on_last(model, mtp))
         self.embedding: Embedding | None = None
         if needs_embedding:
@@ -134,7 +134,7 @@ class Chunk(nn.Module):
             states += self._head_states(TrunkStates(hidden, normed, self.norm, tapped), tokens, turn, mask)
         states = [self.group.enter(state) for state in states]
         assert self.head is not None
-        wanted = targets(tokens, documents, self.depth)
+        wanted = targets(tokens, documents, self.depth, inside=self.inside)
         loss, statistics = self.head(states, wanted=wanted, scale=scale, queue=self.weight_gradients, main_only=self.detach)
         return torch.cat((loss.view(1), statistics.flatten()))
 

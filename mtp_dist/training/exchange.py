@@ -5,6 +5,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mtp_dist.config.heads import learns_inside
+from mtp_dist.config.schema import MTPConfig
 from mtp_dist.data.batch import Batch
 from mtp_dist.model.targets import targets, valid_counts
 from mtp_dist.parallel.mesh import Mesh
@@ -22,9 +24,9 @@ def share(batch: Batch | None, shape: tuple[int, int], mesh: Mesh) -> tuple[Tens
     return both[0].long(), both[1]
 
 
-def global_counts(tokens: Tensor, documents: Tensor, depth: int, mesh: Mesh) -> Tensor:
+def global_counts(tokens: Tensor, documents: Tensor, mtp: MTPConfig, mesh: Mesh) -> Tensor:
     """int64 [1+D]: valid targets of each depth over all replicas."""
-    counts = valid_counts(targets(tokens, documents, depth))
+    counts = valid_counts(targets(tokens, documents, mtp.depth, inside=learns_inside(mtp)))
     if mesh.parallel.data > 1:
         dist.all_reduce(counts, group=mesh.replicas)
     return counts

@@ -38,7 +38,7 @@ class ForwardOnly:
         """`rows` rows a replica (a multiple of `micro_batch`), `batch` on the reader. Touches nothing that training reads.
         Collective."""
         tokens, documents = share(batch, (rows, self.config.train.sequence_length + 1 + self.config.mtp.depth), self.mesh)
-        counts = global_counts(tokens, documents, self.config.mtp.depth, self.mesh)
+        counts = global_counts(tokens, documents, self.config.mtp, self.mesh)
         scale = torch.zeros(len(counts), device=tokens.device)
         return gather(self.pipeline.evaluate(self._rows(tokens, documents, scale), rows // micro_batch), counts, self.mesh)
 
@@ -72,7 +72,7 @@ class Workload(ForwardOnly):
         shape = (train.global_batch // mesh.parallel.data, train.sequence_length + 1 + self.config.mtp.depth)
         with span(self.pipeline.timeline, "exchange"):
             tokens, documents = share(batch, shape, mesh)
-            counts = global_counts(tokens, documents, self.config.mtp.depth, mesh)
+            counts = global_counts(tokens, documents, self.config.mtp, mesh)
         scale = target_scale(parts, counts, mesh.parallel.data)
         return self.pipeline.step(self._rows(tokens, documents, scale)), counts
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mtp_dist.config.heads import learns_inside
 from mtp_dist.config.schema import MTPConfig
 from mtp_dist.model.attention import document_mask
 from mtp_dist.model.chunk import Chunk
@@ -42,7 +43,7 @@ def settings(chunk: Chunk, **mtp: object) -> MTPConfig:
 
 def run(chunk: Chunk, mtp: MTPConfig, tokens: Tensor, documents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(total, mean loss of each depth, counts) by the model's own forward pass."""
-    counts = valid_counts(targets(tokens, documents, mtp.depth))
+    counts = valid_counts(targets(tokens, documents, mtp.depth, inside=learns_inside(mtp)))
     scale = target_scale(coefficients(mtp, 0), counts, replicas=1).expand(len(tokens), -1)
     out = chunk(tokens=tokens, documents=documents, scale=scale)
     sums = out[1:].view(1 + mtp.depth, len(STATISTICS))[:, STATISTICS.index("loss_sum")]
