@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mtp_dist.config.heads import learns_inside
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.parameter import initialize
@@ -85,7 +86,7 @@ def _reference_result(
 ) -> tuple[float, Totals]:
     """The loss and the statistics of a global batch; its gradients are added to those of the parameters that are `learning`."""
     batch = global_batch(config, step)
-    counts = valid_counts(targets(batch.tokens, batch.documents, config.mtp.depth))
+    counts = valid_counts(targets(batch.tokens, batch.documents, config.mtp.depth, inside=learns_inside(config.mtp)))
     scale = target_scale(parts, counts, replicas=1).expand(len(batch), -1)
     out = torch.zeros(model.result_size())
     for tokens, documents, weights in zip(*(rows.chunk(splits) for rows in (batch.tokens, batch.documents, scale)), strict=True):
