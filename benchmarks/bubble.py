@@ -15,7 +15,7 @@ from collections import defaultdict
 import torch
 import torch.distributed as dist
 
-from benchmarks.small_run import finish, random_batch, small_run
+from benchmarks.small_run import add_model_options, finish, random_batch, run_of
 from benchmarks.timing import median_interval
 from mtp_dist.config.layout import chunks, micro_batches
 from mtp_dist.config.schema import TrainingRun
@@ -77,26 +77,12 @@ def compare_bubbles(config: TrainingRun, batch: Batch, rounds: int) -> tuple[lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--depth", type=int, default=1)
-    parser.add_argument("--sequence", type=int, default=128)
-    parser.add_argument("--micro-batch", type=int, default=2)
-    parser.add_argument("--micro-batches", type=int, default=8)
+    add_model_options(parser)
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
     torch.set_num_threads(1)
     connect(choose_device("auto"), timeout_minutes=5)
-    base = small_run(
-        layers=options.layers,
-        hidden=options.hidden,
-        vocabulary=options.vocabulary,
-        depth=options.depth,
-        sequence=options.sequence,
-        micro_batch=options.micro_batch,
-        micro_batches=options.micro_batches,
-    )
+    base = run_of(options)
     base.parallel.pipeline = dist.get_world_size()
     for schedule in ("1f1b", "interleaved", "zbv", "dualpipev"):
         config = copy.deepcopy(base)

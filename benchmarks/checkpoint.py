@@ -149,6 +149,8 @@ def main() -> None:
     mine = slice(workload.mesh.data_rank * rows, (workload.mesh.data_rank + 1) * rows)
     batch.tokens, batch.documents = batch.tokens[mine], batch.documents[mine]
     workload.step(batch, coefficients(config.mtp, 0), config.optim.lr)  # moments that are not zero
+    if options.folder:
+        Path(options.folder).mkdir(parents=True, exist_ok=True)
     place = [tempfile.mkdtemp(prefix="checkpoint-benchmark-", dir=options.folder or None) if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(place, src=0)
     folder = Path(place[0])

@@ -1,5 +1,5 @@
-"""What one MTP depth costs beyond its floating-point operations: step time with D = 1 over that with D = 0, divided by the ratio
-of operations a token (``mtp_dist.parallel.budget``).
+"""What MTP costs beyond its floating-point operations: step time with D = 1 (or --depth) over that with D = 0, divided by the
+ratio of operations a token (``mtp_dist.parallel.budget``).
 
     torchrun --standalone --nproc-per-node 1 -m benchmarks.depth_cost
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.small_run import finish, random_batch, small_run
+from benchmarks.small_run import add_model_options, finish, random_batch, run_of
 from benchmarks.timing import median_interval, take_turns
 from mtp_dist.parallel.budget import flops_per_token
 from mtp_dist.parallel.mesh import build_mesh, choose_device, connect, disconnect
@@ -23,17 +23,7 @@ from mtp_dist.training.step import build
 
 def stepper(options: argparse.Namespace, depth: int) -> tuple[Callable[[], float], int]:
     """A step that returns its loss, and operations a token."""
-    config = finish(
-        small_run(
-            layers=options.layers,
-            hidden=options.hidden,
-            vocabulary=options.vocabulary,
-            depth=depth,
-            sequence=options.sequence,
-            micro_batch=options.micro_batch,
-            micro_batches=options.micro_batches,
-        )
-    )
+    config = finish(run_of(options, depth=depth))
     mesh = build_mesh(config.parallel, torch.device("cpu"))
     workload, parts, batch = build(config, mesh), coefficients(config.mtp, 0), random_batch(config)
     return lambda: workload.step(batch, parts, config.optim.lr)[0].loss, flops_per_token(config)
@@ -41,23 +31,19 @@ def stepper(options: argparse.Namespace, depth: int) -> tuple[Callable[[], float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--sequence", type=int, default=128)
-    parser.add_argument("--micro-batch", type=int, default=4)
-    parser.add_argument("--micro-batches", type=int, default=4)
+    add_model_options(parser, layers=8, micro_batch=4, micro_batches=4)
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
     torch.set_num_threads(1)
     connect(choose_device("cpu"), timeout_minutes=5)
     without, base = stepper(options, 0)
-    with_one, more = stepper(options, 1)
-    times = take_turns({"D = 0": without, "D = 1": with_one}, options.rounds)
+    with_heads, more = stepper(options, options.depth)
+    with_name = f"D = {options.depth}"
+    times = take_turns({"D = 0": without, with_name: with_heads}, options.rounds)
     for name, values in times.items():
         print(f"{name} median {statistics.median(values):.3f} s, {min(values):.3f} to {max(values):.3f}")
     print(f"operations a token: {base / 1e6:.2f} M, {more / 1e6:.2f} M, ratio {more / base:.4f}")
-    ratios = [one / none for one, none in zip(times["D = 1"], times["D = 0"], strict=True)]
+    ratios = [heads / none for heads, none in zip(times[with_name], times["D = 0"], strict=True)]
     print("time ratio: {:.4f} (95 % interval {:.4f} to {:.4f})".format(*median_interval(ratios)))
     middle, low, high = median_interval([ratio * base / more for ratio in ratios])
     print(f"ratio: time ratio / operations ratio = {middle:.3f} (95 % interval {low:.3f} to {high:.3f}, {options.rounds} pairs)")

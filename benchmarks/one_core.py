@@ -23,7 +23,7 @@ from typing import IO
 import torch
 import torch.distributed as dist
 
-from benchmarks.small_run import finish, random_batch, small_run
+from benchmarks.small_run import add_model_options, finish, random_batch, run_of
 from benchmarks.timing import median_interval
 from mtp_dist.parallel.mesh import build_mesh, choose_device, connect, disconnect
 from mtp_dist.training.objective import coefficients
@@ -39,15 +39,7 @@ def work(options: argparse.Namespace) -> None:
     os.sched_setaffinity(0, {cores[rank]})
     torch.set_num_threads(1)
     connect(choose_device("cpu"), timeout_minutes=30)
-    config = small_run(
-        layers=options.layers,
-        hidden=options.hidden,
-        vocabulary=options.vocabulary,
-        depth=options.depth,
-        sequence=options.sequence,
-        micro_batch=options.micro_batch,
-        micro_batches=options.micro_batches,
-    )
+    config = run_of(options)
     config.parallel.pipeline, config.parallel.placement = world, options.placement if world > 1 else "balanced"
     config = finish(config)
     mesh = build_mesh(config.parallel, torch.device("cpu"))
@@ -98,13 +90,7 @@ class Job:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--depth", type=int, default=1)
-    parser.add_argument("--sequence", type=int, default=128)
-    parser.add_argument("--micro-batch", type=int, default=2)
-    parser.add_argument("--micro-batches", type=int, default=16)
+    add_model_options(parser, micro_batches=16)
     parser.add_argument("--placement", default="balanced", help="of the two (parallel.placement)")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -23,7 +23,7 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 
-from benchmarks.small_run import finish, random_batch, small_run
+from benchmarks.small_run import add_model_options, finish, random_batch, run_of
 from benchmarks.timing import compare, seconds, take_turns
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.data.batch import Batch
@@ -125,28 +125,14 @@ def say(line: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--depth", type=int, default=1)
-    parser.add_argument("--sequence", type=int, default=128)
-    parser.add_argument("--micro-batch", type=int, default=2)
-    parser.add_argument("--micro-batches", type=int, default=8)
+    add_model_options(parser)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--schedule", choices=("zbv", "dualpipev"), default="zbv", help="of this project's two")
     parser.add_argument("--check", action="store_true", help="only check that all compute the same losses")
     options = parser.parse_args()
     torch.set_num_threads(1)
     connect(choose_device("cpu"), timeout_minutes=5)
-    config = small_run(
-        layers=options.layers,
-        hidden=options.hidden,
-        vocabulary=options.vocabulary,
-        depth=options.depth,
-        sequence=options.sequence,
-        micro_batch=options.micro_batch,
-        micro_batches=options.micro_batches,
-    )
+    config = run_of(options)
     config.parallel.pipeline, config.parallel.schedule = 2, options.schedule
     config = finish(config)
     if not options.check:

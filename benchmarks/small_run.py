@@ -1,5 +1,7 @@
 """The training run that benchmarks of a step measure: random tokens, one document a row, float32, no clipping."""
 
+import argparse
+
 import torch
 
 from mtp_dist.config.resolution import resolve
@@ -22,6 +24,24 @@ def small_run(
     config.train.micro_batch, config.train.global_batch = micro_batch, micro_batch * micro_batches
     config.train.sequence_length, config.train.dtype, config.train.steps = sequence, "float32", 1
     return config
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, layers: int = 12, micro_batch: int = 2, micro_batches: int = 8) -> None:
+    """Options of the command line for what `run_of` reads."""
+    parser.add_argument("--layers", type=int, default=layers)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--depth", type=int, default=1)
+    parser.add_argument("--sequence", type=int, default=128)
+    parser.add_argument("--micro-batch", type=int, default=micro_batch)
+    parser.add_argument("--micro-batches", type=int, default=micro_batches)
+
+
+def run_of(options: argparse.Namespace, *, depth: int | None = None) -> TrainingRun:
+    """``small_run`` as the command line asks, but for another `depth`."""
+    names = ("layers", "hidden", "vocabulary", "depth", "sequence", "micro_batch", "micro_batches")
+    asked = {name: getattr(options, name) for name in names}
+    return small_run(**asked | ({} if depth is None else {"depth": depth}))
 
 
 def finish(config: TrainingRun) -> TrainingRun:

@@ -152,12 +152,13 @@ def _memory(config: Plan) -> str:
     zero, replicas = config.zero.stage, config.parallel.data
     weight, shared = budget.dtype_bytes(config), f" / {replicas} replicas" if config.zero.stage and replicas > 1 else ""
     optimizer = f"{budget.MASTER_BYTES} + {budget.MOMENT_BYTES}" if zero else f"{budget.MOMENT_BYTES}"
-    on_host = config.zero.offload or config.mtp.freeze_trunk
-    rows = [["GiB a rank", "weights", "gradients", "optimizer", "activations*", "working*", "total*", *["host"] * on_host]]
+    on_host, saves = config.zero.offload or config.mtp.freeze_trunk, config.checkpoint.asynchronous
+    rows = [["GiB a rank", "weights", "gradients", "optimizer", "activations*", "working*", "total*"]]
+    rows[0] += ["host"] * on_host + ["host, save"] * saves
     for pipeline_rank in range(config.parallel.pipeline):
         memory = budget.rank_memory(config, pipeline_rank)
         values = [memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.working, memory.total]
-        values += [memory.host] * on_host
+        values += [memory.host] * on_host + [memory.snapshot] * saves
         rows.append([f"pipeline rank {pipeline_rank}", *(f"{value / GIB:.3f}" for value in values)])
     whole = budget.chunk_parameters(config.model, config.mtp, config.model.layers)
     trained = whole.heads if config.mtp.freeze_trunk else whole.total

@@ -47,8 +47,8 @@ class Parameters:
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one rank's device. `working`: buffers of the loss and of the optimizer step, and weights that ZeRO-3 has gathered,
-    which come and go. `host`, not in the total: what waits in the host's memory, an offloaded optimizer and the exact weights of
-    a frozen trunk in bfloat16."""
+    which come and go. Not in the total, in the host's memory: `host`, an offloaded optimizer and the exact weights of a frozen
+    trunk in bfloat16; `snapshot`, what a background save copies of the rank that owns most."""
 
     weights: int
     gradients: int
@@ -56,6 +56,7 @@ class Memory:
     activations: int
     working: int
     host: int = 0
+    snapshot: int = 0
 
     @property
     def total(self) -> int:
@@ -209,6 +210,9 @@ def rank_memory(config: TrainingRun, pipeline_rank: int) -> Memory:
         activations=_activations(config, pipeline_rank),
         working=gathered + max(loss, bucket + (0 if zero.offload else shard_gradient)),
         host=exact_frozen + (optimizer + shard_gradient if zero.offload else 0),
+        snapshot=(CHECKPOINT_BYTES * trained // shards + MASTER_BYTES * (held.total - trained) // parallel.data)
+        if config.checkpoint.asynchronous
+        else 0,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mtp_dist.config.layout import is_v, micro_batches
-from mtp_dist.parallel.budget import chunks_in_flight, rank_memory
+from mtp_dist.parallel.budget import CHECKPOINT_BYTES, MASTER_BYTES, chunk_parameters, chunks_in_flight, rank_memory
 from mtp_dist.plan import global_ranks
 from tests.distributed.layouts import LAYOUTS, configuration, world
 from tests.distributed.pool import run_jobs
@@ -44,6 +44,17 @@ def test_bytes_of_a_rank(held: Any, layout: str) -> None:
         assert planned.weights == pytest.approx(found["weights"], abs=PADDING if config.zero.stage == 3 else 0)
         assert planned.gradients == pytest.approx(found["gradients"], abs=PADDING if config.zero.stage >= 2 else 0)
         assert planned.optimizer + planned.host == pytest.approx(found["optimizer"], abs=PADDING)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bytes_of_a_background_save(held: Any, layout: str) -> None:
+    config = configuration(layout)
+    for found in held(layout):
+        assert found["snapshot"] <= rank_memory(config, found["pipeline_rank"]).snapshot + PADDING
+    whole = chunk_parameters(config.model, config.mtp, config.model.layers)
+    trained = whole.heads if config.mtp.freeze_trunk else whole.total
+    saved = CHECKPOINT_BYTES * trained + MASTER_BYTES * (whole.total - trained)
+    assert sum(found["snapshot"] for found in held(layout)) == saved
 
 
 @pytest.mark.parametrize("layout", IN_V)

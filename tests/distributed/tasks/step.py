@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from mtp_dist.checkpoint.fragment_file import FragmentFile
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.model import head_loss
 from mtp_dist.model.parameter import spec_of
@@ -114,6 +115,13 @@ def _gradient_bytes(engine: Any) -> int:
     return sum(p.grad.nbytes for p in engine.parameters.values() if p.grad is not None)
 
 
+def _snapshot_bytes(workload: Workload) -> int:
+    """Of the parameters' state in the buffer of a background save."""
+    file = FragmentFile("file", workload.engine, buffered=True)
+    assert file._buffer is not None
+    return file._buffer.nbytes - torch.get_rng_state().nbytes
+
+
 def held(layout: str) -> dict[str, Any]:
     """Bytes that a rank really holds after one step's gradients, its place, and its schedule's passes in flight."""
     config = configuration(layout)
@@ -134,6 +142,7 @@ def held(layout: str) -> dict[str, Any]:
         "weights": sum(p.nbytes + (p.ds_tensor.nbytes if engine.shards_parameters else 0) for p in parameters),
         "gradients": _gradient_bytes(engine),
         "optimizer": sum(tensor.nbytes for tensor in optimizer),
+        "snapshot": _snapshot_bytes(workload),
         "in_flight": _most_in_flight(order) if order else None,
     }
 
