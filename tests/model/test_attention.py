@@ -5,6 +5,7 @@ here: the segments by a plain loop in the kernel's place, the block mask by flex
 """
 
 from itertools import pairwise
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import varlen
+from torch.nn.attention.flex_attention import create_block_mask
 
+from mtp_dist.model import attention
 from mtp_dist.model.attention import (
     SHORT_ON_CPU,
     Mask,
@@ -110,6 +113,26 @@ def test_the_kernel_takes_what_it_is_given() -> None:
 
 
 @torch.no_grad()
+@given(st.integers(1, 700), st.lists(st.integers(1, 699), max_size=6), st.sampled_from([16, 128]))
+@settings(max_examples=60, deadline=None)
+def test_blocks_are_those_that_torch_finds_pair_by_pair(length: int, cuts: list[int], block: int) -> None:
+    """Which blocks hold some pair of a document, and which hold nothing else."""
+    row = torch.zeros(length, dtype=torch.int32)
+    for cut in cuts:
+        row[cut:] += 1
+    documents = torch.stack([row, torch.zeros_like(row), torch.arange(length, dtype=torch.int32)])
+
+    def visible(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (documents[row, query] == documents[row, key])
+
+    with patch.object(attention, "BLOCK", block):
+        ours = block_mask(documents)
+    theirs = create_block_mask(visible, 3, None, length, length, device="cpu", BLOCK_SIZE=block)
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "full_q_indices"):
+        assert getattr(ours, name).equal(getattr(theirs, name)), name
+    assert ours.seq_lengths == theirs.seq_lengths
+
+
 def test_the_block_mask_is_the_mask() -> None:
     tensors = [x.detach() for x in inputs(torch.float32)]
     want = attend(*tensors, document_mask(DOCUMENTS), causal=True)
