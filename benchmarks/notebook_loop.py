@@ -5,8 +5,9 @@
 The rival is how explanatory notebooks on MTP write it: depth k at position i joins the state of depth k-1 with the embedding of
 token i+k, and sends it through a projection, a weightless RMSNorm, a transformer layer that sees this position alone, and the
 shared embedding as output matrix. Here it is torch's own ``nn.TransformerEncoderLayer`` (2 heads, inner width 2,048, no dropout)
-called once for each position and depth. At once, the same parameters act on all positions together; attention of a position to
-itself is its value. Both give the same logits and gradients, which is checked first. float32, forward, loss and backward.
+called once for each position and depth. At once, ``SimpleMTP`` lets the same parameters act on all positions together; attention
+of a position to itself is its value. Both give the same logits and gradients, which is checked first. float32, forward, loss and
+backward.
 """
 
 import argparse
@@ -18,59 +19,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import compare, take_turns
+from mtp_dist.model.mtp.notebook import SimpleMTP, rms_norm
 
 TOLERANCE = 1e-4
 """Largest difference of logits, and of gradients over their largest element."""
 
 
-class NotebookHeads(nn.Module):
-    """D heads over tokens int64 [B, T]: logits [B, T-D, D, V]."""
-
-    def __init__(self, hidden: int, depth: int, vocabulary: int) -> None:
-        super().__init__()
-        self.hidden, self.depth = hidden, depth
-        self.embedding = nn.Embedding(vocabulary, hidden)
-        nn.init.normal_(self.embedding.weight, std=0.1)
-        self.projections = nn.ModuleList(nn.Linear(2 * hidden, hidden) for _ in range(depth))
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(hidden, nhead=2, dropout=0.0, batch_first=True) for _ in range(depth)
-        )
-
-    def _join(self, k: int, state: Tensor, embedded: Tensor) -> Tensor:
-        joined: Tensor = self.projections[k](torch.cat((state, embedded), dim=-1))
-        return F.rms_norm(joined, (self.hidden,), eps=1e-8)
-
-    def one_by_one(self, tokens: Tensor) -> Tensor:
-        """Position by position, depth by depth."""
-        embedded, rows = self.embedding(tokens), []
-        for i in range(tokens.shape[1] - self.depth):
-            state, found = embedded[:, i], []
-            for k, layer in enumerate(self.layers):
-                x = self._join(k, state, embedded[:, i + k + 1])
-                state = layer(x.unsqueeze(1)).squeeze(1)
-                found.append(state @ self.embedding.weight.T)
-            rows.append(torch.stack(found, dim=1))
-        return torch.stack(rows, dim=1)
-
-    def at_once(self, tokens: Tensor) -> Tensor:
-        """All positions of a depth together."""
-        embedded, positions, found = self.embedding(tokens), tokens.shape[1] - self.depth, []
-        state = embedded[:, :positions]
-        for k, layer in enumerate(self.layers):
-            x = self._join(k, state, embedded[:, k + 1 : k + 1 + positions])
-            state = self._alone(layer, x)
-            found.append(state @ self.embedding.weight.T)
-        return torch.stack(found, dim=2)
-
-    def _alone(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """``nn.TransformerEncoderLayer`` where every position sees itself only."""
-        assert isinstance(layer, nn.TransformerEncoderLayer)
-        attention, d = layer.self_attn, self.hidden
-        assert attention.in_proj_weight is not None
-        value = F.linear(x, attention.in_proj_weight[2 * d :], attention.in_proj_bias[2 * d :])
-        x = layer.norm1(x + attention.out_proj(value))
-        out: Tensor = layer.norm2(x + layer.linear2(F.relu(layer.linear1(x))))
-        return out
+def one_by_one(model: SimpleMTP, tokens: Tensor) -> Tensor:
+    """As ``SimpleMTP.forward``: position by position, depth by depth."""
+    embedded, rows = model.embed(tokens), []
+    for i in range(tokens.shape[1] - model.num_heads):
+        state, found = embedded[:, i], []
+        for k, (projection, layer) in enumerate(zip(model.projections, model.layers, strict=True), start=1):
+            x = rms_norm(projection(torch.cat((state, embedded[:, i + k]), dim=-1)))
+            state = layer(x.unsqueeze(1)).squeeze(1)
+            found.append(state @ model.embed.weight.T)
+        rows.append(torch.stack(found, dim=1))
+    return torch.stack(rows, dim=1)
 
 
 class Setup:
@@ -78,7 +43,8 @@ class Setup:
 
     def __init__(self, hidden: int, depth: int, vocabulary: int, tokens: int, rows: int) -> None:
         torch.manual_seed(5)
-        self.heads = NotebookHeads(hidden, depth, vocabulary)
+        self.heads = SimpleMTP(hidden, vocabulary, depth)
+        nn.init.normal_(self.heads.embed.weight, std=0.1)
         self.tokens = torch.randint(0, vocabulary, (rows, tokens))
 
     def _train(self, logits: Tensor) -> Tensor:
@@ -93,10 +59,10 @@ class Setup:
         return logits.detach()
 
     def loop(self) -> Tensor:
-        return self._train(self.heads.one_by_one(self.tokens))
+        return self._train(one_by_one(self.heads, self.tokens))
 
     def vectorised(self) -> Tensor:
-        return self._train(self.heads.at_once(self.tokens))
+        return self._train(self.heads(self.tokens))
 
     def difference(self) -> float:
         """Largest difference between the two, of logits, or of a gradient over its largest element."""

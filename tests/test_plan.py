@@ -61,6 +61,7 @@ HEADS = [
     "mtp.kind=parallel",
     "mtp.kind=parallel mtp.branch=final mtp.blocks=2",
     "mtp.kind=medusa mtp.blocks=3",
+    "mtp.kind=notebook mtp.blocks=2",
 ]
 """One of each kind and option, at a depth above 1."""
 
@@ -113,7 +114,7 @@ def test_operations_are_those_that_torch_counts(heads: str) -> None:
         assert model.weight_gradients is not None
         model.weight_gradients.take()()
     positions = config.train.micro_batch * config.train.sequence_length
-    blocks = 0 if config.mtp.kind == "medusa" else config.mtp.blocks * config.mtp.depth
+    blocks = 0 if config.mtp.kind in ("medusa", "notebook") else config.mtp.blocks * config.mtp.depth
     attention = 12 * (config.model.layers + blocks) * config.train.sequence_length * config.model.hidden
     assert counter.get_total_flops() / positions + attention == budget.flops_per_token(config)
 

@@ -2,7 +2,7 @@
 
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 
-KINDS = ("none", "sequential", "parallel", "medusa")
+KINDS = ("none", "sequential", "parallel", "medusa", "notebook")
 CONTRACT = ("kind", "depth", "concat", "h0", "recycle", "repeat", "blocks", "branch")
 """Settings that say which parameters the heads have and how a decoder must use them; every checkpoint records them."""
 
@@ -19,7 +19,7 @@ def modules(mtp: MTPConfig) -> int:
 
 def reads_tokens(mtp: MTPConfig) -> bool:
     """Whether depth k is fed the embedding of t[i+k]: the last chunk then needs the embedding."""
-    return mtp.kind == "sequential"
+    return mtp.kind in ("sequential", "notebook")
 
 
 def learns_inside(mtp: MTPConfig) -> bool:

@@ -1,5 +1,4 @@
-"""Linear layers without bias: whole, column-parallel or row-parallel (arXiv 1909.08053), with optional deferred weight
-gradient."""
+"""Linear layers: whole, column-parallel or row-parallel (arXiv 1909.08053), with optional deferred weight gradient."""
 
 from typing import Any
 
@@ -31,6 +30,17 @@ class Linear(nn.Module):
         else:
             y = _DeferredLinear.apply(x, self.weight, self.weight_gradients)
         return self.group.leave(y) if self.split == 1 else y
+
+
+class Affine(Linear):
+    """W x + b, whole on each tensor rank; b starts as zeros. One module has both: ZeRO-3 shards module by module."""
+
+    def __init__(self, inputs: int, outputs: int, *, std: float, group: TensorGroup) -> None:
+        super().__init__(inputs, outputs, std=std, group=group)
+        self.bias = parameter((outputs,), split=None, std=0.0, group=group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.bias
 
 
 class _DeferredLinear(torch.autograd.Function):

@@ -74,12 +74,17 @@ def vocabulary_rows(model: ModelConfig, tensor: int) -> int:
     return -(-model.vocab_size // tensor)
 
 
+def vectors_beside_blocks(model: ModelConfig, mtp: MTPConfig) -> int:
+    """Elements of one MTP module's norms and biases, those of its decoder blocks apart; on each tensor rank."""
+    if mtp.kind == "notebook":
+        return model.hidden + mtp.blocks * (7 * model.hidden + model.mlp)
+    return {"sequential": 3, "medusa": mtp.blocks}.get(mtp.kind, 0) * model.hidden
+
+
 def module_parameters(model: ModelConfig, mtp: MTPConfig, tensor: int = 1) -> int:
-    """One MTP module's share on one of `tensor` ranks: its blocks are split; its projection (or Medusa's residual blocks) and its
-    norms (or their biases) are on each."""
-    vectors = {"sequential": 3, "medusa": mtp.blocks}.get(mtp.kind, 0)
+    """One MTP module's share on one of `tensor` ranks: its blocks are split; what it has beside them is on each."""
     blocks = blocks_of_module(mtp) * block_parameters(model, tensor)
-    return blocks + beside_blocks(model, mtp) + vectors * model.hidden
+    return blocks + beside_blocks(model, mtp) + vectors_beside_blocks(model, mtp)
 
 
 def chunk_parameters(
@@ -146,6 +151,14 @@ def kept_activations(model: ModelConfig, parallel: ParallelConfig, recompute: st
     return 3 * outside + products // parallel.tensor
 
 
+def activations_beside_blocks(model: ModelConfig, mtp: MTPConfig) -> int:
+    """Elements that one MTP module keeps for its backward pass, a position, those of its decoder blocks apart: the concatenation
+    and what norms keep beside it, the shared norm, or what residual blocks or the notebook's layers keep."""
+    if mtp.kind == "notebook":
+        return 4 * model.hidden + mtp.blocks * (5 * model.hidden + model.mlp)
+    return {"sequential": 7, "parallel": 3, "medusa": 2 * mtp.blocks}.get(mtp.kind, 0) * model.hidden
+
+
 def chunk_activations(config: TrainingRun, layers: int, *, last: bool, taps: int = 0) -> int:
     """Bytes that one forward pass of a chunk over one micro-batch keeps for its backward pass. `taps`: states that come in or go
     out beside the hidden one.
@@ -163,11 +176,11 @@ def chunk_activations(config: TrainingRun, layers: int, *, last: bool, taps: int
     if config.train.recompute != "none" and layers:
         elements += block - kept  # one block at a time is whole again
     if last:
-        # A module: its blocks, the concatenation and what its three norms keep beside it (or the shared norm, or what a residual
-        # block keeps). Then the final norm, and the gradients of 1 + D states, which the loss forms in the forward pass.
-        states = {"sequential": 7, "parallel": 3, "medusa": 2 * config.mtp.blocks}.get(config.mtp.kind, 0)
-        outside = model.hidden // _position_shares(config.parallel)
-        elements += depth * (blocks_of_module(config.mtp) * block + states * outside) + 3 * outside + (1 + depth) * model.hidden
+        # A module: its blocks and what it keeps beside them. Then the final norm, and the gradients of 1 + D states, which the
+        # loss forms in the forward pass.
+        shares = _position_shares(config.parallel)
+        module = blocks_of_module(config.mtp) * block + activations_beside_blocks(model, config.mtp) // shares
+        elements += depth * module + 3 * (model.hidden // shares) + (1 + depth) * model.hidden
     return config.train.micro_batch * length * elements * dtype_bytes(config)
 
 
@@ -217,8 +230,10 @@ def rank_memory(config: TrainingRun, pipeline_rank: int) -> Memory:
 
 
 def rank_vectors(config: TrainingRun) -> int:
-    """Elements of norms, which ZeRO-3 (without a pipeline) keeps whole on each rank."""
-    return config.model.hidden * (2 * config.model.layers + 1 + modules(config.mtp) * (2 * config.mtp.blocks + 3))
+    """Elements of norms and biases, which ZeRO-3 (without a pipeline) keeps whole on each rank."""
+    model, mtp = config.model, config.mtp
+    module = 2 * model.hidden * blocks_of_module(mtp) + vectors_beside_blocks(model, mtp)
+    return model.hidden * (2 * model.layers + 1) + modules(mtp) * module
 
 
 def _activations(config: TrainingRun, pipeline_rank: int) -> int:

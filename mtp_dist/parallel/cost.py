@@ -62,15 +62,17 @@ def block_flops(model: ModelConfig, sequence_length: int) -> int:
 
 
 def beside_blocks(model: ModelConfig, mtp: MTPConfig) -> int:
-    """Matrix elements of one MTP module beside its decoder blocks: the projection of two states to one, or Medusa's residual
-    blocks."""
+    """Matrix elements of one MTP module beside its decoder blocks: the projection of two states to one, Medusa's residual blocks,
+    the notebook's layers."""
+    if mtp.kind == "notebook":
+        return 2 * model.hidden**2 + mtp.blocks * 2 * model.hidden * (model.hidden + model.mlp)
     squares = {"sequential": 2, "medusa": mtp.blocks}.get(mtp.kind, 0)
     return squares * model.hidden**2
 
 
 def blocks_of_module(mtp: MTPConfig) -> int:
     """Decoder blocks of one MTP module."""
-    return 0 if mtp.kind == "medusa" else mtp.blocks
+    return 0 if mtp.kind in ("medusa", "notebook") else mtp.blocks
 
 
 def tail_flops(model: ModelConfig, mtp: MTPConfig, sequence_length: int) -> int:

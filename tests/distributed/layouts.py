@@ -82,6 +82,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
             "blocks2_detach": {"blocks": 2, "detach": True},
             "parallel": {"kind": "parallel"},
             "medusa": {"kind": "medusa", "blocks": 2},
+            "notebook": {"kind": "notebook"},
         }.items()
         for name, where in {
             "pp2_1f1b": {"pipeline": 2, "schedule": "1f1b"},
@@ -108,6 +109,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2_zbv_medusa": {"pipeline": 2, "schedule": "zbv", "kind": "medusa"},
     "pp2_1f1b_untied_medusa": {"pipeline": 2, "schedule": "1f1b", "kind": "medusa", "tie": False},
     "pp2_1f1b_frozen_medusa": {"pipeline": 2, "schedule": "1f1b", "kind": "medusa", "freeze_trunk": True},
+    "pp2_zbv_notebook": {"pipeline": 2, "schedule": "zbv", "kind": "notebook"},
+    "tp2_frozen_notebook": {"tensor": 2, "kind": "notebook", "freeze_trunk": True},
+    "pp2_1f1b_tp2_notebook": {"pipeline": 2, "schedule": "1f1b", "tensor": 2, "kind": "notebook", "blocks": 2},
 }
 
 

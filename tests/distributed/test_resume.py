@@ -34,6 +34,7 @@ RESUMED = [
     "pp2_zbv_heads_alone_parallel",
     "pp2_1f1b_repeat",
     "dp2_medusa",
+    "tp2_sequence_notebook",
     "pp2_zbv_tp2",
     "pp2_1f1b_tp2",
     "pp2_zbv_dp2",

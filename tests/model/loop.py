@@ -125,6 +125,40 @@ def heads(
     return states
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    mean = sum(value for value in x) / len(x)
+    variance = sum((value - mean) ** 2 for value in x) / len(x)
+    return (x - mean) / (variance + 1e-5).sqrt() * weight + bias
+
+
+def notebook_heads(weights: Weights, mtp: MTPConfig, before: Vectors, after: Vectors, tokens: list[int]) -> list[Vectors]:
+    """One position after the other: its projection, its norm, and layers in which it meets no other position."""
+
+    def affine(name: str, x: Tensor) -> Tensor:
+        return weights[f"{name}.weight"] @ x + weights[f"{name}.bias"]
+
+    def normed(name: str, x: Tensor) -> Tensor:
+        return layer_norm(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    states: list[Vectors] = [[] for _ in range(mtp.depth)]
+    for i, state in enumerate(after if mtp.h0 == "post_norm" else before):
+        for k in range(1, mtp.depth + 1):
+            name = "mtp.1" if mtp.repeat else f"mtp.{k}"
+            parts = [state, weights["embedding.weight"][tokens[i + k]]]
+            if mtp.concat == "embedding_first":
+                parts.reverse()
+            state = affine(f"{name}.projection", torch.cat(parts))
+            state = state / (sum(value * value for value in state) / len(state) + 1e-8).sqrt()
+            for r in range(1, mtp.blocks + 1):
+                layer = f"{name}.block.{r}"
+                attended = affine(f"{layer}.output", affine(f"{layer}.value", state))
+                state = normed(f"{layer}.attention_norm", state + attended)
+                inner = affine(f"{layer}.up", state)
+                state = normed(f"{layer}.mlp_norm", state + affine(f"{layer}.down", inner * (inner > 0)))
+            states[k - 1].append(state)
+    return states
+
+
 def row_states(weights: Weights, model: ModelConfig, mtp: MTPConfig, tokens: list[int], documents: list[int]) -> list[Vectors]:
     """h^0 (normed), h^1 .. h^D of one row of S + 1 + D tokens."""
     positions = len(tokens) - 1 - mtp.depth
@@ -138,6 +172,8 @@ def row_states(weights: Weights, model: ModelConfig, mtp: MTPConfig, tokens: lis
         return [after, *parallel_heads(weights, model, mtp, entering, xs, documents)]
     if mtp.kind == "medusa":
         return [after, *medusa_heads(weights, mtp, after)]
+    if mtp.kind == "notebook":
+        return [after, *notebook_heads(weights, mtp, xs, after, tokens)]
     return [after, *heads(weights, model, mtp, xs, after, tokens, documents)]
 
 

@@ -1,4 +1,4 @@
-"""Promise: parallel and Medusa heads compute their papers' equations: losses, counts and all gradients equal those of loops.
+"""Promise: parallel, Medusa and notebook heads compute their sources' equations: losses, counts, gradients equal those of loops.
 
 Tolerance as in test_sequential: all is float64 but the rotary angles and the head's logits.
 """
@@ -22,6 +22,9 @@ KINDS: list[dict[str, Any]] = [
     {"kind": "parallel", "blocks": 2},
     {"kind": "medusa"},
     {"kind": "medusa", "blocks": 2},
+    {"kind": "notebook"},
+    {"kind": "notebook", "concat": "hidden_first", "blocks": 2, "h0": "pre_norm"},
+    {"kind": "notebook", "concat": "hidden_first", "repeat": True},
 ]
 
 

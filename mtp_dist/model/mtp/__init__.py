@@ -14,6 +14,7 @@ from collections.abc import Callable
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.mtp.heads import Heads
 from mtp_dist.model.mtp.medusa import MedusaHeads
+from mtp_dist.model.mtp.notebook import NotebookHeads
 from mtp_dist.model.mtp.parallel import ParallelHeads
 from mtp_dist.model.mtp.sequential import SequentialHeads
 from mtp_dist.model.tensor_group import TensorGroup
@@ -25,5 +26,6 @@ def build_heads(model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> Heads
         "sequential": SequentialHeads,
         "parallel": ParallelHeads,
         "medusa": MedusaHeads,
+        "notebook": NotebookHeads,
     }
     return kinds[mtp.kind](model, mtp, group) if mtp.kind != "none" else None

@@ -13,21 +13,9 @@ from torch import Tensor, nn
 from mtp_dist.config.heads import modules
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.attention import Mask
-from mtp_dist.model.linear import Linear
+from mtp_dist.model.linear import Affine
 from mtp_dist.model.mtp.heads import Heads, TrunkStates
-from mtp_dist.model.parameter import parameter
 from mtp_dist.model.tensor_group import TensorGroup
-
-
-class Affine(Linear):
-    """W x + b, both zeros at the start. One module has both: ZeRO-3 shards module by module."""
-
-    def __init__(self, hidden: int, group: TensorGroup) -> None:
-        super().__init__(hidden, hidden, std=0.0, group=group)
-        self.bias = parameter((hidden,), split=None, std=0.0, group=group)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.bias
 
 
 class ResidualBlock(nn.Module):
@@ -35,7 +23,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, hidden: int, group: TensorGroup) -> None:
         super().__init__()
-        self.linear = Affine(hidden, group)
+        self.linear = Affine(hidden, hidden, std=0.0, group=group)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + F.silu(self.linear(x))
