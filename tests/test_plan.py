@@ -47,10 +47,30 @@ def test_parameters_are_those_of_the_model(preset: str, depth: int) -> None:
     assert budget.chunk_parameters(config.model, config.mtp, config.model.layers) == owned(names)
 
 
-def test_parameters_of_llama_3_8b_are_the_published_ones() -> None:
-    """arXiv 2407.21783 calls it 8B; the released weights have 8,030,261,248 elements."""
-    config = planned("model=llama3_8b", "model.vocab_size=128256", "mtp=none")
-    assert budget.chunk_parameters(config.model, config.mtp, config.model.layers).total == 8_030_261_248
+@pytest.mark.parametrize(
+    ("preset", "vocabulary", "published"),
+    [
+        ("1b", 128_256, 1_235_814_400),
+        ("3b", 128_256, 3_212_749_824),
+        ("llama2_7b", 32_000, 6_738_415_616),
+        ("llama3_8b", 128_256, 8_030_261_248),
+        ("llama3_70b", 128_256, 70_553_706_496),
+        ("llama3_405b", 128_256, 405_853_388_800),
+    ],
+)
+def test_parameters_are_the_published_ones(preset: str, vocabulary: int, published: int) -> None:
+    """Elements of the released weights of Llama 3.2 1B and 3B, Llama 2 7B, Llama 3 8B and 70B, Llama 3.1 405B."""
+    config = planned(f"model={preset}", f"model.vocab_size={vocabulary}", "mtp=none")
+    assert budget.chunk_parameters(config.model, config.mtp, config.model.layers).total == published
+
+
+@pytest.mark.parametrize(
+    ("preset", "vocabulary", "about"),
+    [("5m", 4096, 5e6), ("25m", 4096, 25e6), ("125m", 50_257, 125e6), ("350m", 50_257, 350e6)],
+)
+def test_small_presets_are_as_large_as_their_name(preset: str, vocabulary: int, about: float) -> None:
+    config = planned(f"model={preset}", f"model.vocab_size={vocabulary}", "mtp=none")
+    assert budget.chunk_parameters(config.model, config.mtp, config.model.layers).total == pytest.approx(about, rel=0.1)
 
 
 HEADS = [
