@@ -24,7 +24,12 @@ def reads_tokens(mtp: MTPConfig) -> bool:
 
 def learns_inside(mtp: MTPConfig) -> bool:
     """Whether depth k learns from what the trunk itself makes of position i + k, which must then be in the row."""
-    return False
+    return soft_targets(mtp)
+
+
+def soft_targets(mtp: MTPConfig) -> bool:
+    """Whether the depths learn the trunk's distributions instead of tokens."""
+    return mtp.kind != "none" and mtp.targets == "trunk"
 
 
 def taps(model: ModelConfig, mtp: MTPConfig) -> tuple[int, ...]:

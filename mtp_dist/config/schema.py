@@ -53,6 +53,7 @@ class MTPConfig:
     concat: str = setting("embedding_first", "Order in the input of W_k: embedding_first (released weights) | hidden_first (the paper's formula).")
     h0: str = setting("post_norm", "Trunk state given to depth 1: post_norm (after the final norm) | pre_norm.")
     recycle: str = setting("post_norm", "State of depth k given to depth k+1: post_norm (after norm_k) | pre_norm.")
+    targets: str = setting("tokens", "What depth k learns at position i: tokens (t[i+k+1]) | trunk (self-distillation: the distribution that the trunk's own head gives at position i+k, which gets no gradient from it; the last k positions of a row have none). Accuracies then tell whether both name the same likeliest token.")
     loss_weight: float = setting(0.3, "Lambda, the weight of the MTP losses from the first token on.")
     loss_weight_points: list[list[float]] = setting([], "Later values of lambda as [tokens trained, value] pairs, ascending.")
     loss_weight_shape: str = setting("step", "How lambda goes from point to point: step (each value holds from its point on) | linear (a straight line from one to the next, the last one holds).")

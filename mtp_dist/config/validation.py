@@ -193,6 +193,7 @@ def _validate_mtp(mtp: MTPConfig, sequence_length: int) -> None:
     one_of("mtp.h0", mtp.h0, ["post_norm", "pre_norm"])
     one_of("mtp.recycle", mtp.recycle, ["post_norm", "pre_norm"])
     one_of("mtp.branch", mtp.branch, ["penultimate", "final"])
+    one_of("mtp.targets", mtp.targets, ["tokens", "trunk"])
     if mtp.repeat and mtp.kind not in ("none", "sequential", "notebook"):
         raise UserError(f"mtp.repeat=true with mtp.kind={mtp.kind} would make all depths equal; choose mtp.repeat=false")
     one_of("mtp.normalize", mtp.normalize, ["mean", "sum", "weights"])

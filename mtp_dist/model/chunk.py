@@ -9,7 +9,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mtp_dist.config.heads import embeds_on_last, handed_taps, learns_inside, reads_tokens, received_taps, taps
+from mtp_dist.config.heads import (
+    embeds_on_last,
+    handed_taps,
+    learns_inside,
+    reads_tokens,
+    received_taps,
+    soft_targets,
+    taps,
+)
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.attention import Mask, build_mask
 from mtp_dist.model.embedding import Embedding
@@ -48,6 +56,7 @@ class Chunk(nn.Module):
         assert model.head_dim is not None
         self.model, self.depth, self.group, self.first, self.last = model, mtp.depth, group, first, last
         self.detach, self.reads_tokens, self.inside = mtp.detach, reads_tokens(mtp), learns_inside(mtp)
+        self.soft = soft_targets(mtp)
         needs_embedding = first or (last and embeds_on_last(model, mtp))
         self.embedding: Embedding | None = None
         if needs_embedding:
@@ -135,7 +144,9 @@ class Chunk(nn.Module):
         states = [self.group.enter(state) for state in states]
         assert self.head is not None
         wanted = targets(tokens, documents, self.depth, inside=self.inside)
-        loss, statistics = self.head(states, wanted=wanted, scale=scale, queue=self.weight_gradients, main_only=self.detach)
+        loss, statistics = self.head(
+            states, wanted=wanted, scale=scale, queue=self.weight_gradients, main_only=self.detach, soft=self.soft
+        )
         return torch.cat((loss.view(1), statistics.flatten()))
 
     def _head_states(self, trunk: TrunkStates, tokens: Tensor, turn: Tensor, mask: Mask) -> list[Tensor]:

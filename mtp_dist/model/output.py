@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mtp_dist.config.schema import ModelConfig
 from mtp_dist.model.embedding import Embedding
-from mtp_dist.model.head_loss import head_loss
+from mtp_dist.model.head_loss import Teacher, head_loss
 from mtp_dist.model.parameter import parameter
 from mtp_dist.model.tensor_group import TensorGroup
 from mtp_dist.model.weight_gradients import WeightGradients
@@ -28,10 +28,19 @@ class OutputHead(nn.Module):
         return self.weight
 
     def forward(
-        self, states: list[Tensor], *, wanted: Tensor, scale: Tensor, queue: WeightGradients | None, main_only: bool = False
+        self,
+        states: list[Tensor],
+        *,
+        wanted: Tensor,
+        scale: Tensor,
+        queue: WeightGradients | None,
+        main_only: bool = False,
+        soft: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """As ``head_loss``."""
-        return head_loss(states, self.matrix(), wanted, scale, self.group, queue, main_only=main_only)
+        """As ``head_loss``; soft: the first state and this head's matrix teach the depths."""
+        matrix = self.matrix()
+        teacher = Teacher(states[0], matrix) if soft else None
+        return head_loss(states, matrix, wanted, scale, self.group, queue, main_only=main_only, teacher=teacher)
 
 
 class TiedHead(OutputHead):

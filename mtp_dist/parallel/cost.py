@@ -7,6 +7,7 @@ matrix operations are forward, a third give the gradient of the input, a third t
 
 from typing import NamedTuple
 
+from mtp_dist.config.heads import soft_targets
 from mtp_dist.config.schema import ModelConfig, MTPConfig, TrainingRun
 
 
@@ -84,11 +85,11 @@ def tail_flops(model: ModelConfig, mtp: MTPConfig, sequence_length: int) -> int:
 
 def projection_flops(model: ModelConfig, mtp: MTPConfig) -> int:
     """1 + D projections onto the vocabulary; detached depths form no gradient of the matrix, and under a frozen trunk there is
-    none, nor one of the main head's state."""
+    none, nor one of the main head's state. Soft targets are a projection of their own at each depth, forward only."""
     assert model.vocab_size is not None
-    if mtp.freeze_trunk:
-        return (2 + 4 * mtp.depth) * model.vocab_size * model.hidden
-    return (6 + (4 if mtp.detach else 6) * mtp.depth) * model.vocab_size * model.hidden
+    main, depth = (2, 4) if mtp.freeze_trunk else (6, 4 if mtp.detach else 6)
+    teacher = 2 if soft_targets(mtp) else 0
+    return (main + (depth + teacher) * mtp.depth) * model.vocab_size * model.hidden
 
 
 def costs(config: TrainingRun) -> Costs:

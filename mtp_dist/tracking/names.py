@@ -3,6 +3,8 @@
 The names are the contract between the trainer, the trackers, ``mtp_dist.report`` and whoever reads metrics.jsonl. A name that
 ends in ``_`` below is completed with a depth, 1 .. D: ``loss/depth_`` stands for loss/depth_1, loss/depth_2, ...
 Losses are means over valid targets of the whole global batch, in nats; accuracies are shares of valid targets between 0 and 1.
+With mtp.targets=trunk the target of depth k is the trunk's distribution k positions on: losses of depths are cross-entropies with
+it, and right is whoever names its likeliest token, which is teacher-forced acceptance.
 """
 
 LOSS_TOTAL = "loss/total"

@@ -42,6 +42,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "repeat": (False, True),
     "blocks": (1, 2),
     "detach": (False, True),
+    "targets": ("tokens", "trunk"),
 }
 """Names of ``layouts.PATHS`` -> values. The first ones make a valid cell together, from which the search starts."""
 
@@ -74,7 +75,8 @@ def refusal(cell: Cell, most: int = MOST) -> str | None:
         return "one pipeline rank has no schedule"
     if cell["tensor"] == 1 and cell["sequence_parallel"]:
         return "one tensor rank shares no positions"
-    if cell["depth"] == 0 and (cell["head_lr_ratio"] != 1 or cell["repeat"] or cell["blocks"] > 1 or cell["detach"]):
+    of_heads = ("head_lr_ratio", "repeat", "blocks", "detach", "targets")
+    if cell["depth"] == 0 and any(cell[axis] != AXES[axis][0] for axis in of_heads):
         return "no heads have no learning rate, no blocks and no losses"
     if cell["depth"] == 1 and cell["repeat"]:
         return "one depth repeats nothing"
@@ -90,7 +92,7 @@ def refusal(cell: Cell, most: int = MOST) -> str | None:
 def name_of(cell: Cell) -> str:
     """What tests call a cell: its layout, and what differs from the first values of ``AXES``."""
     short = {"pipeline": "pp", "tensor": "tp", "data": "dp", "stage": "zero", "depth": "depth", "vocabulary": "v"}
-    short |= {"recompute": "recompute_", "head_lr_ratio": "rate", "blocks": "blocks"}
+    short |= {"recompute": "recompute_", "head_lr_ratio": "rate", "blocks": "blocks", "targets": "targets_"}
     words = []
     for axis, value in cell.items():
         if axis not in LAYOUT and value == AXES[axis][0]:

@@ -83,6 +83,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
             "parallel": {"kind": "parallel"},
             "medusa": {"kind": "medusa", "blocks": 2},
             "notebook": {"kind": "notebook"},
+            "soft": {"targets": "trunk", "depth": 3},
         }.items()
         for name, where in {
             "pp2_1f1b": {"pipeline": 2, "schedule": "1f1b"},
@@ -106,6 +107,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
             "pp2_zbv_heads_alone_full": {"pipeline": 2, "schedule": "zbv", "placement": "[1,1,2,0]", "recompute": "full"},
         }.items()
     },
+    "pp2_zbv_frozen_soft": {"pipeline": 2, "schedule": "zbv", "freeze_trunk": True, "targets": "trunk"},
+    "pp2_1f1b_tp2_odd_soft": {"pipeline": 2, "schedule": "1f1b", "tensor": 2, "vocabulary": 97, "targets": "trunk"},
+    "one_process_soft_detach": {"targets": "trunk", "detach": True},
     "pp2_zbv_medusa": {"pipeline": 2, "schedule": "zbv", "kind": "medusa"},
     "pp2_1f1b_untied_medusa": {"pipeline": 2, "schedule": "1f1b", "kind": "medusa", "tie": False},
     "pp2_1f1b_frozen_medusa": {"pipeline": 2, "schedule": "1f1b", "kind": "medusa", "freeze_trunk": True},
@@ -135,6 +139,7 @@ PATHS = {
     "freeze_trunk": "mtp.freeze_trunk",
     "kind": "mtp.kind",
     "branch": "mtp.branch",
+    "targets": "mtp.targets",
     "repeat": "mtp.repeat",
     "decay": "mtp.decay",
     "blocks": "mtp.blocks",

@@ -35,6 +35,7 @@ RESUMED = [
     "pp2_1f1b_repeat",
     "dp2_medusa",
     "tp2_sequence_notebook",
+    "tp2_sequence_soft",
     "pp2_zbv_tp2",
     "pp2_1f1b_tp2",
     "pp2_zbv_dp2",

@@ -181,17 +181,27 @@ def losses(
     weights: Weights, model: ModelConfig, mtp: MTPConfig, tokens: list[list[int]], documents: list[list[int]]
 ) -> tuple[Tensor, list[Tensor], list[int]]:
     """(L = L_main + lambda / D * sum_k w_k L_k, [L_main, L_1 .. L_D], valid targets of each) of a whole batch; an L_k without
-    valid targets is 0."""
+    valid targets is 0. With `targets` of the trunk a term is -sum_v p(v) log q(v), p what the main head says at i + k, a
+    constant."""
     head = weights["embedding.weight"] if model.tie_embeddings else weights["head.weight"]
     sums = [torch.zeros((), dtype=head.dtype) for _ in range(mtp.depth + 1)]
     counts = [0] * (mtp.depth + 1)
     for row, documents_of_row in zip(tokens, documents, strict=True):
-        for k, states in enumerate(row_states(weights, model, mtp, row, documents_of_row)):
+        every = row_states(weights, model, mtp, row, documents_of_row)
+        for k, states in enumerate(every):
+            soft = k > 0 and mtp.targets == "trunk"
             for i, state in enumerate(states):
-                if documents_of_row[i] >= 0 and len(set(documents_of_row[i : i + k + 2])) == 1:
-                    logits = head @ state
-                    sums[k] = sums[k] + logits.exp().sum().log() - logits[row[i + k + 1]]
-                    counts[k] += 1
+                one_document = documents_of_row[i] >= 0 and len(set(documents_of_row[i : i + k + 2])) == 1
+                if not one_document or (soft and i + k >= len(states)):
+                    continue
+                logits = head @ state
+                if soft:
+                    taught = (head @ every[0][i + k]).exp().detach()
+                    wanted = sum(taught[v] * logits[v] for v in range(len(logits))) / taught.sum()
+                else:
+                    wanted = logits[row[i + k + 1]]
+                sums[k] = sums[k] + logits.exp().sum().log() - wanted
+                counts[k] += 1
     means = [total / max(count, 1) for total, count in zip(sums, counts, strict=True)]
     depth_weights = mtp.depth_weights or [mtp.decay ** (k - 1) for k in range(1, mtp.depth + 1)]
     extra = sum(w * mean for w, mean in zip(depth_weights, means[1:], strict=True))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_dist.model import head_loss as module
-from mtp_dist.model.head_loss import STATISTICS, head_loss
+from mtp_dist.model.head_loss import STATISTICS, Teacher, head_loss
 from mtp_dist.model.targets import IGNORE
 from mtp_dist.model.tensor_group import ALONE
 from mtp_dist.model.weight_gradients import WeightGradients
@@ -48,6 +48,110 @@ def whole(states: list[Tensor], weight: Tensor, wanted: Tensor, scale: Tensor) -
                 earlier = all(right[b, i, :k].tolist())
                 table[k] += torch.tensor([losses[b, i, k].item(), right[b, i, k], earlier and right[b, i, k], earlier])
     return (losses * scale.double().unsqueeze(1)).sum(), table
+
+
+def soft_case(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], nn.Parameter, Tensor, Tensor]:
+    """As ``case``, where depth k often names what the main head does k positions on, which are not counted past the last one."""
+    states, weight, wanted, scale = case(dtype)
+    generator = torch.Generator().manual_seed(4)
+    for k in range(1, DEPTHS):
+        noise = torch.randn(ROWS, POSITIONS, WIDTH, generator=generator)
+        states[k] = (states[0].detach().float().roll(-k, 1) + noise).to(dtype).requires_grad_()
+        wanted[:, POSITIONS - k :, k] = IGNORE
+    return states, weight, wanted, scale
+
+
+def soft_loop(states: list[Tensor], weight: Tensor, wanted: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Target by target in float64: -sum_v p(v) log q(v), p the main head k positions on, without a gradient."""
+    total, table = torch.zeros((), dtype=torch.float64), torch.zeros(len(states), 4, dtype=torch.float64)
+    for b in range(wanted.shape[0]):
+        for i in range(wanted.shape[1]):
+            agreed = True
+            for k in range(len(states)):
+                if wanted[b, i, k] == IGNORE:
+                    agreed = agreed and k == 0
+                    continue
+                said = (weight.double() @ states[k][b, i].double()).log_softmax(0)
+                if k == 0:
+                    loss, right = -said[wanted[b, i, 0]], said.argmax() == wanted[b, i, 0]
+                    table[0] += torch.tensor([loss.item(), right, right, 1])
+                else:
+                    taught = (weight.detach().double() @ states[0][b, i + k].detach().double()).softmax(0)
+                    loss, right = -(taught * said).sum(), said.argmax() == taught.argmax()
+                    table[k] += torch.tensor([loss.item(), right, right and agreed, agreed])
+                    agreed = agreed and bool(right)
+                total = total + scale[b, k].double() * loss
+    return total, table
+
+
+def soft(states: list[Tensor], weight: nn.Parameter, wanted: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return head_loss(states, weight, wanted, scale, ALONE, None, teacher=Teacher(states[0], weight))
+
+
+@pytest.mark.parametrize("in_flight", [1, 2 * VOCABULARY, 11 * VOCABULARY, 1 << 22], ids=["1", "2 and 1", "11 and 5", "all"])
+def test_soft_targets_equal_the_loop(monkeypatch: pytest.MonkeyPatch, in_flight: int) -> None:
+    """For any chunk: also such as end within a row, or hold the last positions of one and the first of another."""
+    monkeypatch.setattr(module, "LOGITS_IN_FLIGHT", in_flight)
+    states, weight, wanted, scale = soft_case()
+    inputs = [*states, weight]
+    want, table = soft_loop(*soft_case())
+    reference = soft_case()
+    right = torch.autograd.grad(soft_loop(*reference)[0], [*reference[0], reference[1]])
+    got, statistics = soft(states, weight, wanted, scale)
+    assert got.item() == pytest.approx(want.item(), rel=TOLERANCE)
+    assert statistics[:, 0].tolist() == pytest.approx(table[:, 0].tolist(), rel=TOLERANCE)
+    assert statistics[:, 1:].tolist() == table[:, 1:].tolist()
+    for a, b in zip(torch.autograd.grad(got, inputs), right, strict=True):
+        assert close(a, b, TOLERANCE)
+    for k in range(1, DEPTHS):
+        valid = (wanted[..., k] != IGNORE).sum()
+        assert 0 < table[k, 2] < table[k, 1] < valid or k == 1, "some drafts agree, fewer with all before them"
+        assert 0 < table[k, 1] < valid
+
+
+def test_a_teacher_gets_no_gradient() -> None:
+    """The main head's state and the matrix have, to the bit, what they have where the depths' losses weigh nothing, or where
+    the teacher is another one; and the depths' states do see the teacher."""
+    states, weight, wanted, scale = soft_case()
+    only_main = scale.clone()
+    only_main[:, 1:] = 0
+    frozen = [states[0], *(state.detach() for state in states[1:])]
+    alone = torch.autograd.grad(soft(frozen, weight, wanted, only_main)[0], [states[0]])[0]
+    assert torch.autograd.grad(soft(states, weight, wanted, scale)[0], [states[0]])[0].equal(alone)
+    other = Teacher(states[0].flip(0), nn.Parameter(weight.detach().flip(0)))
+    got = head_loss(states, weight, wanted, scale, ALONE, None, teacher=other)[0]
+    gradients = torch.autograd.grad(got, [*states, other.weight], allow_unused=True)
+    assert gradients[0].equal(alone) and gradients[-1] is None
+    mine = torch.autograd.grad(soft(states, weight, wanted, scale)[0], states[1:])
+    assert not any(a.equal(b) for a, b in zip(gradients[1:-1], mine, strict=True))
+    (matrix,) = torch.autograd.grad(
+        head_loss(states, weight, wanted, scale, ALONE, None, main_only=True, teacher=other)[0], [weight]
+    )
+    assert matrix.equal(torch.autograd.grad(soft(frozen, weight, wanted, only_main)[0], [weight])[0])
+
+
+def test_a_depth_that_says_what_its_teacher_says_learns_nothing() -> None:
+    """Its loss is then the teacher's entropy, and agreement is full."""
+    states, weight, wanted, scale = soft_case()
+    states[1] = states[0].detach().roll(-1, 1).requires_grad_()
+    loss, statistics = soft(states, weight, wanted, scale)
+    assert torch.autograd.grad(loss, [states[1]])[0].abs().max() < 1e-6
+    said = (states[0].detach().double() @ weight.detach().double().T).log_softmax(-1)
+    entropy = -(said.exp() * said).sum(-1).roll(-1, 1)[wanted[..., 1] != IGNORE]
+    assert statistics[1, 0].item() == pytest.approx(entropy.sum().item(), rel=TOLERANCE)
+    assert statistics[1, 1:].tolist() == [len(entropy)] * 3
+
+
+def test_soft_targets_in_bfloat16() -> None:
+    states, weight, wanted, scale = soft_case(torch.bfloat16)
+    reference = soft_case(torch.bfloat16)
+    want = soft_loop(*reference)[0]
+    got = soft(states, weight, wanted, scale)[0]
+    assert got.item() == pytest.approx(want.item(), rel=BFLOAT16)
+    right = torch.autograd.grad(want, [*reference[0], reference[1]])
+    for a, b in zip(torch.autograd.grad(got, [*states, weight]), right, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert close(a, b.double(), BFLOAT16)
 
 
 def both(

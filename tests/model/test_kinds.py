@@ -25,6 +25,8 @@ KINDS: list[dict[str, Any]] = [
     {"kind": "notebook"},
     {"kind": "notebook", "concat": "hidden_first", "blocks": 2, "h0": "pre_norm"},
     {"kind": "notebook", "concat": "hidden_first", "repeat": True},
+    {"kind": "parallel", "targets": "trunk"},
+    {"kind": "medusa", "targets": "trunk"},
 ]
 
 

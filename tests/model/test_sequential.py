@@ -50,7 +50,12 @@ def run(chunk: Chunk, mtp: MTPConfig, tokens: Tensor, documents: Tensor) -> tupl
     return out[0], sums.detach() / counts.clamp(min=1), counts
 
 
-OPTIONS: list[dict[str, Any]] = [{"repeat": True}, {"blocks": 2}, {"repeat": True, "blocks": 2, "recycle": "pre_norm"}]
+OPTIONS: list[dict[str, Any]] = [
+    {"repeat": True},
+    {"blocks": 2},
+    {"repeat": True, "blocks": 2, "recycle": "pre_norm"},
+    {"targets": "trunk"},
+]
 
 
 @pytest.mark.parametrize("masked", [True, False])
