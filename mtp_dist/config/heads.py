@@ -22,14 +22,14 @@ def reads_tokens(mtp: MTPConfig) -> bool:
     return mtp.kind in ("sequential", "notebook")
 
 
-def learns_inside(mtp: MTPConfig) -> bool:
-    """Whether depth k learns from what the trunk itself makes of position i + k, which must then be in the row."""
-    return soft_targets(mtp)
-
-
 def soft_targets(mtp: MTPConfig) -> bool:
     """Whether the depths learn the trunk's distributions instead of tokens."""
     return mtp.kind != "none" and mtp.targets == "trunk"
+
+
+def learns_inside(mtp: MTPConfig) -> bool:
+    """Whether depth k learns from what the trunk itself makes of position i + k, which must then be in the row."""
+    return soft_targets(mtp)
 
 
 def taps(model: ModelConfig, mtp: MTPConfig) -> tuple[int, ...]:

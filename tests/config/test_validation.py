@@ -116,6 +116,7 @@ BROKEN = [
     ("mtp.loss_weight_points=[[10.0,.nan]]", ["mtp.loss_weight_points"]),
     ("mtp.loss_weight_shape=lin", ["mtp.loss_weight_shape=lin", "step or linear"]),
     ("mtp.branch=last", ["mtp.branch=last", "penultimate or final"]),
+    ("mtp.targets=trunc", ["mtp.targets=trunc", "did you mean trunk"]),
     ("mtp.kind=medusa mtp.repeat=true", ["mtp.repeat=true", "mtp.kind=medusa"]),
     ("mtp.kind=sequential mtp.match_parameters=true", ["mtp.match_parameters", "mtp.kind=parallel"]),
     ("mtp.kind=parallel mtp.match_parameters=true model.layers=2", ["mtp.match_parameters", "model.layers=2", "model.layers=3"]),
