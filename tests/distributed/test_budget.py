@@ -1,7 +1,6 @@
 """Promise: the bytes and the micro-batches in flight that ``mtp_dist.plan`` names for a rank are those that it holds."""
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
@@ -9,8 +8,7 @@ import pytest
 from mtp_dist.config.layout import is_v, micro_batches
 from mtp_dist.parallel.budget import CHECKPOINT_BYTES, MASTER_BYTES, chunk_parameters, chunks_in_flight, rank_memory
 from mtp_dist.plan import global_ranks
-from tests.distributed.layouts import LAYOUTS, configuration, world
-from tests.distributed.pool import run_jobs
+from tests.distributed.layouts import LAYOUTS, configuration
 
 # ZeRO pads each of four parameter groups of float32 master, moments and gradient to a multiple of a few elements a replica.
 PADDING = 4 * 4 * 4 * 64
@@ -21,13 +19,8 @@ IN_V = [name for name in LAYOUTS if is_v(configuration(name).parallel) and not c
 
 
 @pytest.fixture(scope="session")
-def held(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
-    @cache
-    def of_world(size: int) -> dict[str, list[Any]]:
-        jobs = [{"name": name, "task": "held", "arguments": {"layout": name}} for name in LAYOUTS if world(name) == size]
-        return run_jobs(size, jobs, tmp_path_factory.mktemp(f"held{size}"))
-
-    return lambda layout: of_world(world(layout))[layout]
+def held(grid: Callable[[str], list[Any]]) -> Callable[[str], list[Any]]:
+    return lambda layout: [result["held"] for result in grid(layout)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -4,7 +4,7 @@ from tests.distributed.tasks.checkpoints import damage, load_under, make_folder,
 from tests.distributed.tasks.oracle import reference
 from tests.distributed.tasks.poison import nonfinite
 from tests.distributed.tasks.runs import background_save, copy, evaluate, relay, start_from, train, trouble
-from tests.distributed.tasks.step import compiled, drift, held, parity
+from tests.distributed.tasks.step import compiled, drift, parity
 
 __all__ = [
     "background_save",
@@ -13,7 +13,6 @@ __all__ = [
     "damage",
     "drift",
     "evaluate",
-    "held",
     "load_under",
     "make_folder",
     "nonfinite",

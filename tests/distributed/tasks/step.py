@@ -64,8 +64,8 @@ def _masters(workload: Workload) -> list[tuple[str, tuple[int, ...], tuple[int, 
 # So few logits at once that a micro-batch takes several turns; 48 and 49 rows of an odd vocabulary would cut it in other places.
 @patch.object(head_loss, "LOGITS_IN_FLIGHT", 480)
 def parity(layout: str | dict[str, Any], fault: str | None = None, **train: object) -> dict[str, Any]:
-    """Losses and norms of three steps, the first step's gradients, the weights and masters after the last, and an evaluation.
-    `fault`: of ``FAULTS``, done to the product first."""
+    """Losses and norms of three steps, the first step's gradients and what a rank then holds, the weights and masters after the
+    last, and an evaluation. `fault`: of ``FAULTS``, done to the product first."""
     config = configuration(layout, **train)
     mesh = build_mesh(config.parallel, torch.device("cpu"))
     workload = build(config, mesh)
@@ -82,6 +82,7 @@ def parity(layout: str | dict[str, Any], fault: str | None = None, **train: obje
         totals = gather(*workload.gradients(own_rows(config, mesh, step), parts), mesh)
         if step == 0:
             gradients = _slices(workload, _reduced_gradients(workload))
+            held = _held(workload, config, mesh)
             calls = [chunk.forward_calls for chunk in workload.pipeline.chunks]
         outcome = workload.engine.step(config.optim.lr)
         losses.append(totals.loss)
@@ -93,6 +94,7 @@ def parity(layout: str | dict[str, Any], fault: str | None = None, **train: obje
         "means": means,
         "norms": norms,
         "gradients": gradients,
+        "held": held,
         "weights": weights,
         "masters": _masters(workload),
         "forward_calls": calls,
@@ -122,12 +124,8 @@ def _snapshot_bytes(workload: Workload) -> int:
     return file._buffer.nbytes - torch.get_rng_state().nbytes
 
 
-def held(layout: str) -> dict[str, Any]:
-    """Bytes that a rank really holds after one step's gradients, its place, and its schedule's passes in flight."""
-    config = configuration(layout)
-    mesh = build_mesh(config.parallel, torch.device("cpu"))
-    workload = build(config, mesh)
-    workload.gradients(own_rows(config, mesh, 0), coefficients(config.mtp, 0))
+def _held(workload: Workload, config: TrainingRun, mesh: Mesh) -> dict[str, Any]:
+    """Bytes that a rank really holds after a step's gradients, its place, and its schedule's passes in flight."""
     engine = workload.engine
     parameters = engine.parameters.values()
     flats = engine._flats()
