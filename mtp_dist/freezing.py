@@ -48,6 +48,7 @@ IDENTITY = (
 # read. How model.vocab_size was found does not matter once it is.
 NOT_IDENTITY = (
     "model.vocab_multiple",
+    "mtp.targets",
     "mtp.loss_weight",
     "mtp.loss_weight_points",
     "mtp.loss_weight_shape",

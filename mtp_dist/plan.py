@@ -127,7 +127,8 @@ def _parameters(config: Plan) -> str:
     for pipeline_rank in range(config.parallel.pipeline):
         held = budget.rank_parameters(config, pipeline_rank)
         rows.append(_parameter_row(f"pipeline rank {pipeline_rank}, each", held))
-    return _table(rows)
+    projections = config.mtp.depth * budget.own_projection(config.model, config.mtp)
+    return _table(rows) + (f"\nof the MTP modules {projections:,} are vocabulary projections" if projections else "")
 
 
 def _parameter_row(name: str, held: budget.Parameters) -> list[str]:

@@ -122,17 +122,21 @@ class Checkpoint:
         self, engine: Engine, *, weights: Callable[[str], bool] = _every, moments: Collection[str] = (TRUNK, HEADS)
     ) -> None:
         """Weights and masters of this rank's part, whatever layout saved them, of the parameters that `weights` takes by name;
-        moments, and Adam's count of steps, of the roles in `moments`. The others stay as they are."""
+        moments, and Adam's count of steps, of the roles in `moments`. The others stay as they are, but for one that starts as a
+        copy (``ParameterSpec.copy_of``): it starts as one of what is loaded."""
         owned = {fragment.name: fragment for fragment in engine.fragments(all_copies=True)}
-        for name in filter(weights, engine.parameters):
-            spec = spec_of(engine.parameters[name])
-            master = self.read(name, PARTS[0], spec.start, spec.local_shape)
+        for name, p in engine.parameters.items():
+            spec = spec_of(p)
+            source = name if weights(name) else spec.copy_of
+            if source is None:
+                continue
+            master = self.read(source, PARTS[0], spec.start, spec.local_shape)
             engine.set_weight(name, master)
             fragment = owned.get(name)
             if fragment is None:
                 continue
             for part, values in fragment.parts.items():
-                if part == PARTS[0] or role_of(name) in moments:
+                if part == PARTS[0] or (source == name and role_of(name) in moments):
                     whole = master if part == PARTS[0] else self.read(name, part, spec.start, spec.local_shape)
                     values.copy_(whole.flatten()[fragment.begin : fragment.end])
         applied = self.manifest.optimizer

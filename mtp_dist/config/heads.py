@@ -3,7 +3,7 @@
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 
 KINDS = ("none", "sequential", "parallel", "medusa", "notebook")
-CONTRACT = ("kind", "depth", "concat", "h0", "recycle", "repeat", "blocks", "branch")
+CONTRACT = ("kind", "depth", "concat", "h0", "recycle", "repeat", "blocks", "branch", "projection")
 """Settings that say which parameters the heads have and how a decoder must use them; every checkpoint records them."""
 
 
@@ -30,6 +30,11 @@ def soft_targets(mtp: MTPConfig) -> bool:
 def learns_inside(mtp: MTPConfig) -> bool:
     """Whether depth k learns from what the trunk itself makes of position i + k, which must then be in the row."""
     return soft_targets(mtp)
+
+
+def owns_projections(mtp: MTPConfig) -> bool:
+    """Whether each depth has a vocabulary projection of its own."""
+    return mtp.kind == "medusa" and mtp.projection == "own"
 
 
 def taps(model: ModelConfig, mtp: MTPConfig) -> tuple[int, ...]:

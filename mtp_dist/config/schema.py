@@ -45,10 +45,10 @@ class ModelConfig:
 class MTPConfig:
     """The Multi-Token Prediction heads, and how their losses join the main one.
 
-    `concat`, `h0`, `recycle`, `repeat`, `blocks` and `branch` are the contract: recorded in every checkpoint, a wrong choice shows only as lower acceptance.
+    `concat`, `h0`, `recycle`, `repeat`, `blocks`, `branch` and `projection` are the contract: recorded in every checkpoint, a wrong choice shows only as lower acceptance.
     """
 
-    kind: str = setting("sequential", "none | sequential (DeepSeek-V3, arXiv 2412.19437 eq. 21-25) | parallel (Gloeckle, 2404.19737) | medusa (2401.10774, on the shared output head) | notebook (position by position, as an explanatory notebook has it).")
+    kind: str = setting("sequential", "none | sequential (DeepSeek-V3, arXiv 2412.19437 eq. 21-25) | parallel (Gloeckle, 2404.19737) | medusa (2401.10774) | notebook (position by position, as an explanatory notebook has it).")
     depth: int = setting(2, "D: how many tokens beyond the next one are predicted.")
     concat: str = setting("embedding_first", "Order in the input of W_k: embedding_first (released weights) | hidden_first (the paper's formula).")
     h0: str = setting("post_norm", "Trunk state given to depth 1: post_norm (after the final norm) | pre_norm.")
@@ -63,6 +63,7 @@ class MTPConfig:
     repeat: bool = setting(False, "sequential, notebook: one module serves every depth (FastMTP, arXiv 2509.18362).")
     blocks: int = setting(1, "K: decoder blocks of each module; medusa: residual blocks; notebook: its layers.")
     branch: str = setting("penultimate", "parallel: the trunk state that the heads read: penultimate (it enters the last block, which is then the main head's own) | final (the trunk's output).")
+    projection: str = setting("shared", "medusa: shared (all depths use the main head's matrix) | own (each has a vocabulary projection of its own, a copy of the main head's at the start).")
     match_parameters: bool = setting(False, "parallel: as many blocks as the heads have are taken out of the trunk. Resolved settings show the smaller model.layers, and false here.")
     detach: bool = setting(False, "The MTP losses train the MTP modules only: no gradient of theirs reaches trunk, embedding or output head, which learn from the main loss.")
     freeze_trunk: bool = setting(False, "Only the MTP modules learn; trunk, embedding and output head keep their weights bit for bit.")

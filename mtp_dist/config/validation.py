@@ -194,6 +194,9 @@ def _validate_mtp(mtp: MTPConfig, sequence_length: int) -> None:
     one_of("mtp.recycle", mtp.recycle, ["post_norm", "pre_norm"])
     one_of("mtp.branch", mtp.branch, ["penultimate", "final"])
     one_of("mtp.targets", mtp.targets, ["tokens", "trunk"])
+    one_of("mtp.projection", mtp.projection, ["shared", "own"])
+    if mtp.projection == "own" and mtp.kind != "medusa":
+        raise UserError(f"mtp.projection=own is for mtp.kind=medusa, not {mtp.kind}; choose mtp.projection=shared")
     if mtp.repeat and mtp.kind not in ("none", "sequential", "notebook"):
         raise UserError(f"mtp.repeat=true with mtp.kind={mtp.kind} would make all depths equal; choose mtp.repeat=false")
     one_of("mtp.normalize", mtp.normalize, ["mean", "sum", "weights"])

@@ -145,7 +145,8 @@ class Chunk(nn.Module):
         assert self.head is not None
         wanted = targets(tokens, documents, self.depth, inside=self.inside)
         loss, statistics = self.head(
-            states, wanted=wanted, scale=scale, queue=self.weight_gradients, main_only=self.detach, soft=self.soft
+            states, wanted=wanted, scale=scale, queue=self.weight_gradients, main_only=self.detach, soft=self.soft,
+            own=self.mtp.projections() if self.mtp is not None else (),
         )
         return torch.cat((loss.view(1), statistics.flatten()))
 

@@ -4,14 +4,20 @@ It is a module, and not a call of ``head_loss`` from the chunk, so that whoever 
 is needed.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from mtp_dist.config.schema import ModelConfig
 from mtp_dist.model.embedding import Embedding
-from mtp_dist.model.head_loss import Teacher, head_loss
+from mtp_dist.model.head_loss import Teacher, depth_losses, head_loss, statistics
 from mtp_dist.model.parameter import parameter
 from mtp_dist.model.tensor_group import TensorGroup
 from mtp_dist.model.weight_gradients import WeightGradients
+
+MATRIX = {True: "embedding.weight", False: "head.weight"}
+"""Global name of the main head's matrix, by whether it is tied to the embedding."""
 
 
 class OutputHead(nn.Module):
@@ -36,11 +42,39 @@ class OutputHead(nn.Module):
         queue: WeightGradients | None,
         main_only: bool = False,
         soft: bool = False,
+        own: Sequence["OwnProjection"] = (),
     ) -> tuple[Tensor, Tensor]:
-        """As ``head_loss``; soft: the first state and this head's matrix teach the depths."""
+        """As ``head_loss``; soft: the first state and this head's matrix teach the depths; own: the depths' own matrices, which
+        learn from their losses whatever `main_only` says."""
         matrix = self.matrix()
         teacher = Teacher(states[0], matrix) if soft else None
-        return head_loss(states, matrix, wanted, scale, self.group, queue, main_only=main_only, teacher=teacher)
+        if not own:
+            return head_loss(states, matrix, wanted, scale, self.group, queue, main_only=main_only, teacher=teacher)
+        found = [depth_losses(states[:1], matrix, wanted[..., :1], scale[:, :1], self.group, queue)]
+        for k, (state, projection) in enumerate(zip(states[1:], own, strict=False), start=1):
+            column = slice(k, k + 1)
+            found.append(projection(state, k, wanted=wanted[..., column], scale=scale[:, column], queue=queue, teacher=teacher))
+        totals, sums, right = zip(*found, strict=True)
+        table = statistics(torch.cat(sums), torch.cat(right, dim=-1), wanted, soft=soft)
+        return torch.stack(totals).sum(), table
+
+
+class OwnProjection(nn.Module):
+    """The output matrix of one depth alone, a copy of the main head's at the start."""
+
+    def __init__(self, model: ModelConfig, group: TensorGroup) -> None:
+        super().__init__()
+        assert model.vocab_size is not None
+        shape, source = (model.vocab_size, model.hidden), MATRIX[model.tie_embeddings]
+        self.weight = parameter(shape, split=0, std=model.init_std, group=group, copy_of=source)
+        self.group = group
+
+    def forward(
+        self, state: Tensor, k: int, *, wanted: Tensor, scale: Tensor, queue: WeightGradients | None, teacher: Teacher | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``depth_losses`` for the one state [B, S, d] of depth k. The teacher's matrix must be at hand: the main head, which
+        calls this, has it."""
+        return depth_losses([state], self.weight, wanted, scale, self.group, queue, teacher=teacher, first=k)
 
 
 class TiedHead(OutputHead):

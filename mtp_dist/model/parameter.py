@@ -15,7 +15,8 @@ from mtp_dist.model.tensor_group import ALONE, TensorGroup
 @dataclass(frozen=True)
 class ParameterSpec:
     """`shape`: of the whole parameter; `split`: the dimension that `group` divides, None if each rank holds all of it;
-    `std`: standard deviation of the initial normal draw, None for ones.
+    `std`: standard deviation of the initial normal draw, None for ones; `copy_of`: name of the parameter of the same shape whose
+    initial value it shares, whatever draws or reads that.
 
     Rank r of R holds r n/R .. (r+1) n/R - 1, rounded down, of a dimension of n >= R: shares of a vocabulary may differ by one.
     """
@@ -24,6 +25,7 @@ class ParameterSpec:
     split: int | None
     std: float | None
     group: TensorGroup = ALONE
+    copy_of: str | None = None
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -50,13 +52,15 @@ class ParameterSpec:
         return whole.narrow(self.split, self.start[self.split], self.local_shape[self.split])
 
 
-def parameter(shape: tuple[int, ...], *, split: int | None, std: float | None, group: TensorGroup) -> nn.Parameter:
+def parameter(
+    shape: tuple[int, ...], *, split: int | None, std: float | None, group: TensorGroup, copy_of: str | None = None
+) -> nn.Parameter:
     """An uninitialised parameter that holds this rank's slice; its ``spec`` describes it.
 
     ``tensor_model_parallel`` is DeepSpeed's own mark: unmarked parameters are taken for replicas and counted once in the gradient
     norm.
     """
-    spec = ParameterSpec(shape, split, std, group)
+    spec = ParameterSpec(shape, split, std, group, copy_of)
     result = nn.Parameter(torch.empty(spec.local_shape))
     result.spec = spec  # type: ignore[attr-defined]
     result.tensor_model_parallel = split is not None and group.size > 1  # type: ignore[attr-defined]
@@ -73,7 +77,7 @@ def initial_value(name: str, spec: ParameterSpec, seed: int) -> Tensor:
     """float32 values of this rank's slice, the same for every layout."""
     if spec.std is None:
         return torch.ones(spec.local_shape)
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{spec.copy_of or name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return spec.take(torch.randn(spec.shape, generator=generator) * spec.std).contiguous()
 

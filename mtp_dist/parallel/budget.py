@@ -7,7 +7,7 @@ gradients and optimizer are exact (up to ZeRO's padding of a few elements); acti
 from dataclasses import dataclass
 
 from mtp_dist.config.attention import possible
-from mtp_dist.config.heads import embeds_on_last, handed_taps, modules, received_taps
+from mtp_dist.config.heads import embeds_on_last, handed_taps, modules, owns_projections, received_taps
 from mtp_dist.config.layout import chunks, chunks_of_rank, is_v, micro_batches
 from mtp_dist.config.schema import ModelConfig, MTPConfig, ParallelConfig, TrainingRun
 from mtp_dist.parallel.cost import attention_width, beside_blocks, block_flops, block_matrices, blocks_of_module, tail_flops
@@ -82,9 +82,15 @@ def vectors_beside_blocks(model: ModelConfig, mtp: MTPConfig) -> int:
 
 
 def module_parameters(model: ModelConfig, mtp: MTPConfig, tensor: int = 1) -> int:
-    """One MTP module's share on one of `tensor` ranks: its blocks are split; what it has beside them is on each."""
+    """One MTP module's share on the one of `tensor` ranks that has most: its blocks and its vocabulary projection are split; what
+    it has beside them is on each."""
     blocks = blocks_of_module(mtp) * block_parameters(model, tensor)
-    return blocks + beside_blocks(model, mtp) + vectors_beside_blocks(model, mtp)
+    return blocks + beside_blocks(model, mtp) + vectors_beside_blocks(model, mtp) + own_projection(model, mtp, tensor)
+
+
+def own_projection(model: ModelConfig, mtp: MTPConfig, tensor: int = 1) -> int:
+    """Elements of one MTP module's own vocabulary projection, where it has one."""
+    return vocabulary_rows(model, tensor) * model.hidden if owns_projections(mtp) else 0
 
 
 def chunk_parameters(
@@ -206,7 +212,8 @@ def rank_memory(config: TrainingRun, pipeline_rank: int) -> Memory:
     optimizer = trained * (masters + MOMENT_BYTES) // shards
     has_last = chunks(parallel) - 1 in chunks_of_rank(parallel, pipeline_rank)
     bucket = 4 * min(zero.reduce_bucket_size, trained)
-    loss = LOGITS_BYTES + (0 if frozen else 4 * rows * model.hidden) if has_last else 0
+    projections = (not frozen) * rows * model.hidden + config.mtp.depth * own_projection(model, config.mtp, parallel.tensor)
+    loss = LOGITS_BYTES + 4 * projections if has_last else 0
     shard_gradient = GRADIENT_BYTES * trained // shards if zero.stage else 0
     weights, gathered = held.total * weight, 0
     if zero.stage == 3:

@@ -7,7 +7,7 @@ matrix operations are forward, a third give the gradient of the input, a third t
 
 from typing import NamedTuple
 
-from mtp_dist.config.heads import soft_targets
+from mtp_dist.config.heads import owns_projections, soft_targets
 from mtp_dist.config.schema import ModelConfig, MTPConfig, TrainingRun
 
 
@@ -84,10 +84,12 @@ def tail_flops(model: ModelConfig, mtp: MTPConfig, sequence_length: int) -> int:
 
 
 def projection_flops(model: ModelConfig, mtp: MTPConfig) -> int:
-    """1 + D projections onto the vocabulary; detached depths form no gradient of the matrix, and under a frozen trunk there is
-    none, nor one of the main head's state. Soft targets are a projection of their own at each depth, forward only."""
+    """1 + D projections onto the vocabulary; detached depths form no gradient of the main head's matrix, and under a frozen trunk
+    there is none, nor one of the main head's state; matrices of their own always have one. Soft
+    targets are another projection at each depth, forward only."""
     assert model.vocab_size is not None
-    main, depth = (2, 4) if mtp.freeze_trunk else (6, 4 if mtp.detach else 6)
+    main = 2 if mtp.freeze_trunk else 6
+    depth = 4 if (mtp.freeze_trunk or mtp.detach) and not owns_projections(mtp) else 6
     teacher = 2 if soft_targets(mtp) else 0
     return (main + (depth + teacher) * mtp.depth) * model.vocab_size * model.hidden
 

@@ -92,7 +92,7 @@ def refusal(cell: Cell, most: int = MOST) -> str | None:
 def name_of(cell: Cell) -> str:
     """What tests call a cell: its layout, and what differs from the first values of ``AXES``."""
     short = {"pipeline": "pp", "tensor": "tp", "data": "dp", "stage": "zero", "depth": "depth", "vocabulary": "v"}
-    short |= {"recompute": "recompute_", "head_lr_ratio": "rate", "blocks": "blocks", "targets": "targets_"}
+    short |= {"recompute": "recompute_", "head_lr_ratio": "rate", "blocks": "blocks"}
     words = []
     for axis, value in cell.items():
         if axis not in LAYOUT and value == AXES[axis][0]:

@@ -83,6 +83,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
             "parallel": {"kind": "parallel"},
             "medusa": {"kind": "medusa", "blocks": 2},
             "notebook": {"kind": "notebook"},
+            "medusa_own": {"kind": "medusa", "projection": "own"},
             "soft": {"targets": "trunk", "depth": 3},
         }.items()
         for name, where in {
@@ -110,6 +111,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2_zbv_frozen_soft": {"pipeline": 2, "schedule": "zbv", "freeze_trunk": True, "targets": "trunk"},
     "pp2_1f1b_tp2_odd_soft": {"pipeline": 2, "schedule": "1f1b", "tensor": 2, "vocabulary": 97, "targets": "trunk"},
     "one_process_soft_detach": {"targets": "trunk", "detach": True},
+    "pp2_zbv_tp2_medusa_own": {"pipeline": 2, "schedule": "zbv", "tensor": 2, "kind": "medusa", "projection": "own"},
+    "pp2_zbv_medusa_own_untied_frozen": {
+        "pipeline": 2, "schedule": "zbv", "kind": "medusa", "projection": "own", "tie": False, "freeze_trunk": True},
+    "dp2_zero3_medusa_own_untied_soft": {
+        "data": 2, "stage": 3, "kind": "medusa", "projection": "own", "tie": False, "targets": "trunk"},
+    "dp2_zero2_medusa_own_detach": {"data": 2, "stage": 2, "kind": "medusa", "projection": "own", "detach": True},
     "pp2_zbv_medusa": {"pipeline": 2, "schedule": "zbv", "kind": "medusa"},
     "pp2_1f1b_untied_medusa": {"pipeline": 2, "schedule": "1f1b", "kind": "medusa", "tie": False},
     "pp2_1f1b_frozen_medusa": {"pipeline": 2, "schedule": "1f1b", "kind": "medusa", "freeze_trunk": True},
@@ -140,6 +147,7 @@ PATHS = {
     "kind": "mtp.kind",
     "branch": "mtp.branch",
     "targets": "mtp.targets",
+    "projection": "mtp.projection",
     "repeat": "mtp.repeat",
     "decay": "mtp.decay",
     "blocks": "mtp.blocks",

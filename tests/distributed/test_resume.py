@@ -36,6 +36,7 @@ RESUMED = [
     "dp2_medusa",
     "tp2_sequence_notebook",
     "tp2_sequence_soft",
+    "pp2_1f1b_medusa_own",
     "pp2_zbv_tp2",
     "pp2_1f1b_tp2",
     "pp2_zbv_dp2",

@@ -194,7 +194,8 @@ def losses(
                 one_document = documents_of_row[i] >= 0 and len(set(documents_of_row[i : i + k + 2])) == 1
                 if not one_document or (soft and i + k >= len(states)):
                     continue
-                logits = head @ state
+                own = k > 0 and mtp.projection == "own"
+                logits = (weights[f"mtp.{k}.head.weight"] if own else head) @ state
                 if soft:
                     taught = (head @ every[0][i + k]).exp().detach()
                     wanted = sum(taught[v] * logits[v] for v in range(len(logits))) / taught.sum()

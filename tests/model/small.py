@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.chunk import Chunk
-from mtp_dist.model.parameter import initialize
+from mtp_dist.model.parameter import initialize, spec_of
 
 VOCABULARY = 13
 
@@ -34,7 +34,7 @@ def small_model(depth: int = 2, *, tie: bool = True, document_mask: bool = True,
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in chunk.parameters():
-            if p.ndim == 1 or not p.any():  # also what starts as zeros
+            if p.ndim == 1 or not p.any() or spec_of(p).copy_of:  # also what starts as zeros or as a copy
                 p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.3)
     return chunk
 

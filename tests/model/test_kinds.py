@@ -27,6 +27,8 @@ KINDS: list[dict[str, Any]] = [
     {"kind": "notebook", "concat": "hidden_first", "repeat": True},
     {"kind": "parallel", "targets": "trunk"},
     {"kind": "medusa", "targets": "trunk"},
+    {"kind": "medusa", "projection": "own"},
+    {"kind": "medusa", "projection": "own", "targets": "trunk"},
 ]
 
 
@@ -57,15 +59,23 @@ def test_losses_and_gradients_equal_the_loop(kind: dict[str, Any], tie: bool, de
         assert close(p.grad, wanted[name], TOLERANCE), name
 
 
-def test_a_fresh_medusa_head_is_the_main_head() -> None:
-    """W and b are zeros: the state of every depth is h⁰, to the bit."""
-    small = small_model(2, kind="medusa")
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("projection", ["shared", "own"])
+def test_a_fresh_medusa_head_is_the_main_head(projection: str, tie: bool) -> None:
+    """W and b are zeros, and a projection of its own is a copy: the state of every depth is h⁰, and its logits are the main
+    head's, to the bit."""
+    small = small_model(2, kind="medusa", tie=tie)
     with torch.device("meta"):
-        chunk = Chunk(small.model, settings(small, kind="medusa"), range(2))
+        chunk = Chunk(small.model, settings(small, kind="medusa", projection=projection), range(2))
     initialize(chunk, seed=3)
     assert isinstance(chunk.mtp, MedusaHeads)
     state = torch.randn(1, 3, 8)
     assert all(module(state).equal(state) for module in chunk.mtp.values())
+    own = chunk.mtp.projections()
+    assert len(own) == (2 if projection == "own" else 0)
+    for head in own:
+        assert head.weight is not chunk.output_weight()
+        assert head.weight.equal(chunk.output_weight())
 
 
 @pytest.mark.parametrize("sizes", [[1, 2], [2, 1], [3, 0], [1, 1, 1, 0], [2, 1, 0]])

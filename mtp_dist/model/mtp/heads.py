@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.attention import Mask
+from mtp_dist.model.output import OwnProjection
 from mtp_dist.model.tensor_group import TensorGroup
 from mtp_dist.model.trunk import Block, KeyValueCache
 
@@ -29,6 +30,10 @@ class Heads(nn.ModuleDict):
         """embedded: D times Emb(t[i+k]) [B, S, d], k = 1 .. D, or none where the kind reads no tokens -> D states [B, S, d], each
         ready for the shared output head."""
         raise NotImplementedError
+
+    def projections(self) -> list[OwnProjection]:
+        """The vocabulary projection of each depth, where they do not share the main head's."""
+        return []
 
 
 class Blocks(nn.ModuleDict):

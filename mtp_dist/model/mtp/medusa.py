@@ -1,8 +1,8 @@
-"""Medusa heads (Cai and others, arXiv 2401.10774, section 2.1.1) on the shared output head.
+"""Medusa heads (Cai and others, arXiv 2401.10774, section 2.1.1).
 
 h^k = x + SiLU(W_k x + b_k) with x = h⁰, the trunk's output after its final norm; `mtp.blocks` such residual blocks in a row. W_k
-and b_k start as zeros, so every head starts as the main one. The paper gives each head a vocabulary projection of its own, a copy
-of the main one at the start; here all share the main one.
+and b_k start as zeros. The paper gives each head a vocabulary projection of its own (`mtp.projection=own`), a copy of the main
+one at the start; or all share the main one. Either way every head starts as the main one.
 """
 
 from collections.abc import Sequence
@@ -10,11 +10,12 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_dist.config.heads import modules
+from mtp_dist.config.heads import modules, owns_projections
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.attention import Mask
 from mtp_dist.model.linear import Affine
 from mtp_dist.model.mtp.heads import Heads, TrunkStates
+from mtp_dist.model.output import OwnProjection
 from mtp_dist.model.tensor_group import TensorGroup
 
 
@@ -30,11 +31,12 @@ class ResidualBlock(nn.Module):
 
 
 class MedusaModule(nn.Module):
-    """One depth: its residual blocks, keyed "1" .. "r"."""
+    """One depth: its residual blocks, keyed "1" .. "r", and its vocabulary projection, which the loss calls."""
 
     def __init__(self, model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> None:
         super().__init__()
         self.block = nn.ModuleDict({str(r): ResidualBlock(model.hidden, group) for r in range(1, mtp.blocks + 1)})
+        self.head = OwnProjection(model, group) if owns_projections(mtp) else None
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block.values():
@@ -50,3 +52,6 @@ class MedusaHeads(Heads):
 
     def forward(self, trunk: TrunkStates, embedded: Sequence[Tensor], turn: Tensor, mask: Mask) -> list[Tensor]:
         return [module(trunk.after_norm) for module in self.values()]
+
+    def projections(self) -> list[OwnProjection]:
+        return [module.head for module in self.values() if module.head is not None]  # type: ignore[misc]
