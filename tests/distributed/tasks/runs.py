@@ -146,7 +146,7 @@ def start_from(layout: str, data: str, run_dir: str, depth: int, seed: int, over
     from mtp_dist.training.trainer import Trainer
 
     settings = settings_of_run(layout, data, run_dir, 2, overrides)
-    settings.mtp.depth, settings.mtp.kind = depth, "sequential" if depth else "none"
+    settings.mtp.depth, settings.mtp.kind = depth, settings.mtp.kind if depth else "none"
     settings.mtp.depth_weights, settings.seed = [], seed
     trainer = Trainer(settings, build_mesh(settings.parallel, torch.device("cpu")), Stop())  # type: ignore[arg-type]
     try:
