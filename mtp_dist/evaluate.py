@@ -221,8 +221,9 @@ def measure(config: Evaluation, mesh: "Mesh") -> dict[str, Any]:
 def depths(totals: "Totals") -> list[dict[str, Any]]:
     """One entry for the main head (depth 0) and each MTP depth; a value that is not finite is None, as JSON has no word for it.
 
-    ``loss``: nats a target. ``conditional_accuracy``: share of right targets among those whose shallower depths and main head are
-    right, a forecast of the share of drafts that a decoder accepts.
+    ``loss``: nats a target; eagle: L_k, of which ``feature_loss`` is the distance from the trunk's states, and no perplexity.
+    ``conditional_accuracy``: share of right targets among those whose shallower depths and main head are right, a forecast of
+    the share of drafts that a decoder accepts.
     """
     means = totals.means()
     found = []
@@ -232,11 +233,13 @@ def depths(totals: "Totals") -> list[dict[str, Any]]:
             "depth": depth,
             "targets": int(count),
             "loss": loss if math.isfinite(loss) else None,
-            "perplexity": math.exp(loss) if loss < 700 else None,
+            "perplexity": math.exp(loss) if loss < 700 and not means["features"][depth] else None,
             "accuracy": means["accuracy"][depth],
         }
         if depth:
             entry["conditional_accuracy"] = means["conditional"][depth]
+        if means["features"][depth]:
+            entry["feature_loss"] = means["features"][depth]
         found.append(entry)
     return found
 

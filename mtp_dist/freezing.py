@@ -55,6 +55,7 @@ NOT_IDENTITY = (
     "mtp.normalize",
     "mtp.depth_weights",
     "mtp.decay",
+    "mtp.cross_entropy_weight",
     "mtp.detach",
     "mtp.freeze_trunk",
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 from mtp_dist.config import versions
 from mtp_dist.config.attention import possible
 from mtp_dist.config.command import application
-from mtp_dist.config.heads import embeds_on_last, modules
+from mtp_dist.config.heads import detaches, embeds_on_last, modules
 from mtp_dist.config.layout import (
     SCHEDULES,
     chunks,
@@ -108,7 +108,8 @@ def _beside_layers(config: Plan, first: bool, last: bool, shared: bool) -> Itera
         return
     yield "final norm"
     if count := modules(config.mtp):
-        yield f"{count} MTP module{'s' if count > 1 else ''}{f' used {config.mtp.depth} times' if config.mtp.repeat else ''}"
+        times = f" used {config.mtp.depth} times" if config.mtp.depth > count else ""
+        yield f"{count} MTP module{'s' if count > 1 else ''}{times}"
     tied = config.model.tie_embeddings
     if not first and embeds_on_last(config.model, config.mtp):
         yield "the same embedding" if shared else "replica of the embedding"
@@ -179,7 +180,7 @@ def _operations(config: Plan) -> str:
     each = budget.flops_per_token(config)
     step = each * tokens_per_step(config)
     how = f"forward and backward: 6 a matrix element, the output matrix {1 + config.mtp.depth}x; 12 S H c a block for attention"
-    if config.mtp.freeze_trunk or config.mtp.detach:
+    if config.mtp.freeze_trunk or detaches(config.mtp):
         how = "6 a matrix element and 12 S H c a block for attention where both passes run, a third of it where nothing learns"
     return f"operations: {each:.4g} FLOP a token, {step:.4g} a step, {step * total_steps(config):.4g} the run\n({how})"
 

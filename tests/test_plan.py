@@ -82,6 +82,10 @@ HEADS = [
     "mtp.kind=parallel mtp.branch=final mtp.blocks=2",
     "mtp.kind=medusa mtp.blocks=3",
     "mtp.kind=notebook mtp.blocks=2",
+    "mtp.kind=eagle mtp.blocks=2",
+    "mtp.kind=eagle mtp.h0=pre_norm mtp.depth=1 mtp.targets=trunk",
+    "mtp.kind=eagle3 mtp.depth=3",
+    "mtp.kind=eagle3 mtp.taps=[1] mtp.detach=true mtp.depth=4",
 ]
 """One of each kind and option, at a depth above 1."""
 
@@ -135,6 +139,8 @@ def test_operations_are_those_that_torch_counts(heads: str) -> None:
         model.weight_gradients.take()()
     positions = config.train.micro_batch * config.train.sequence_length
     blocks = 0 if config.mtp.kind in ("medusa", "notebook") else config.mtp.blocks * config.mtp.depth
+    if config.mtp.kind == "eagle3":
+        blocks = config.mtp.depth * (config.mtp.depth + 1) // 2  # step s attends to s + 1 times the entries
     attention = 12 * (config.model.layers + blocks) * config.train.sequence_length * config.model.hidden
     assert counter.get_total_flops() / positions + attention == budget.flops_per_token(config)
 

@@ -2,8 +2,8 @@
 
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 
-KINDS = ("none", "sequential", "parallel", "medusa", "notebook")
-CONTRACT = ("kind", "depth", "concat", "h0", "recycle", "repeat", "blocks", "branch", "projection")
+KINDS = ("none", "sequential", "parallel", "medusa", "notebook", "eagle", "eagle3")
+CONTRACT = ("kind", "depth", "concat", "h0", "recycle", "repeat", "blocks", "branch", "projection", "taps")
 """Settings that say which parameters the heads have and how a decoder must use them; every checkpoint records them."""
 
 
@@ -12,14 +12,19 @@ def contract(mtp: MTPConfig) -> dict[str, object]:
     return {name: getattr(mtp, name) for name in CONTRACT}
 
 
+def one_module(mtp: MTPConfig) -> bool:
+    """Whether the kind is one module by its definition."""
+    return mtp.kind in ("eagle", "eagle3")
+
+
 def modules(mtp: MTPConfig) -> int:
     """Modules with parameters of their own."""
-    return min(mtp.depth, 1) if mtp.repeat else mtp.depth
+    return min(mtp.depth, 1) if mtp.repeat or one_module(mtp) else mtp.depth
 
 
 def reads_tokens(mtp: MTPConfig) -> bool:
     """Whether depth k is fed the embedding of t[i+k]: the last chunk then needs the embedding."""
-    return mtp.kind in ("sequential", "notebook")
+    return mtp.kind in ("sequential", "notebook", "eagle", "eagle3")
 
 
 def soft_targets(mtp: MTPConfig) -> bool:
@@ -27,9 +32,23 @@ def soft_targets(mtp: MTPConfig) -> bool:
     return mtp.kind != "none" and mtp.targets == "trunk"
 
 
+def detaches(mtp: MTPConfig) -> bool:
+    """Whether the MTP losses teach the MTP modules alone, though the trunk may learn from the main loss."""
+    return mtp.detach or mtp.kind == "eagle"
+
+
 def learns_inside(mtp: MTPConfig) -> bool:
     """Whether depth k learns from what the trunk itself makes of position i + k, which must then be in the row."""
-    return soft_targets(mtp)
+    return soft_targets(mtp) or mtp.kind == "eagle"
+
+
+def fused_states(model: ModelConfig, mtp: MTPConfig) -> tuple[int, ...]:
+    """eagle3: the states that it joins, as ``taps`` counts them; the number of layers stands for the trunk's output before its
+    final norm. Without `mtp.taps` those of the released code, or the ends of thirds of a trunk that is too small for them."""
+    if mtp.taps:
+        return tuple(mtp.taps)
+    layers = model.layers
+    return (2, layers // 2, layers - 3) if layers >= 7 else tuple(sorted({layers // 3, 2 * layers // 3, layers}))
 
 
 def owns_projections(mtp: MTPConfig) -> bool:
@@ -39,6 +58,8 @@ def owns_projections(mtp: MTPConfig) -> bool:
 
 def taps(model: ModelConfig, mtp: MTPConfig) -> tuple[int, ...]:
     """States of the trunk that the heads read beside its output: layer i stands for the state that enters layer i. Ascending."""
+    if mtp.kind == "eagle3":
+        return tuple(layer for layer in fused_states(model, mtp) if layer < model.layers)
     return (model.layers - 1,) if mtp.kind == "parallel" and mtp.branch == "penultimate" else ()
 
 

@@ -45,14 +45,14 @@ class ModelConfig:
 class MTPConfig:
     """The Multi-Token Prediction heads, and how their losses join the main one.
 
-    `concat`, `h0`, `recycle`, `repeat`, `blocks`, `branch` and `projection` are the contract: recorded in every checkpoint, a wrong choice shows only as lower acceptance.
+    `concat`, `h0`, `recycle`, `repeat`, `blocks`, `branch`, `projection` and `taps` are the contract: recorded in every checkpoint, a wrong choice shows only as lower acceptance.
     """
 
-    kind: str = setting("sequential", "none | sequential (DeepSeek-V3, arXiv 2412.19437 eq. 21-25) | parallel (Gloeckle, 2404.19737) | medusa (2401.10774) | notebook (position by position, as an explanatory notebook has it).")
+    kind: str = setting("sequential", "none | sequential (DeepSeek-V3, arXiv 2412.19437 eq. 21-25) | parallel (Gloeckle, 2404.19737) | medusa (2401.10774) | eagle (2401.15077) | eagle3 (2503.01840) | notebook (position by position, as an explanatory notebook has it).")
     depth: int = setting(2, "D: how many tokens beyond the next one are predicted.")
-    concat: str = setting("embedding_first", "Order in the input of W_k: embedding_first (released weights) | hidden_first (the paper's formula).")
-    h0: str = setting("post_norm", "Trunk state given to depth 1: post_norm (after the final norm) | pre_norm.")
-    recycle: str = setting("post_norm", "State of depth k given to depth k+1: post_norm (after norm_k) | pre_norm.")
+    concat: str = setting("embedding_first", "sequential, eagle, eagle3: order in the input of W_k: embedding_first (released weights) | hidden_first (the paper's formula).")
+    h0: str = setting("post_norm", "Trunk state given to depth 1 (eagle: and to be drawn at all): post_norm (after the final norm) | pre_norm.")
+    recycle: str = setting("post_norm", "sequential: state of depth k given to depth k+1: post_norm (after norm_k) | pre_norm.")
     targets: str = setting("tokens", "What depth k learns at position i: tokens (t[i+k+1]) | trunk (self-distillation: the distribution that the trunk's own head gives at position i+k, which gets no gradient from it; the last k positions of a row have none). Accuracies then tell whether both name the same likeliest token.")
     loss_weight: float = setting(0.3, "Lambda, the weight of the MTP losses from the first token on.")
     loss_weight_points: list[list[float]] = setting([], "Later values of lambda as [tokens trained, value] pairs, ascending.")
@@ -65,7 +65,9 @@ class MTPConfig:
     branch: str = setting("penultimate", "parallel: the trunk state that the heads read: penultimate (it enters the last block, which is then the main head's own) | final (the trunk's output).")
     projection: str = setting("shared", "medusa: shared (all depths use the main head's matrix) | own (each has a vocabulary projection of its own, a copy of the main head's at the start).")
     match_parameters: bool = setting(False, "parallel: as many blocks as the heads have are taken out of the trunk. Resolved settings show the smaller model.layers, and false here.")
-    detach: bool = setting(False, "The MTP losses train the MTP modules only: no gradient of theirs reaches trunk, embedding or output head, which learn from the main loss.")
+    taps: list[int] = setting([], "eagle3: trunk states that it joins, ascending: i enters layer i, model.layers is the output before the final norm. Empty: 2, layers / 2 and layers - 3 as in the released code, or the ends of thirds of fewer than 7 layers.")
+    cross_entropy_weight: float = setting(0.1, "eagle: weight of the cross-entropy in L_k, beside the SmoothL1 distance from the trunk's states, which has 1.")
+    detach: bool = setting(False, "The MTP losses train the MTP modules only: no gradient of theirs reaches trunk, embedding or output head, which learn from the main loss. eagle: always so.")
     freeze_trunk: bool = setting(False, "Only the MTP modules learn; trunk, embedding and output head keep their weights bit for bit.")
 
 

@@ -8,7 +8,7 @@ import math
 
 from mtp_dist.config.attention import BACKENDS, require
 from mtp_dist.config.compose import settings, value
-from mtp_dist.config.heads import KINDS
+from mtp_dist.config.heads import KINDS, one_module
 from mtp_dist.config.layout import (
     SCHEDULES,
     chunks,
@@ -46,6 +46,7 @@ def validate_training(config: TrainingRun, vocabulary: int | None) -> None:
     validate_parallel(config.parallel, config.model, vocabulary)
     validate_launch(config.launch, config.parallel)
     _validate_mtp(config.mtp, config.train.sequence_length)
+    _validate_taps(config.mtp, config.model)
     _validate_zero(config)
     _validate_attention(config)
     _validate_optimizer(config)
@@ -197,6 +198,10 @@ def _validate_mtp(mtp: MTPConfig, sequence_length: int) -> None:
     one_of("mtp.projection", mtp.projection, ["shared", "own"])
     if mtp.projection == "own" and mtp.kind != "medusa":
         raise UserError(f"mtp.projection=own is for mtp.kind=medusa, not {mtp.kind}; choose mtp.projection=shared")
+    if mtp.repeat and one_module(mtp):
+        raise UserError(f"mtp.repeat=true: the module of mtp.kind={mtp.kind} serves every depth anyway; choose mtp.repeat=false")
+    if mtp.kind == "eagle3" and mtp.blocks > 1:
+        raise UserError(f"mtp.blocks={mtp.blocks}: mtp.kind=eagle3 is one layer; choose mtp.blocks=1, or mtp.kind=eagle")
     if mtp.repeat and mtp.kind not in ("none", "sequential", "notebook"):
         raise UserError(f"mtp.repeat=true with mtp.kind={mtp.kind} would make all depths equal; choose mtp.repeat=false")
     one_of("mtp.normalize", mtp.normalize, ["mean", "sum", "weights"])
@@ -211,6 +216,7 @@ def _validate_mtp(mtp: MTPConfig, sequence_length: int) -> None:
     if mtp.freeze_trunk and mtp.depth == 0:
         raise UserError("mtp.freeze_trunk=true with mtp.depth=0 leaves nothing to train; choose mtp.freeze_trunk=false")
     at_least("mtp.loss_weight", mtp.loss_weight, 0)
+    at_least("mtp.cross_entropy_weight", mtp.cross_entropy_weight, 0)
     if mtp.depth_weights and len(mtp.depth_weights) != mtp.depth:
         raise UserError(f"mtp.depth_weights has {len(mtp.depth_weights)} entries, but mtp.depth={mtp.depth}; empty: by mtp.decay")
     above("mtp.decay", mtp.decay, 0)
@@ -222,6 +228,21 @@ def _validate_mtp(mtp: MTPConfig, sequence_length: int) -> None:
         finite("mtp.depth_weights", weight)
         at_least("mtp.depth_weights", weight, 0)
     _validate_weight_points(mtp.loss_weight_points)
+
+
+def _validate_taps(mtp: MTPConfig, model: ModelConfig) -> None:
+    if not mtp.taps:
+        return
+    if mtp.kind != "eagle3":
+        raise UserError(f"mtp.taps={mtp.taps} are for mtp.kind=eagle3, not {mtp.kind}; choose mtp.taps=[]")
+    for layer in mtp.taps:
+        if not 0 <= layer <= model.layers:
+            raise UserError(
+                f"mtp.taps={mtp.taps}: {layer} is no state of a trunk of model.layers={model.layers}; choose from 0 (embeddings) "
+                f"to {model.layers} (its output), or [] for the default"
+            )
+    if sorted(set(mtp.taps)) != mtp.taps:
+        raise UserError(f"mtp.taps={mtp.taps} must ascend; choose mtp.taps={sorted(set(mtp.taps))}")
 
 
 def _validate_weight_points(points: list[list[float]]) -> None:

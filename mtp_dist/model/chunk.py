@@ -7,9 +7,11 @@ one chunk that is both. Parameter names are global: chunk 3's layer 7 is `layers
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_dist.config.heads import (
+    detaches,
     embeds_on_last,
     handed_taps,
     learns_inside,
@@ -21,6 +23,7 @@ from mtp_dist.config.heads import (
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.attention import Mask, build_mask
 from mtp_dist.model.embedding import Embedding
+from mtp_dist.model.feature_loss import feature_loss
 from mtp_dist.model.head_loss import STATISTICS
 from mtp_dist.model.mtp import build_heads
 from mtp_dist.model.mtp.heads import TrunkStates
@@ -30,6 +33,10 @@ from mtp_dist.model.targets import targets
 from mtp_dist.model.tensor_group import ALONE, TensorGroup
 from mtp_dist.model.trunk import Block, RMSNorm, rotation
 from mtp_dist.model.weight_gradients import WeightGradients, hand_out
+
+COLUMNS = (*STATISTICS, "feature_sum")
+"""What the last chunk reports of each depth, sums over a micro-batch: ``STATISTICS``, and the part of loss_sum that is
+``feature_loss``."""
 
 
 class Chunk(nn.Module):
@@ -55,8 +62,8 @@ class Chunk(nn.Module):
         assert model.vocab_size is not None
         assert model.head_dim is not None
         self.model, self.depth, self.group, self.first, self.last = model, mtp.depth, group, first, last
-        self.detach, self.reads_tokens, self.inside = mtp.detach, reads_tokens(mtp), learns_inside(mtp)
-        self.soft = soft_targets(mtp)
+        self.detach, self.reads_tokens, self.inside = detaches(mtp), reads_tokens(mtp), learns_inside(mtp)
+        self.soft, self.cross_entropy_weight = soft_targets(mtp), mtp.cross_entropy_weight
         needs_embedding = first or (last and embeds_on_last(model, mtp))
         self.embedding: Embedding | None = None
         if needs_embedding:
@@ -115,7 +122,7 @@ class Chunk(nn.Module):
 
         hidden [B, S, d] (None on the first chunk; S/R positions under sequence parallelism) -> hidden of that shape, each with
         the taps that travel behind it in the last dimension (`states_in` and `states_out` states). The last chunk returns float32
-        [1 + 4 (1+D)]: the loss to differentiate, then ``STATISTICS`` of each depth.
+        [1 + 5 (1+D)]: the loss to differentiate, then ``COLUMNS`` of each depth.
         """
         self.forward_calls += 1
         positions = tokens.shape[1] - 1 - self.depth
@@ -138,32 +145,48 @@ class Chunk(nn.Module):
             return torch.cat((hidden, *(tapped[tap] for tap in self.handed)), dim=-1) if self.handed else hidden
         assert self.norm is not None
         normed = self.norm(hidden)
-        states = [normed]
-        if self.mtp is not None:
-            states += self._head_states(TrunkStates(hidden, normed, self.norm, tapped), tokens, turn, mask)
-        states = [self.group.enter(state) for state in states]
-        assert self.head is not None
         wanted = targets(tokens, documents, self.depth, inside=self.inside)
+        apart = documents[:, :positions] if self.model.document_mask else None
+        trunk = TrunkStates(hidden, normed, self.norm, tapped, apart)
+        return self._result(trunk, tokens, wanted, scale, turn, mask)
+
+    def _result(self, trunk: TrunkStates, tokens: Tensor, wanted: Tensor, scale: Tensor, turn: Tensor, mask: Mask) -> Tensor:
+        """What the last chunk returns."""
+        assert self.head is not None
+        states, drawn, imitated = [trunk.after_norm], [], None
+        if self.mtp is not None:
+            embedded = self._embed_ahead(tokens, turn.shape[1])
+            if self.detach:
+                trunk, embedded = self._detached(trunk), [part.detach() for part in embedded]
+            drawn, imitated = self.mtp(trunk, embedded, turn, mask), self.mtp.imitated(trunk)
+            states += [self.mtp.ready(state, trunk) for state in drawn]
+        of_head = scale
+        if imitated is not None:
+            distance, distances = feature_loss(drawn, imitated, wanted, scale, self.group)
+            of_head = torch.cat((scale[:, :1], scale[:, 1:] * self.cross_entropy_weight), dim=1)
+        states = [self.group.enter(state) for state in states]
         loss, statistics = self.head(
-            states, wanted=wanted, scale=scale, queue=self.weight_gradients, main_only=self.detach, soft=self.soft,
+            states, wanted=wanted, scale=of_head, queue=self.weight_gradients, main_only=self.detach, soft=self.soft,
             own=self.mtp.projections() if self.mtp is not None else (),
         )
-        return torch.cat((loss.view(1), statistics.flatten()))
+        columns = F.pad(statistics, (0, 1))
+        if imitated is not None:
+            loss = loss + distance
+            columns[1:, COLUMNS.index("loss_sum")] *= self.cross_entropy_weight
+            for column in ("loss_sum", "feature_sum"):
+                columns[1:, COLUMNS.index(column)] += distances
+        return torch.cat((loss.view(1), columns.flatten()))
 
-    def _head_states(self, trunk: TrunkStates, tokens: Tensor, turn: Tensor, mask: Mask) -> list[Tensor]:
-        """The MTP modules on the trunk's states -> D states [B, S, d]."""
-        assert self.mtp is not None
+    def _detached(self, trunk: TrunkStates) -> TrunkStates:
+        """The same states as constants, and a norm that does not learn."""
         assert self.norm is not None
-        embedded = self._embed_ahead(tokens, turn.shape[1])
-        if not self.detach:
-            return self.mtp(trunk, embedded, turn, mask)
-        detached = TrunkStates(
+        return TrunkStates(
             trunk.before_norm.detach(),
             trunk.after_norm.detach(),
             partial(self.norm, learn=False),
             {tap: state.detach() for tap, state in trunk.taps.items()},
+            trunk.documents,
         )
-        return self.mtp(detached, [part.detach() for part in embedded], turn, mask)
 
     def _embed_ahead(self, tokens: Tensor, positions: int) -> list[Tensor]:
         """Emb(t[i+k]) for each depth k, where the kind of head reads tokens. Tokens are shifted before they are embedded: an
@@ -188,4 +211,4 @@ class Chunk(nn.Module):
 
     def result_size(self) -> int:
         """Elements of what the last chunk returns."""
-        return 1 + len(STATISTICS) * (1 + self.depth)
+        return 1 + len(COLUMNS) * (1 + self.depth)

@@ -47,6 +47,15 @@ class TensorGroup:
             return x
         return _Scatter.apply(x, self) if self.sequence else _Sum.apply(x, self)
 
+    def whole_positions(self, x: Tensor) -> Tensor:
+        """[B, S or S/R, ..] -> [B, S, ..], no gradient."""
+        return _all_gather(x, self) if self.shares_positions else x
+
+    def own_positions(self, length: int) -> slice:
+        """Which of `length` positions this rank holds outside split matrices."""
+        share = length // self.size
+        return slice(self.rank * share, (self.rank + 1) * share) if self.shares_positions else slice(0, length)
+
 
 ALONE = TensorGroup()
 

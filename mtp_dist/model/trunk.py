@@ -58,21 +58,21 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245)."""
+    """Grouped-query attention (arXiv 2305.13245). `inputs`: width of what it reads, where that is not the hidden width d."""
 
-    def __init__(self, config: ModelConfig, group: TensorGroup = ALONE) -> None:
+    def __init__(self, config: ModelConfig, group: TensorGroup = ALONE, *, inputs: int | None = None) -> None:
         super().__init__()
         assert config.head_dim is not None
         d, c, std = config.hidden, config.head_dim, config.init_std
         self.head_dim, self.group = c, group
-        self.query = Linear(d, config.heads * c, std=std, group=group, split=0)
-        self.key = Linear(d, config.kv_heads * c, std=std, group=group, split=0)
-        self.value = Linear(d, config.kv_heads * c, std=std, group=group, split=0)
+        self.query = Linear(inputs or d, config.heads * c, std=std, group=group, split=0)
+        self.key = Linear(inputs or d, config.kv_heads * c, std=std, group=group, split=0)
+        self.value = Linear(inputs or d, config.kv_heads * c, std=std, group=group, split=0)
         self.output = Linear(config.heads * c, d, std=std * (2 * config.layers) ** -0.5, group=group, split=1)
 
     def forward(self, x: Tensor, turn: Tensor, mask: Mask, cache: KeyValueCache | None = None) -> Tensor:
-        """x [B, n, d] (a share of the positions under sequence parallelism) -> the same. mask: a tensor is broadcast to [B, H, n,
-        total]; None is plainly causal, or with a cache: every new position sees everything."""
+        """x [B, n, inputs] (a share of the positions under sequence parallelism) -> [B, n, d]. mask: a tensor is broadcast to
+        [B, H, n, total]; None is plainly causal, or with a cache: every new position sees everything."""
         x = self.group.enter(x)
         query, key, value = (
             layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.query, self.key, self.value)

@@ -7,10 +7,18 @@ gradients and optimizer are exact (up to ZeRO's padding of a few elements); acti
 from dataclasses import dataclass
 
 from mtp_dist.config.attention import possible
-from mtp_dist.config.heads import embeds_on_last, handed_taps, modules, owns_projections, received_taps
+from mtp_dist.config.heads import embeds_on_last, fused_states, handed_taps, modules, owns_projections, received_taps
 from mtp_dist.config.layout import chunks, chunks_of_rank, is_v, micro_batches
 from mtp_dist.config.schema import ModelConfig, MTPConfig, ParallelConfig, TrainingRun
-from mtp_dist.parallel.cost import attention_width, beside_blocks, block_flops, block_matrices, blocks_of_module, tail_flops
+from mtp_dist.parallel.cost import (
+    attention_width,
+    beside_blocks,
+    block_flops,
+    block_matrices,
+    blocks_of_module,
+    tail_flops,
+    wider_attention,
+)
 from mtp_dist.parallel.placement import layers_of_chunks
 
 GRADIENT_BYTES = 4
@@ -78,13 +86,13 @@ def vectors_beside_blocks(model: ModelConfig, mtp: MTPConfig) -> int:
     """Elements of one MTP module's norms and biases, those of its decoder blocks apart; on each tensor rank."""
     if mtp.kind == "notebook":
         return model.hidden + mtp.blocks * (7 * model.hidden + model.mlp)
-    return {"sequential": 3, "medusa": mtp.blocks}.get(mtp.kind, 0) * model.hidden
+    return {"sequential": 3, "medusa": mtp.blocks, "eagle3": 2}.get(mtp.kind, 0) * model.hidden
 
 
 def module_parameters(model: ModelConfig, mtp: MTPConfig, tensor: int = 1) -> int:
     """One MTP module's share on the one of `tensor` ranks that has most: its blocks and its vocabulary projection are split; what
     it has beside them is on each."""
-    blocks = blocks_of_module(mtp) * block_parameters(model, tensor)
+    blocks = blocks_of_module(mtp) * block_parameters(model, tensor) + wider_attention(model, mtp) // tensor
     return blocks + beside_blocks(model, mtp) + vectors_beside_blocks(model, mtp) + own_projection(model, mtp, tensor)
 
 
@@ -162,7 +170,7 @@ def activations_beside_blocks(model: ModelConfig, mtp: MTPConfig) -> int:
     and what norms keep beside it, the shared norm, or what residual blocks or the notebook's layers keep."""
     if mtp.kind == "notebook":
         return 4 * model.hidden + mtp.blocks * (5 * model.hidden + model.mlp)
-    return {"sequential": 7, "parallel": 3, "medusa": 2 * mtp.blocks}.get(mtp.kind, 0) * model.hidden
+    return {"sequential": 7, "parallel": 3, "medusa": 2 * mtp.blocks, "eagle": 4, "eagle3": 3}.get(mtp.kind, 0) * model.hidden
 
 
 def chunk_activations(config: TrainingRun, layers: int, *, last: bool, taps: int = 0) -> int:
@@ -187,6 +195,11 @@ def chunk_activations(config: TrainingRun, layers: int, *, last: bool, taps: int
         shares = _position_shares(config.parallel)
         module = blocks_of_module(config.mtp) * block + activations_beside_blocks(model, config.mtp) // shares
         elements += depth * module + 3 * (model.hidden // shares) + (1 + depth) * model.hidden
+        if config.mtp.kind == "eagle3":
+            # The joined states; and step s has the keys and values of s steps and the trunk's at hand, and a mask over them.
+            elements += (len(fused_states(model, config.mtp)) + 1) * model.hidden // shares
+            entry = 2 * attention_width(model, model.kv_heads) // config.parallel.tensor
+            elements += depth * (depth - 1) // 2 * (entry + length)
     return config.train.micro_batch * length * elements * dtype_bytes(config)
 
 

@@ -7,7 +7,7 @@ matrix operations are forward, a third give the gradient of the input, a third t
 
 from typing import NamedTuple
 
-from mtp_dist.config.heads import owns_projections, soft_targets
+from mtp_dist.config.heads import detaches, fused_states, owns_projections, soft_targets
 from mtp_dist.config.schema import ModelConfig, MTPConfig, TrainingRun
 
 
@@ -63,12 +63,18 @@ def block_flops(model: ModelConfig, sequence_length: int) -> int:
 
 
 def beside_blocks(model: ModelConfig, mtp: MTPConfig) -> int:
-    """Matrix elements of one MTP module beside its decoder blocks: the projection of two states to one, Medusa's residual blocks,
-    the notebook's layers."""
+    """Matrix elements of one MTP module beside its decoder blocks, whole on each tensor rank: the projection of several states to
+    one, Medusa's residual blocks, the notebook's layers."""
     if mtp.kind == "notebook":
         return 2 * model.hidden**2 + mtp.blocks * 2 * model.hidden * (model.hidden + model.mlp)
-    squares = {"sequential": 2, "medusa": mtp.blocks}.get(mtp.kind, 0)
+    squares = {"sequential": 2, "medusa": mtp.blocks, "eagle": 2, "eagle3": len(fused_states(model, mtp))}.get(mtp.kind, 0)
     return squares * model.hidden**2
+
+
+def wider_attention(model: ModelConfig, mtp: MTPConfig) -> int:
+    """Matrix elements that the block of an MTP module has more than the trunk's: EAGLE-3's attention reads two states."""
+    width = attention_width(model, model.heads) + 2 * attention_width(model, model.kv_heads)
+    return model.hidden * width if mtp.kind == "eagle3" else 0
 
 
 def blocks_of_module(mtp: MTPConfig) -> int:
@@ -76,11 +82,25 @@ def blocks_of_module(mtp: MTPConfig) -> int:
     return 0 if mtp.kind in ("medusa", "notebook") else mtp.blocks
 
 
+def beside_flops(model: ModelConfig, mtp: MTPConfig, sequence_length: int) -> int:
+    """All depths together, what they need beside decoder blocks like the trunk's and the vocabulary."""
+    beside, depth = beside_blocks(model, mtp), mtp.depth
+    # No gradient goes to states that are constants, where no norm with a weight is between.
+    constant = detaches(mtp) or mtp.freeze_trunk
+    if mtp.kind == "eagle":
+        return 6 * depth * beside - 2 * beside
+    if mtp.kind == "eagle3":
+        # Step s attends to s + 1 times the entries.
+        attention = 12 * sequence_length * attention_width(model, model.heads) * (depth * (depth - 1) // 2)
+        return (4 if constant else 6) * beside + 6 * depth * wider_attention(model, mtp) + attention
+    return 6 * depth * beside
+
+
 def tail_flops(model: ModelConfig, mtp: MTPConfig, sequence_length: int) -> int:
     """What follows the trunk's last layer: the MTP modules, and 1 + D projections onto the vocabulary."""
     assert model.vocab_size is not None
-    modules = mtp.depth * (blocks_of_module(mtp) * block_flops(model, sequence_length) + 6 * beside_blocks(model, mtp))
-    return modules + projection_flops(model, mtp)
+    blocks = mtp.depth * blocks_of_module(mtp) * block_flops(model, sequence_length)
+    return blocks + beside_flops(model, mtp, sequence_length) + projection_flops(model, mtp)
 
 
 def projection_flops(model: ModelConfig, mtp: MTPConfig) -> int:
@@ -89,7 +109,7 @@ def projection_flops(model: ModelConfig, mtp: MTPConfig) -> int:
     targets are another projection at each depth, forward only."""
     assert model.vocab_size is not None
     main = 2 if mtp.freeze_trunk else 6
-    depth = 4 if (mtp.freeze_trunk or mtp.detach) and not owns_projections(mtp) else 6
+    depth = 4 if (mtp.freeze_trunk or detaches(mtp)) and not owns_projections(mtp) else 6
     teacher = 2 if soft_targets(mtp) else 0
     return (main + (depth + teacher) * mtp.depth) * model.vocab_size * model.hidden
 
@@ -106,10 +126,10 @@ def costs(config: TrainingRun) -> Costs:
     unit = 1 / block_flops(model, length)
     # Of attention's products, two are forward and four give the gradient of its inputs; it has no weights.
     block = Work(matrices + attention, matrices + 2 * attention, matrices) * unit
-    join = 2 * beside_blocks(model, mtp) * unit
+    join = beside_flops(model, mtp, length) / 3 * unit
     head = projection_flops(model, mtp) * unit
     # The head forms its gradients while it has the logits: in the forward pass.
-    tail = (block * blocks_of_module(mtp) + Work(join, join, join)) * mtp.depth + Work(head, 0, 0)
+    tail = block * (blocks_of_module(mtp) * mtp.depth) + Work(join, join, join) + Work(head, 0, 0)
     if frozen:
         block = Work(block.forward, 0, 0)
     elif config.train.recompute == "full":

@@ -6,14 +6,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtp_dist.model.head_loss import STATISTICS
+from mtp_dist.model.chunk import COLUMNS
 from mtp_dist.parallel.mesh import Mesh
 from mtp_dist.tracking import names
 
 
 @dataclass
 class Totals:
-    """Sums over the global batch. `loss`: the differentiated total; `sums` [1+D, 4] float64: ``STATISTICS``; `counts` [1+D]:
+    """Sums over the global batch. `loss`: the differentiated total; `sums` [1+D, 5] float64: ``COLUMNS``; `counts` [1+D]:
     valid targets."""
 
     loss: float
@@ -24,16 +24,18 @@ class Totals:
         return Totals(self.loss + other.loss, self.sums + other.sums, self.counts + other.counts)
 
     def means(self) -> dict[str, list[float]]:
-        """By depth 0 (main) .. D: loss, accuracy and conditional accuracy; 0 where nothing counts."""
+        """By depth 0 (main) .. D: loss, the part of it that is ``feature_loss``, accuracy and conditional accuracy; 0 where
+        nothing counts."""
 
         def ratio(column: str, by: Tensor) -> list[float]:
-            return torch.where(by > 0, self.sums[:, STATISTICS.index(column)] / by.clamp(min=1), 0.0).tolist()
+            return torch.where(by > 0, self.sums[:, COLUMNS.index(column)] / by.clamp(min=1), 0.0).tolist()
 
         counts = self.counts.double()
         return {
             "loss": ratio("loss_sum", counts),
+            "features": ratio("feature_sum", counts),
             "accuracy": ratio("correct", counts),
-            "conditional": ratio("prefix_correct", self.sums[:, STATISTICS.index("prefix_valid")]),
+            "conditional": ratio("prefix_correct", self.sums[:, COLUMNS.index("prefix_valid")]),
         }
 
     def weighted(self, coefficients: list[float]) -> float:
@@ -45,6 +47,8 @@ class Totals:
         metrics = {names.LOSS_TOTAL: self.loss, names.LOSS_MAIN: means["loss"][0], names.ACCURACY_MAIN: means["accuracy"][0]}
         for k in range(1, len(self.counts)):
             metrics[names.of_depth(names.LOSS_DEPTH, k)] = means["loss"][k]
+            if any(means["features"]):
+                metrics[names.of_depth(names.LOSS_FEATURES_DEPTH, k)] = means["features"][k]
             metrics[names.of_depth(names.ACCURACY_DEPTH, k)] = means["accuracy"][k]
             metrics[names.of_depth(names.ACCURACY_CONDITIONAL_DEPTH, k)] = means["conditional"][k]
         return metrics
@@ -58,6 +62,8 @@ class Totals:
         }
         for k in range(1, len(self.counts)):
             metrics[names.of_depth(names.VALIDATION_LOSS_DEPTH, k)] = means["loss"][k]
+            if any(means["features"]):
+                metrics[names.of_depth(names.VALIDATION_LOSS_FEATURES_DEPTH, k)] = means["features"][k]
             metrics[names.of_depth(names.VALIDATION_ACCURACY_DEPTH, k)] = means["accuracy"][k]
             metrics[names.of_depth(names.VALIDATION_ACCURACY_CONDITIONAL_DEPTH, k)] = means["conditional"][k]
         return metrics
@@ -68,9 +74,9 @@ def gather(result: Tensor | None, counts: Tensor, mesh: Mesh) -> Totals:
 
     Each tensor rank of a last chunk holds the same result: only the first adds it.
     """
-    size = 1 + len(STATISTICS) * len(counts)
+    size = 1 + len(COLUMNS) * len(counts)
     total = torch.zeros(size, dtype=torch.float64)
     if result is not None and mesh.tensor.rank == 0:
         total += result.double().cpu()
     dist.all_reduce(total, group=mesh.control)
-    return Totals(total[0].item() / mesh.parallel.data, total[1:].view(len(counts), len(STATISTICS)), counts.cpu())
+    return Totals(total[0].item() / mesh.parallel.data, total[1:].view(len(counts), len(COLUMNS)), counts.cpu())

@@ -14,7 +14,13 @@ from mtp_dist.interop.hugging_face import require_expressible
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.parameter import initialize
 
-OTHERS: list[dict[str, Any]] = [{"kind": "parallel"}, {"kind": "medusa"}, {"kind": "sequential", "blocks": 2}]
+OTHERS: list[dict[str, Any]] = [
+    {"kind": "parallel"},
+    {"kind": "medusa"},
+    {"kind": "eagle"},
+    {"kind": "eagle3"},
+    {"kind": "sequential", "blocks": 2},
+]
 
 
 @pytest.mark.parametrize("heads", OTHERS, ids=lambda heads: heads["kind"])

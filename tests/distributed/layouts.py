@@ -108,6 +108,20 @@ LAYOUTS: dict[str, dict[str, Any]] = {
             "pp2_zbv_heads_alone_full": {"pipeline": 2, "schedule": "zbv", "placement": "[1,1,2,0]", "recompute": "full"},
         }.items()
     },
+    **{
+        f"{name}_eagle3": where | {"kind": "eagle3"}
+        for name, where in {
+            "one_process": {"depth": 3},
+            "pp2_zbv": {"pipeline": 2, "schedule": "zbv", "taps": [0, 2, 4]},
+            "pp2_1f1b_heads_alone_untied": {"pipeline": 2, "schedule": "1f1b", "placement": "[4,0]", "tie": False},
+            "tp2_sequence": {"tensor": 2, "sequence_parallel": True, "depth": 3},
+            "dp2": {"data": 2, "document_mask": False},
+            "dp2_zero3": {"data": 2, "stage": 3},
+            "pp2_zbv_frozen": {"pipeline": 2, "schedule": "zbv", "freeze_trunk": True, "targets": "trunk"},
+            "pp2_1f1b_tp2_sequence": {
+                "pipeline": 2, "schedule": "1f1b", "tensor": 2, "sequence_parallel": True, "recompute": "full"},
+        }.items()
+    },
     "pp2_zbv_frozen_soft": {"pipeline": 2, "schedule": "zbv", "freeze_trunk": True, "targets": "trunk"},
     "pp2_1f1b_tp2_odd_soft": {"pipeline": 2, "schedule": "1f1b", "tensor": 2, "vocabulary": 97, "targets": "trunk"},
     "one_process_soft_detach": {"targets": "trunk", "detach": True},
@@ -117,6 +131,19 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2_zero3_medusa_own_untied_soft": {
         "data": 2, "stage": 3, "kind": "medusa", "projection": "own", "tie": False, "targets": "trunk"},
     "dp2_zero2_medusa_own_detach": {"data": 2, "stage": 2, "kind": "medusa", "projection": "own", "detach": True},
+    **{
+        f"{name}_eagle": where | {"kind": "eagle"}
+        for name, where in {
+            "one_process": {"depth": 3},
+            "pp2_zbv": {"pipeline": 2, "schedule": "zbv"},
+            "pp2_1f1b_untied": {"pipeline": 2, "schedule": "1f1b", "tie": False, "h0": "pre_norm"},
+            "tp2_sequence": {"tensor": 2, "sequence_parallel": True},
+            "dp2": {"data": 2},
+            "dp2_zero3": {"data": 2, "stage": 3},
+            "pp2_1f1b_frozen": {"pipeline": 2, "schedule": "1f1b", "freeze_trunk": True, "targets": "trunk"},
+            "pp2_zbv_tp2": {"pipeline": 2, "schedule": "zbv", "tensor": 2, "recompute": "full", "targets": "trunk"},
+        }.items()
+    },
     "pp2_zbv_medusa": {"pipeline": 2, "schedule": "zbv", "kind": "medusa"},
     "pp2_1f1b_untied_medusa": {"pipeline": 2, "schedule": "1f1b", "kind": "medusa", "tie": False},
     "pp2_1f1b_frozen_medusa": {"pipeline": 2, "schedule": "1f1b", "kind": "medusa", "freeze_trunk": True},
@@ -145,6 +172,8 @@ PATHS = {
     "offload": "zero.offload",
     "freeze_trunk": "mtp.freeze_trunk",
     "kind": "mtp.kind",
+    "h0": "mtp.h0",
+    "taps": "mtp.taps",
     "branch": "mtp.branch",
     "targets": "mtp.targets",
     "projection": "mtp.projection",

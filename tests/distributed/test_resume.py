@@ -37,6 +37,8 @@ RESUMED = [
     "tp2_sequence_notebook",
     "tp2_sequence_soft",
     "pp2_1f1b_medusa_own",
+    "pp2_1f1b_frozen_eagle",
+    "pp2_zbv_eagle3",
     "pp2_zbv_tp2",
     "pp2_1f1b_tp2",
     "pp2_zbv_dp2",

@@ -100,6 +100,84 @@ def medusa_heads(weights: Weights, mtp: MTPConfig, after: Vectors) -> list[Vecto
     return states
 
 
+def trunk_states(weights: Weights, model: ModelConfig, tokens: list[int], documents: list[int]) -> list[Vectors]:
+    """The states that enter layers 0, 1, .. and that leave the last."""
+    states = [[weights["embedding.weight"][token] for token in tokens]]
+    for layer in range(model.layers):
+        states.append(block(weights, f"layers.{layer}", model, states[-1], documents))
+    return states
+
+
+def eagle_heads(
+    weights: Weights, model: ModelConfig, mtp: MTPConfig, features: Vectors, tokens: list[int], documents: list[int]
+) -> list[Vectors]:
+    """What EAGLE draws of `features`, f: entry (k, i) is for f[i+k], k = 1 .. D."""
+    drawn = [features]
+    for k in range(1, mtp.depth + 1):
+        joined = []
+        for i, feature in enumerate(drawn[-1]):
+            embedded = weights["embedding.weight"][tokens[i + k]]
+            parts = [embedded, feature] if mtp.concat == "embedding_first" else [feature, embedded]
+            joined.append(weights["mtp.1.projection.weight"] @ torch.cat(parts))
+        drawn.append(blocks(weights, "mtp.1.block", model, mtp, joined, documents[: len(joined)]))
+    return drawn[1:]
+
+
+def eagle3_heads(
+    weights: Weights, model: ModelConfig, mtp: MTPConfig, states: list[Vectors], tokens: list[int], documents: list[int]
+) -> list[Vectors]:
+    """EAGLE-3 as a draft from every position, token by token, with a cache of its own; `states`: those that it joins. Entry
+    (k, i) is what the output head reads."""
+    width, positions = model.head_dim, len(states[0])
+    assert width is not None
+    of_attention = "mtp.1.attention"
+
+    def joined(state: Tensor, token: int) -> Tensor:
+        parts = [
+            norm(weights["embedding.weight"][token], weights["mtp.1.embedding_norm.weight"], model.norm_eps),
+            norm(state, weights["mtp.1.hidden_norm.weight"], model.norm_eps),
+        ]
+        return torch.cat(parts if mtp.concat == "embedding_first" else parts[::-1])
+
+    def entry(x: Tensor, position: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of each key head."""
+        key, value = weights[f"{of_attention}.key.weight"] @ x, weights[f"{of_attention}.value.weight"] @ x
+        parts = [slice(head * width, (head + 1) * width) for head in range(model.kv_heads)]
+        return [turned(key[part], position, model.rope_theta) for part in parts], [value[part] for part in parts]
+
+    def attended(x: Tensor, position: int, cache: list[tuple[list[Tensor], list[Tensor]]]) -> Tensor:
+        query, heads = weights[f"{of_attention}.query.weight"] @ x, []
+        for head in range(model.heads):
+            group = head // (model.heads // model.kv_heads)
+            mine = turned(query[head * width : (head + 1) * width], position, model.rope_theta)
+            scores = [(mine @ keys[group] / math.sqrt(width)).exp() for keys, _ in cache]
+            heads.append(sum(score * values[group] for score, (_, values) in zip(scores, cache, strict=True)) / sum(scores))
+        return weights[f"{of_attention}.output.weight"] @ torch.cat(heads)  # type: ignore[arg-type]
+
+    fused = [weights["mtp.1.fusion.weight"] @ torch.cat([of_layer[i] for of_layer in states]) for i in range(positions)]
+    of_trunk = [entry(joined(fused[j], tokens[j + 1]), j) for j in range(positions)]
+    found: list[Vectors] = [[] for _ in range(mtp.depth)]
+    for i in range(positions):
+        cache = [of_trunk[j] for j in range(i + 1) if documents[j] == documents[i] or not model.document_mask]
+        hidden = fused[i]
+        for k in range(1, mtp.depth + 1):
+            x = joined(hidden, tokens[i + k])
+            if k > 1:
+                cache.append(entry(x, i + k - 1))
+            hidden = hidden + attended(x, i + k - 1, cache)
+            inner = norm(hidden, weights["mtp.1.mlp_norm.weight"], model.norm_eps)
+            gate, up = weights["mtp.1.mlp.gate.weight"] @ inner, weights["mtp.1.mlp.up.weight"] @ inner
+            hidden = hidden + weights["mtp.1.mlp.down.weight"] @ (gate / (1 + (-gate).exp()) * up)
+            found[k - 1].append(norm(hidden, weights["mtp.1.norm.weight"], model.norm_eps))
+    return found
+
+
+def smooth_l1(got: Tensor, want: Tensor) -> Tensor:
+    """Its mean over the elements."""
+    errors = [(a - b).abs() for a, b in zip(got, want, strict=True)]
+    return torch.stack([e * e / 2 if e < 1 else e - 0.5 for e in errors]).mean()
+
+
 def heads(
     weights: Weights, model: ModelConfig, mtp: MTPConfig, before: Vectors, after: Vectors, tokens: list[int], documents: list[int]
 ) -> list[Vectors]:
@@ -159,22 +237,36 @@ def notebook_heads(weights: Weights, mtp: MTPConfig, before: Vectors, after: Vec
     return states
 
 
-def row_states(weights: Weights, model: ModelConfig, mtp: MTPConfig, tokens: list[int], documents: list[int]) -> list[Vectors]:
-    """h^0 (normed), h^1 .. h^D of one row of S + 1 + D tokens."""
+def row_states(
+    weights: Weights, model: ModelConfig, mtp: MTPConfig, tokens: list[int], documents: list[int]
+) -> tuple[list[Vectors], list[list[Tensor]]]:
+    """h^0 (normed), h^1 .. h^D of one row of S + 1 + D tokens; and eagle's distances of depth 1 .. D, as many positions as have
+    one."""
     positions = len(tokens) - 1 - mtp.depth
-    xs = [weights["embedding.weight"][token] for token in tokens[:positions]]
-    entering = xs
-    for layer in range(model.layers):
-        entering = xs
-        xs = block(weights, f"layers.{layer}", model, xs, documents[:positions])
-    after = [norm(x, weights["norm.weight"], model.norm_eps) for x in xs]
+    states = trunk_states(weights, model, tokens[:positions], documents[:positions])
+    xs = states[-1]
+
+    def normed(vectors: Vectors) -> Vectors:
+        return [norm(x, weights["norm.weight"], model.norm_eps) for x in vectors]
+
+    after = normed(xs)
     if mtp.kind == "parallel":
-        return [after, *parallel_heads(weights, model, mtp, entering, xs, documents)]
+        return [after, *parallel_heads(weights, model, mtp, states[-2], xs, documents)], []
     if mtp.kind == "medusa":
-        return [after, *medusa_heads(weights, mtp, after)]
+        return [after, *medusa_heads(weights, mtp, after)], []
     if mtp.kind == "notebook":
-        return [after, *notebook_heads(weights, mtp, xs, after, tokens)]
-    return [after, *heads(weights, model, mtp, xs, after, tokens, documents)]
+        return [after, *notebook_heads(weights, mtp, xs, after, tokens)], []
+    if mtp.kind == "eagle3":
+        joined = [states[layer] for layer in (mtp.taps or [0, 1, 2])]
+        return [after, *eagle3_heads(weights, model, mtp, joined, tokens, documents)], []
+    if mtp.kind == "eagle":
+        features = after if mtp.h0 == "post_norm" else xs
+        drawn = eagle_heads(weights, model, mtp, features, tokens, documents)
+        distances = [
+            [smooth_l1(drawn[k - 1][i], features[i + k]) for i in range(positions - k)] for k in range(1, mtp.depth + 1)
+        ]
+        return [after, *(drawn if mtp.h0 == "post_norm" else map(normed, drawn))], distances
+    return [after, *heads(weights, model, mtp, xs, after, tokens, documents)], []
 
 
 def losses(
@@ -187,12 +279,13 @@ def losses(
     sums = [torch.zeros((), dtype=head.dtype) for _ in range(mtp.depth + 1)]
     counts = [0] * (mtp.depth + 1)
     for row, documents_of_row in zip(tokens, documents, strict=True):
-        every = row_states(weights, model, mtp, row, documents_of_row)
+        every, distances = row_states(weights, model, mtp, row, documents_of_row)
         for k, states in enumerate(every):
             soft = k > 0 and mtp.targets == "trunk"
+            drawn = k > 0 and mtp.kind == "eagle"
             for i, state in enumerate(states):
                 one_document = documents_of_row[i] >= 0 and len(set(documents_of_row[i : i + k + 2])) == 1
-                if not one_document or (soft and i + k >= len(states)):
+                if not one_document or ((soft or drawn) and i + k >= len(states)):
                     continue
                 own = k > 0 and mtp.projection == "own"
                 logits = (weights[f"mtp.{k}.head.weight"] if own else head) @ state
@@ -201,7 +294,10 @@ def losses(
                     wanted = sum(taught[v] * logits[v] for v in range(len(logits))) / taught.sum()
                 else:
                     wanted = logits[row[i + k + 1]]
-                sums[k] = sums[k] + logits.exp().sum().log() - wanted
+                loss = logits.exp().sum().log() - wanted
+                if drawn:
+                    loss = distances[k - 1][i] + mtp.cross_entropy_weight * loss
+                sums[k] = sums[k] + loss
                 counts[k] += 1
     means = [total / max(count, 1) for total, count in zip(sums, counts, strict=True)]
     depth_weights = mtp.depth_weights or [mtp.decay ** (k - 1) for k in range(1, mtp.depth + 1)]

@@ -1,4 +1,5 @@
-"""Promise: parallel, Medusa and notebook heads compute their sources' equations: losses, counts, gradients equal those of loops.
+"""Promise: parallel, Medusa, notebook and EAGLE heads compute their sources' equations: losses, counts, gradients equal those of
+loops.
 
 Tolerance as in test_sequential: all is float64 but the rotary angles and the head's logits.
 """
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from mtp_dist.config.heads import taps
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.mtp.medusa import MedusaHeads
 from mtp_dist.model.parameter import initialize
@@ -29,6 +31,12 @@ KINDS: list[dict[str, Any]] = [
     {"kind": "medusa", "targets": "trunk"},
     {"kind": "medusa", "projection": "own"},
     {"kind": "medusa", "projection": "own", "targets": "trunk"},
+    {"kind": "eagle"},
+    {"kind": "eagle", "targets": "trunk"},
+    {"kind": "eagle", "h0": "pre_norm", "concat": "hidden_first", "targets": "trunk"},
+    {"kind": "eagle", "blocks": 2, "cross_entropy_weight": 1.5},
+    {"kind": "eagle3"},
+    {"kind": "eagle3", "taps": [1, 2], "concat": "hidden_first", "targets": "trunk"},
 ]
 
 
@@ -36,7 +44,7 @@ KINDS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(str(part) for part in kind.values()))
 def test_losses_and_gradients_equal_the_loop(kind: dict[str, Any], tie: bool, detach: bool) -> None:
-    """Detached: what belongs to the trunk has the main loss's gradient alone."""
+    """Detached, as eagle always is: what belongs to the trunk has the main loss's gradient alone."""
     chunk = small_model(2, tie=tie, detach=detach, **kind)
     mtp = settings(chunk, depth_weights=[1.0, 0.5], **kind)
     tokens, documents = rows(2)
@@ -46,7 +54,7 @@ def test_losses_and_gradients_equal_the_loop(kind: dict[str, Any], tie: bool, de
     own = {name: weight for name, weight in weights.items() if name.startswith("mtp.")}
     others = {name: weight for name, weight in weights.items() if name not in own}
     wanted = dict(zip(own, torch.autograd.grad(want, list(own.values()), retain_graph=True), strict=True))
-    of_trunk = means[0] if detach else want
+    of_trunk = means[0] if detach or mtp.kind == "eagle" else want
     wanted |= dict(zip(others, torch.autograd.grad(of_trunk, list(others.values())), strict=True))
     total, losses, found = run(chunk, mtp, tokens, documents)
     total.backward()
@@ -79,7 +87,7 @@ def test_a_fresh_medusa_head_is_the_main_head(projection: str, tie: bool) -> Non
 
 
 @pytest.mark.parametrize("sizes", [[1, 2], [2, 1], [3, 0], [1, 1, 1, 0], [2, 1, 0]])
-@pytest.mark.parametrize("kind", KINDS[:2], ids=lambda kind: kind.get("branch", "penultimate"))
+@pytest.mark.parametrize("kind", [*KINDS[:2], {"kind": "eagle3"}], ids=lambda kind: kind["kind"] + kind.get("branch", ""))
 def test_a_tap_travels_from_chunk_to_chunk(kind: dict[str, Any], sizes: list[int]) -> None:
     """Chunks in a row, whatever the cut, have the whole model's loss and gradients; only where the tap must travel is an edge
     wider than one state."""
@@ -93,10 +101,10 @@ def test_a_tap_travels_from_chunk_to_chunk(kind: dict[str, Any], sizes: list[int
     tokens, documents = rows(2)
     rest = {"tokens": tokens, "documents": documents, "scale": torch.ones(3, 3)}
     hidden = None
-    for chunk, following in pairwise(chunks):
+    for (chunk, following), end in zip(pairwise(chunks), ends, strict=False):
         hidden = chunk(hidden, **rest)
         assert chunk.states_out == following.states_in == hidden.shape[-1] // 8
-        assert chunk.states_out == (2 if mtp.branch == "penultimate" and "2" not in following.layers and following.last else 1)
+        assert chunk.states_out == 1 + sum(tap < end for tap in taps(whole.model, mtp))
     loss, want = chunks[-1](hidden, **rest)[0], whole(**rest)[0]
     loss.backward()
     want.backward()

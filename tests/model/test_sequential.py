@@ -15,8 +15,7 @@ from torch import Tensor
 from mtp_dist.config.heads import learns_inside
 from mtp_dist.config.schema import MTPConfig
 from mtp_dist.model.attention import document_mask
-from mtp_dist.model.chunk import Chunk
-from mtp_dist.model.head_loss import STATISTICS
+from mtp_dist.model.chunk import COLUMNS, Chunk
 from mtp_dist.model.mtp.heads import TrunkStates
 from mtp_dist.model.mtp.sequential import SequentialHeads
 from mtp_dist.model.targets import targets, valid_counts
@@ -46,7 +45,7 @@ def run(chunk: Chunk, mtp: MTPConfig, tokens: Tensor, documents: Tensor) -> tupl
     counts = valid_counts(targets(tokens, documents, mtp.depth, inside=learns_inside(mtp)))
     scale = target_scale(coefficients(mtp, 0), counts, replicas=1).expand(len(tokens), -1)
     out = chunk(tokens=tokens, documents=documents, scale=scale)
-    sums = out[1:].view(1 + mtp.depth, len(STATISTICS))[:, STATISTICS.index("loss_sum")]
+    sums = out[1:].view(1 + mtp.depth, len(COLUMNS))[:, COLUMNS.index("loss_sum")]
     return out[0], sums.detach() / counts.clamp(min=1), counts
 
 

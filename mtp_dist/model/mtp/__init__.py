@@ -5,13 +5,16 @@ that only the state transition differs from kind to kind. Every kind is a module
 
     forward(trunk: TrunkStates, embedded D x [B, S, d], turn, mask) -> D states [B, S, d]
 
-where `embedded` is Emb(t[i+k]) for k = 1 .. D (empty for a kind that reads no tokens), and each state is ready for the shared
-output head. What a kind asks of the rest (modules, tokens, taps) is in ``config/heads.py``.
+where `embedded` is Emb(t[i+k]) for k = 1 .. D (empty for a kind that reads no tokens). Each state is what the shared output head
+reads, unless the kind's `ready` says otherwise; `imitated` names the trunk's states that they are to equal, where a kind has such
+a loss. What a kind asks of the rest (modules, tokens, taps) is in ``config/heads.py``.
 """
 
 from collections.abc import Callable
 
 from mtp_dist.config.schema import ModelConfig, MTPConfig
+from mtp_dist.model.mtp.eagle import EagleHeads
+from mtp_dist.model.mtp.eagle3 import Eagle3Heads
 from mtp_dist.model.mtp.heads import Heads
 from mtp_dist.model.mtp.medusa import MedusaHeads
 from mtp_dist.model.mtp.notebook import NotebookHeads
@@ -27,5 +30,7 @@ def build_heads(model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> Heads
         "parallel": ParallelHeads,
         "medusa": MedusaHeads,
         "notebook": NotebookHeads,
+        "eagle": EagleHeads,
+        "eagle3": Eagle3Heads,
     }
     return kinds[mtp.kind](model, mtp, group) if mtp.kind != "none" else None

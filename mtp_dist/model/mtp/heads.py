@@ -15,21 +15,30 @@ from mtp_dist.model.trunk import Block, KeyValueCache
 @dataclass(frozen=True)
 class TrunkStates:
     """What heads read of the trunk, each [B, S, d]: its output before and after the final norm, and that norm; `taps`: the state
-    that enters a layer, for each that the kind names."""
+    that enters a layer, for each that the kind names; `documents`: int [B, S], all positions, None where attention crosses
+    them."""
 
     before_norm: Tensor
     after_norm: Tensor
     norm: Callable[[Tensor], Tensor]
     taps: dict[int, Tensor] = field(default_factory=dict)
+    documents: Tensor | None = None
 
 
 class Heads(nn.ModuleDict):
     """Modules keyed "1" .. "D", or "1" alone where one serves every depth."""
 
     def forward(self, trunk: TrunkStates, embedded: Sequence[Tensor], turn: Tensor, mask: Mask) -> list[Tensor]:
-        """embedded: D times Emb(t[i+k]) [B, S, d], k = 1 .. D, or none where the kind reads no tokens -> D states [B, S, d], each
-        ready for the shared output head."""
+        """embedded: D times Emb(t[i+k]) [B, S, d], k = 1 .. D, or none where the kind reads no tokens -> D states [B, S, d]."""
         raise NotImplementedError
+
+    def ready(self, state: Tensor, trunk: TrunkStates) -> Tensor:
+        """A state of any depth as the shared output head reads it."""
+        return state
+
+    def imitated(self, trunk: TrunkStates) -> Tensor | None:
+        """The trunk's states [B, S, d] that those of depth k at position i are taught to equal at i + k; None: none are."""
+        return None
 
     def projections(self) -> list[OwnProjection]:
         """The vocabulary projection of each depth, where they do not share the main head's."""
