@@ -82,6 +82,8 @@ def refusal(cell: Cell, most: int = MOST) -> str | None:
         return "one depth repeats nothing"
     if cell["freeze_trunk"] and cell["detach"]:
         return "a frozen trunk gets no gradient anyway"
+    if cell["kind"] == "eagle" and cell["detach"]:
+        return "EAGLE's losses never reach the trunk"
     try:
         validate_training(unchecked(settings_of(cell)), None)
     except UserError as error:
