@@ -52,6 +52,7 @@ NOT_IDENTITY = (
     "mtp.loss_weight",
     "mtp.loss_weight_points",
     "mtp.loss_weight_shape",
+    "mtp.curriculum",
     "mtp.normalize",
     "mtp.depth_weights",
     "mtp.decay",

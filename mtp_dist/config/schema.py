@@ -60,6 +60,7 @@ class MTPConfig:
     normalize: str = setting("mean", "mean: lambda / D * sum_k w_k L_k | sum: lambda * sum_k w_k L_k | weights: lambda * sum_k w_k L_k / sum_k w_k.")
     depth_weights: list[float] = setting([], "w_1 .. w_D. Empty: `decay`.")
     decay: float = setting(1.0, "Beta: w_k = beta^(k-1), where `depth_weights` is empty.")
+    curriculum: list[list[float]] = setting([], "Depths in force as [tokens trained, depth] pairs, ascending; before the first, all D. Forward: [[0,1],[1e9,2]]; reverse: [[1e9,1]]. A deeper one has no loss, is not computed (ZeRO-2 and 3 compute it with weight 0), and its module gets zero gradients. D in `normalize` is the depth in force.")
     repeat: bool = setting(False, "sequential, notebook: one module serves every depth (FastMTP, arXiv 2509.18362).")
     blocks: int = setting(1, "K: decoder blocks of each module; medusa: residual blocks; notebook: its layers.")
     branch: str = setting("penultimate", "parallel: the trunk state that the heads read: penultimate (it enters the last block, which is then the main head's own) | final (the trunk's output).")

@@ -228,6 +228,7 @@ def _validate_mtp(mtp: MTPConfig, sequence_length: int) -> None:
         finite("mtp.depth_weights", weight)
         at_least("mtp.depth_weights", weight, 0)
     _validate_weight_points(mtp.loss_weight_points)
+    _validate_curriculum(mtp)
 
 
 def _validate_taps(mtp: MTPConfig, model: ModelConfig) -> None:
@@ -256,6 +257,25 @@ def _validate_weight_points(points: list[list[float]]) -> None:
         if not tokens > last:
             raise UserError(f"mtp.loss_weight_points: {tokens:g} tokens after {last:g}; the tokens must ascend from above 0")
         at_least("mtp.loss_weight_points", weight, 0)
+        last = tokens
+
+
+def _validate_curriculum(mtp: MTPConfig) -> None:
+    least, last = int(mtp.freeze_trunk), -1.0
+    if mtp.curriculum and mtp.kind == "none":
+        raise UserError("mtp.curriculum with mtp.kind=none has no depths to choose from; choose mtp.curriculum=[]")
+    for point in mtp.curriculum:
+        if len(point) != 2:
+            raise UserError(f"mtp.curriculum: {point} is not a pair [tokens seen, depth]")
+        tokens, depth = point
+        finite("mtp.curriculum", tokens)
+        at_least("mtp.curriculum", tokens, 0)
+        if not tokens > last:
+            raise UserError(f"mtp.curriculum: {tokens:g} tokens after {last:g}; the tokens must ascend")
+        if depth not in range(least, mtp.depth + 1):
+            reason = " (mtp.freeze_trunk=true leaves nothing else to train)" if least and not depth else ""
+            allowed = f"a whole number from {least} to mtp.depth={mtp.depth}"
+            raise UserError(f"mtp.curriculum: depth {depth:g} is not {allowed}{reason}")
         last = tokens
 
 

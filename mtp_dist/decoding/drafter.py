@@ -66,7 +66,7 @@ class SequentialDrafter:
         assert model.heads is not None
         self.model, self.sampling, self.generator = model, sampling, generator
         self.first = model.heads.first
-        self.modules = model.heads.chain()[:most]
+        self.modules = model.heads.asked()[:most]
         self.caches = [model.cache(batch) for _ in self.modules]
         self.inputs = [model.window(batch) for _ in self.modules]  # h^{k-1}, what module k reads
         self.used = torch.empty(batch, 0, dtype=torch.int64, device=model.device)

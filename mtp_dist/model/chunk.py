@@ -84,6 +84,13 @@ class Chunk(nn.Module):
         self.attention = "masked" if model.document_mask else "causal"
         self.compiled = False
         self.forward_calls = 0
+        self.computed = mtp.depth
+
+    def compute(self, depths: int) -> None:
+        """From now on only the first so many depths are computed; the statistics of the others are zeros."""
+        self.computed = depths
+        if self.mtp is not None:
+            self.mtp.computed = depths
 
     def defer_weight_gradients(self, queue: WeightGradients | None) -> None:
         """From now on weight gradients wait in the queue after each backward pass (those of compiled blocks do not); None:
@@ -154,12 +161,13 @@ class Chunk(nn.Module):
         """What the last chunk returns."""
         assert self.head is not None
         states, drawn, imitated = [trunk.after_norm], [], None
-        if self.mtp is not None:
+        if self.mtp is not None and self.computed:
             embedded = self._embed_ahead(tokens, turn.shape[1])
             if self.detach:
                 trunk, embedded = self._detached(trunk), [part.detach() for part in embedded]
             drawn, imitated = self.mtp(trunk, embedded, turn, mask), self.mtp.imitated(trunk)
             states += [self.mtp.ready(state, trunk) for state in drawn]
+        wanted, scale = wanted[..., : len(states)], scale[:, : len(states)]
         of_head = scale
         if imitated is not None:
             distance, distances = feature_loss(drawn, imitated, wanted, scale, self.group)
@@ -175,7 +183,7 @@ class Chunk(nn.Module):
             columns[1:, COLUMNS.index("loss_sum")] *= self.cross_entropy_weight
             for column in ("loss_sum", "feature_sum"):
                 columns[1:, COLUMNS.index(column)] += distances
-        return torch.cat((loss.view(1), columns.flatten()))
+        return torch.cat((loss.view(1), F.pad(columns, (0, 0, 0, 1 + self.depth - len(states))).flatten()))
 
     def _detached(self, trunk: TrunkStates) -> TrunkStates:
         """The same states as constants, and a norm that does not learn."""
@@ -189,15 +197,15 @@ class Chunk(nn.Module):
         )
 
     def _embed_ahead(self, tokens: Tensor, positions: int) -> list[Tensor]:
-        """Emb(t[i+k]) for each depth k, where the kind of head reads tokens. Tokens are shifted before they are embedded: an
-        embedding may be a share of the positions."""
+        """Emb(t[i+k]) for each depth k that is computed, where the kind of head reads tokens. Tokens are shifted before they are
+        embedded: an embedding may be a share of the positions."""
         if not self.reads_tokens:
             return []
         assert self.embedding is not None
         if self.group.shares_positions:
-            return [self.embedding(tokens[:, k : k + positions]) for k in range(1, self.depth + 1)]
-        once = self.embedding(tokens[:, 1 : positions + self.depth])
-        return [once[:, k : k + positions] for k in range(self.depth)]
+            return [self.embedding(tokens[:, k : k + positions]) for k in range(1, self.computed + 1)]
+        once = self.embedding(tokens[:, 1 : positions + self.computed])
+        return [once[:, k : k + positions] for k in range(self.computed)]
 
     @property
     def states_in(self) -> int:

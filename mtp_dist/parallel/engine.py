@@ -243,11 +243,15 @@ class Engine:
         if not last:
             self.engine.step()
 
+    def complete_gradients(self) -> None:
+        """Zeros where there is none: of a depth that was not computed, and of what holds a group open."""
+        for p in [*([] if self.shards_gradients else self.trained.values()), *self.placeholders]:
+            gradient_of(p)
+
     def step(self, lr: float) -> StepOutcome:
         """Turn the accumulated gradients into new weights. Collective. Leaves no gradient behind."""
         with span(self.timeline, "reduce"):
-            for p in self.placeholders:
-                gradient_of(p)  # zeros
+            self.complete_gradients()
             self._sum_partial_gradients()
             if self.replica_of_first is not None and self.replica_of_first.requires_grad:
                 dist.all_reduce(gradient_of(self.replica_of_first), group=self.mesh.tied)

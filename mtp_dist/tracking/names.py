@@ -25,6 +25,7 @@ LEARNING_RATE = "optim/lr"
 GRADIENT_NORM = "optim/gradient_norm"
 SKIPPED_STEPS = "optim/skipped_steps"
 LOSS_WEIGHT = "mtp/loss_weight"
+DEPTH_IN_FORCE = "mtp/depth"
 TOKENS_SEEN = "data/tokens_seen"
 EPOCH = "data/epoch"
 TOKENS_PER_SECOND = "speed/tokens_per_second"
@@ -53,6 +54,7 @@ MEANING = {
     GRADIENT_NORM: "Global gradient norm before clipping.",
     SKIPPED_STEPS: "Steps skipped so far because a loss or gradient was not finite (train.nonfinite=skip).",
     LOSS_WEIGHT: "Lambda of the step.",
+    DEPTH_IN_FORCE: "Depths that the step trains (mtp.curriculum).",
     TOKENS_SEEN: "Positions read since the start of the run, resumes and skipped steps included.",
     EPOCH: "Passes over the training split, as a fraction.",
     TOKENS_PER_SECOND: "Trained positions a second over all replicas.",

@@ -1,5 +1,5 @@
-"""What is minimised: L = L_main + lambda(tokens) / D * sum_k w_k L_k (or as `mtp.normalize` says), and how it becomes weights of
-single targets.
+"""What is minimised: L = L_main + lambda(tokens) / d * sum_k w_k L_k (or as `mtp.normalize` says), and how it becomes weights of
+single targets. k goes to d, the depth in force: D, or fewer by `mtp.curriculum`.
 
 Each L_k is a sum over its valid targets divided by the number of valid targets in the whole global batch, so the value does not
 depend on the layout. Pure functions.
@@ -29,18 +29,26 @@ def depth_weights(mtp: MTPConfig) -> list[float]:
     return list(mtp.depth_weights) or [mtp.decay**k for k in range(mtp.depth)]
 
 
+def depth_in_force(mtp: MTPConfig, tokens_seen: int) -> int:
+    """The d of D depths that are trained after so many trained positions: D, then the last reached point of `curriculum`."""
+    reached = [depth for tokens, depth in mtp.curriculum if tokens <= tokens_seen]
+    return int(reached[-1]) if reached else mtp.depth
+
+
 def coefficients(mtp: MTPConfig, tokens_seen: int) -> list[float]:
-    """Weights of L_main, L_1 .. L_D in the total."""
-    weights = depth_weights(mtp)
-    shares = {"mean": mtp.depth, "sum": 1, "weights": sum(weights)}[mtp.normalize] if mtp.depth else 1
-    factor = loss_weight(mtp, tokens_seen) / shares
+    """Weights of L_main, L_1 .. L_d in the total, d the depth in force."""
+    weights = depth_weights(mtp)[: depth_in_force(mtp, tokens_seen)]
+    shares = {"mean": len(weights), "sum": 1, "weights": sum(weights)}[mtp.normalize]
+    factor = loss_weight(mtp, tokens_seen) / shares if shares else 0.0
     return [1.0, *(factor * w for w in weights)]
 
 
 def target_scale(parts: list[float], counts: Tensor, replicas: int) -> Tensor:
-    """float32 [1+D]: weight of one valid target at each depth. `counts` [1+D] are global; a depth without valid targets gets 0.
+    """float32 [1+D]: weight of one valid target at each depth. `counts` [1+D] are global; a depth without valid targets gets 0,
+    as does one beyond the 1+d `parts`.
 
     Multiplied by the number of replicas because ZeRO averages gradients over them.
     """
-    wanted = torch.tensor(parts, dtype=torch.float64, device=counts.device) * replicas
+    wanted = torch.zeros(len(counts), dtype=torch.float64, device=counts.device)
+    wanted[: len(parts)] = torch.tensor(parts, dtype=torch.float64) * replicas
     return torch.where(counts > 0, wanted / counts.clamp(min=1), 0.0).float()

@@ -39,13 +39,16 @@ class Totals:
         }
 
     def weighted(self, coefficients: list[float]) -> float:
-        """The total loss from the means."""
-        return sum(c * loss for c, loss in zip(coefficients, self.means()["loss"], strict=True))
+        """The total loss from the means; depths beyond the coefficients have no part in it."""
+        return sum(c * loss for c, loss in zip(coefficients, self.means()["loss"], strict=False))
 
     def training_metrics(self) -> dict[str, float]:
+        """A depth without targets has no metrics."""
         means = self.means()
         metrics = {names.LOSS_TOTAL: self.loss, names.LOSS_MAIN: means["loss"][0], names.ACCURACY_MAIN: means["accuracy"][0]}
         for k in range(1, len(self.counts)):
+            if not self.counts[k]:
+                continue
             metrics[names.of_depth(names.LOSS_DEPTH, k)] = means["loss"][k]
             if any(means["features"]):
                 metrics[names.of_depth(names.LOSS_FEATURES_DEPTH, k)] = means["features"][k]

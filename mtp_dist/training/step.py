@@ -40,7 +40,13 @@ class ForwardOnly:
         tokens, documents = share(batch, (rows, self.config.train.sequence_length + 1 + self.config.mtp.depth), self.mesh)
         counts = global_counts(tokens, documents, self.config.mtp, self.mesh)
         scale = torch.zeros(len(counts), device=tokens.device)
+        self._compute(self.config.mtp.depth)
         return gather(self.pipeline.evaluate(self._rows(tokens, documents, scale), rows // micro_batch), counts, self.mesh)
+
+    def _compute(self, depths: int) -> None:
+        """From now on only so many depths are computed."""
+        for chunk in self.pipeline.chunks:
+            chunk.compute(depths)  # type: ignore[operator]
 
     def _rows(self, tokens: Tensor, documents: Tensor, scale: Tensor) -> dict[str, Tensor]:
         """What the chunks take, a row of each for every row of the batch."""
@@ -63,7 +69,7 @@ class Workload(ForwardOnly):
 
     def gradients(self, batch: Batch | None, parts: list[float]) -> tuple[Tensor | None, Tensor]:
         """Forward and backward of this replica's rows (`batch` on its reader, else None). `parts`: weights of L_main, L_1 ..
-        L_D.
+        L_d; depths beyond d are not computed (with ZeRO-2 and 3: weigh 0), and count no target.
 
         Gradients are added to the parameters, not yet reduced. Returns what ``gather`` takes: the last chunk's result and the
         global counts. Collective.
@@ -73,8 +79,14 @@ class Workload(ForwardOnly):
         with span(self.pipeline.timeline, "exchange"):
             tokens, documents = share(batch, shape, mesh)
             counts = global_counts(tokens, documents, self.config.mtp, mesh)
+        counts[len(parts) :] = 0
         scale = target_scale(parts, counts, mesh.parallel.data)
-        return self.pipeline.step(self._rows(tokens, documents, scale)), counts
+        # DeepSpeed keeps the shard of a gradient that is not renewed, and would apply it again: there it is renewed with zeros.
+        self._compute(self.config.mtp.depth if self.engine.shards_gradients else len(parts) - 1)
+        result = self.pipeline.step(self._rows(tokens, documents, scale))
+        if result is not None:
+            result[1:].view(len(counts), -1)[len(parts) :] = 0
+        return result, counts
 
     def step(self, batch: Batch | None, parts: list[float], lr: float) -> tuple[Totals, StepOutcome]:
         """A whole optimizer step. Collective. The statistics are read last: reading them waits for the device."""

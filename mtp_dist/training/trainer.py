@@ -32,7 +32,7 @@ from mtp_dist.training.console import Console
 from mtp_dist.training.held_out import HeldOut
 from mtp_dist.training.learning_rate import learning_rate
 from mtp_dist.training.nonfinite import keep_batch
-from mtp_dist.training.objective import coefficients, loss_weight
+from mtp_dist.training.objective import coefficients, depth_in_force, loss_weight
 from mtp_dist.training.progress import Progress
 from mtp_dist.training.resume import newest_sound, warm_start
 from mtp_dist.training.signals import StopRequest
@@ -189,7 +189,7 @@ class Trainer:
         stop, log, validate, keep = self._agree()
         metrics: dict[str, float] = {}
         if log:
-            metrics = self._metrics(totals, outcome, lr, loss_weight(self.config.mtp, trained), elapsed, waited)
+            metrics = self._metrics(totals, outcome, lr, trained, elapsed, waited)
         if self.trace is not None:
             metrics |= self.trace.after(self.progress.step)
         if validate:
@@ -250,14 +250,15 @@ class Trainer:
         raise AgreedError(f"{what}; lower optim.lr, or set train.nonfinite=skip to go on without such steps")
 
     def _metrics(
-        self, totals: Totals, outcome: StepOutcome, lr: float, weight: float, elapsed: float, waited: float
+        self, totals: Totals, outcome: StepOutcome, lr: float, trained: int, elapsed: float, waited: float
     ) -> dict[str, float]:
         seen = self.progress.tokens_seen
         metrics = totals.training_metrics() | {
             names.LEARNING_RATE: lr,
             names.GRADIENT_NORM: outcome.gradient_norm,
             names.SKIPPED_STEPS: self.progress.skipped,
-            names.LOSS_WEIGHT: weight,
+            names.LOSS_WEIGHT: loss_weight(self.config.mtp, trained),
+            names.DEPTH_IN_FORCE: depth_in_force(self.config.mtp, trained),
             names.TOKENS_SEEN: seen,
             names.EPOCH: seen / self.dataset.splits["train"].tokens,
             names.TOKENS_PER_SECOND: self.step_tokens / elapsed,

@@ -114,6 +114,13 @@ BROKEN = [
     ("mtp.loss_weight_points=[[10.0]]", ["mtp.loss_weight_points", "pair"]),
     ("mtp.loss_weight_points=[[10.0,-1.0]]", ["mtp.loss_weight_points"]),
     ("mtp.loss_weight_points=[[10.0,.nan]]", ["mtp.loss_weight_points"]),
+    ("mtp.curriculum=[[10.0]]", ["mtp.curriculum", "pair"]),
+    ("mtp.curriculum=[[-1,1]]", ["mtp.curriculum=-1", "at least 0"]),
+    ("mtp.curriculum=[[5,1],[5,2]]", ["mtp.curriculum", "5 tokens after 5", "ascend"]),
+    ("mtp.curriculum=[[5,3]]", ["depth 3", "from 0 to mtp.depth=2"]),
+    ("mtp.curriculum=[[5,1.5]]", ["depth 1.5", "whole number"]),
+    ("mtp.freeze_trunk=true mtp.curriculum=[[5,0]]", ["depth 0", "from 1 to mtp.depth=2", "mtp.freeze_trunk"]),
+    ("mtp=none mtp.curriculum=[[5,0]]", ["mtp.curriculum", "mtp.kind=none"]),
     ("mtp.loss_weight_shape=lin", ["mtp.loss_weight_shape=lin", "step or linear"]),
     ("mtp.branch=last", ["mtp.branch=last", "penultimate or final"]),
     ("mtp.projection=mine", ["mtp.projection=mine", "shared or own"]),
@@ -234,8 +241,9 @@ def test_what_fits_is_accepted(overrides: str) -> None:
 @pytest.mark.parametrize("parallel", groups()["parallel"])
 def test_every_model_of_conf_fits_every_layout_of_conf(parallel: str) -> None:
     config = composed(f"parallel={parallel}")
-    for model in groups()["model"]:
-        validate(replace(config, model=composed(f"model={model}").model), 128256)
+    for name in groups()["model"]:
+        model = composed(f"model={name}").model
+        validate(replace(config, model=model), model.vocab_size or 128256)
 
 
 def test_every_tensor_rank_needs_a_row_of_the_vocabulary() -> None:

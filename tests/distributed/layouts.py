@@ -14,6 +14,9 @@ from mtp_dist.config.schema import TrainingRun
 from mtp_dist.config.validation import validate_training
 from mtp_dist.data.batch import Batch
 
+# A step has 256 tokens: the first trains one depth, the second three, the next two none, the others two.
+CURRICULUM = {"depth": 3, "curriculum": [[0, 1], [256, 3], [512, 0], [1024, 2]]}
+
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one_process": {},
     "one_process_zero0": {"stage": 0},
@@ -144,6 +147,24 @@ LAYOUTS: dict[str, dict[str, Any]] = {
             "pp2_zbv_tp2": {"pipeline": 2, "schedule": "zbv", "tensor": 2, "recompute": "full", "targets": "trunk"},
         }.items()
     },
+    **{
+        f"{name}_curriculum": where | CURRICULUM
+        for name, where in {
+            "one_process": {},
+            "pp2_zbv": {"pipeline": 2, "schedule": "zbv"},
+            "pp2_dualpipev": {"pipeline": 2, "schedule": "dualpipev"},
+            "pp2_1f1b_untied": {"pipeline": 2, "schedule": "1f1b", "tie": False},
+            "pp2_interleaved_medusa": {"pipeline": 2, "schedule": "interleaved", "kind": "medusa"},
+            "pp2_zbv_heads_alone_parallel": {"pipeline": 2, "schedule": "zbv", "placement": "[1,1,2,0]", "kind": "parallel"},
+            "tp2_sequence": {"tensor": 2, "sequence_parallel": True},
+            "dp2_zero0": {"data": 2, "stage": 0},
+            "dp2_zero1_repeat": {"data": 2, "repeat": True},
+            "dp2_zero2": {"data": 2, "stage": 2},
+            "dp2_zero3": {"data": 2, "stage": 3},
+        }.items()
+    },
+    "pp2_zbv_frozen_curriculum": {
+        "pipeline": 2, "schedule": "zbv", "freeze_trunk": True, "depth": 3, "curriculum": [[0, 1], [256, 3], [512, 2]]},
     "pp2_zbv_medusa": {"pipeline": 2, "schedule": "zbv", "kind": "medusa"},
     "pp2_1f1b_untied_medusa": {"pipeline": 2, "schedule": "1f1b", "kind": "medusa", "tie": False},
     "pp2_1f1b_frozen_medusa": {"pipeline": 2, "schedule": "1f1b", "kind": "medusa", "freeze_trunk": True},
@@ -178,6 +199,7 @@ PATHS = {
     "targets": "mtp.targets",
     "projection": "mtp.projection",
     "repeat": "mtp.repeat",
+    "curriculum": "mtp.curriculum",
     "decay": "mtp.decay",
     "blocks": "mtp.blocks",
     "detach": "mtp.detach",

@@ -34,6 +34,8 @@ RESUMED = [
     "pp2_zbv_heads_alone_parallel",
     "pp2_1f1b_repeat",
     "dp2_medusa",
+    "pp2_zbv_curriculum",
+    "dp2_zero3_curriculum",
     "tp2_sequence_notebook",
     "tp2_sequence_soft",
     "pp2_1f1b_medusa_own",

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtp_dist.config.schema import MTPConfig
-from mtp_dist.training.objective import coefficients, loss_weight, target_scale
+from mtp_dist.training.objective import coefficients, depth_in_force, loss_weight, target_scale
 
 
 def test_lambda_changes_at_its_points() -> None:
@@ -51,6 +51,26 @@ def test_weights_follow_lambda() -> None:
     mtp = MTPConfig(depth=2, loss_weight_points=[[5.0, 0.1]])
     assert coefficients(mtp, 4) == pytest.approx([1.0, 0.15, 0.15])
     assert coefficients(mtp, 5) == pytest.approx([1.0, 0.05, 0.05])
+
+
+def test_depths_come_and_go_at_their_points() -> None:
+    """Forward from one to three, then reverse; a mean is over the depths in force."""
+    mtp = MTPConfig(depth=3, decay=0.5, curriculum=[[0.0, 1], [100.0, 3], [200.0, 2], [300.0, 0]])
+    assert [depth_in_force(mtp, tokens) for tokens in (0, 99, 100, 199, 200, 299, 300, 10**15)] == [1, 1, 3, 3, 2, 2, 0, 0]
+    assert [depth_in_force(MTPConfig(depth=3, curriculum=[[50.0, 1]]), tokens) for tokens in (0, 49, 50)] == [3, 3, 1]
+    assert depth_in_force(MTPConfig(depth=3), 10**12) == 3
+    assert coefficients(mtp, 0) == pytest.approx([1.0, 0.3])
+    assert coefficients(mtp, 100) == pytest.approx([1.0, 0.1, 0.05, 0.025])
+    assert coefficients(mtp, 200) == pytest.approx([1.0, 0.15, 0.075])
+    assert coefficients(mtp, 300) == [1.0]
+    mtp.normalize = "weights"
+    assert coefficients(mtp, 200) == pytest.approx([1.0, 0.2, 0.1])
+    mtp.decay, mtp.depth_weights = 1.0, [0.0, 1.0, 1.0]
+    assert coefficients(mtp, 0) == [1.0, 0.0]
+
+
+def test_a_depth_that_is_off_weighs_nothing() -> None:
+    assert target_scale([1.0, 0.5], torch.tensor([4, 2, 8]), 2).tolist() == [0.5, 0.5, 0.0]
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.integers(0, 10**9)), min_size=1, max_size=6), st.integers(1, 512))

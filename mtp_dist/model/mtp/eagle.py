@@ -42,7 +42,7 @@ class EagleHeads(Heads):
     """One module, D times."""
 
     def __init__(self, model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> None:
-        super().__init__({"1": EagleModule(model, mtp, group)})
+        super().__init__({"1": EagleModule(model, mtp, group)}, mtp.depth)
         self.normed = mtp.h0 == "post_norm"
 
     def forward(self, trunk: TrunkStates, embedded: Sequence[Tensor], turn: Tensor, mask: Mask) -> list[Tensor]:

@@ -66,7 +66,7 @@ class Eagle3Heads(Heads):
     """One module, D steps."""
 
     def __init__(self, model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> None:
-        super().__init__({"1": Eagle3Module(model, mtp, group)})
+        super().__init__({"1": Eagle3Module(model, mtp, group)}, mtp.depth)
         self.model, self.fused = model, fused_states(model, mtp)
 
     def forward(self, trunk: TrunkStates, embedded: Sequence[Tensor], turn: Tensor, mask: Mask) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """What all kinds of MTP heads have in common: the interface, and a module's blocks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -26,10 +26,20 @@ class TrunkStates:
 
 
 class Heads(nn.ModuleDict):
-    """Modules keyed "1" .. "D", or "1" alone where one serves every depth."""
+    """Modules keyed "1" .. "D", or "1" alone where one serves every depth. `computed`: how many depths are asked for, D unless a
+    curriculum says fewer."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], depth: int) -> None:
+        super().__init__(modules)
+        self.computed = depth
+
+    def asked(self) -> list[nn.Module]:
+        """The module of each depth that is asked for."""
+        return [self[str(min(k, len(self)))] for k in range(1, self.computed + 1)]
 
     def forward(self, trunk: TrunkStates, embedded: Sequence[Tensor], turn: Tensor, mask: Mask) -> list[Tensor]:
-        """embedded: D times Emb(t[i+k]) [B, S, d], k = 1 .. D, or none where the kind reads no tokens -> D states [B, S, d]."""
+        """embedded: Emb(t[i+k]) [B, S, d] for each depth k that is asked for, or none where the kind reads no tokens -> as many
+        states [B, S, d]."""
         raise NotImplementedError
 
     def ready(self, state: Tensor, trunk: TrunkStates) -> Tensor:

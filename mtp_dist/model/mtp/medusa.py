@@ -48,10 +48,10 @@ class MedusaHeads(Heads):
     """D modules side by side."""
 
     def __init__(self, model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> None:
-        super().__init__({str(k): MedusaModule(model, mtp, group) for k in range(1, modules(mtp) + 1)})
+        super().__init__({str(k): MedusaModule(model, mtp, group) for k in range(1, modules(mtp) + 1)}, mtp.depth)
 
     def forward(self, trunk: TrunkStates, embedded: Sequence[Tensor], turn: Tensor, mask: Mask) -> list[Tensor]:
-        return [module(trunk.after_norm) for module in self.values()]
+        return [module(trunk.after_norm) for module in self.asked()]
 
     def projections(self) -> list[OwnProjection]:
-        return [module.head for module in self.values() if module.head is not None]  # type: ignore[misc]
+        return [module.head for module in self.asked() if module.head is not None]  # type: ignore[misc]

@@ -136,12 +136,12 @@ class NotebookHeads(Heads):
     """D modules in a chain, or one D times. The inner width is `model.mlp`; only `mtp.h0` and `mtp.concat` have a say."""
 
     def __init__(self, model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> None:
-        super().__init__({str(k): NotebookModule(model, mtp, group) for k in range(1, modules(mtp) + 1)})
+        super().__init__({str(k): NotebookModule(model, mtp, group) for k in range(1, modules(mtp) + 1)}, mtp.depth)
         self.first_normed = mtp.h0 == "post_norm"
 
     def forward(self, trunk: TrunkStates, embedded: Sequence[Tensor], turn: Tensor, mask: Mask) -> list[Tensor]:
         hidden, states = trunk.after_norm if self.first_normed else trunk.before_norm, []
-        for k, tokens_ahead in enumerate(embedded, start=1):
-            hidden = self[str(min(k, len(self)))](hidden, tokens_ahead)
+        for module, tokens_ahead in zip(self.asked(), embedded, strict=True):
+            hidden = module(hidden, tokens_ahead)
             states.append(hidden)
         return states

@@ -33,9 +33,9 @@ class ParallelHeads(Heads):
     """D modules side by side."""
 
     def __init__(self, model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> None:
-        super().__init__({str(k): ParallelModule(model, mtp, group) for k in range(1, modules(mtp) + 1)})
+        super().__init__({str(k): ParallelModule(model, mtp, group) for k in range(1, modules(mtp) + 1)}, mtp.depth)
         self.taps = taps(model, mtp)
 
     def forward(self, trunk: TrunkStates, embedded: Sequence[Tensor], turn: Tensor, mask: Mask) -> list[Tensor]:
         z = trunk.taps[self.taps[0]] if self.taps else trunk.before_norm
-        return [trunk.norm(module(z, turn, mask)) for module in self.values()]
+        return [trunk.norm(module(z, turn, mask)) for module in self.asked()]

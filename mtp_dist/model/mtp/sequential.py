@@ -50,14 +50,8 @@ class SequentialHeads(Heads):
     """D modules, or one D times."""
 
     def __init__(self, model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> None:
-        super().__init__({str(k): SequentialModule(model, mtp, group) for k in range(1, modules(mtp) + 1)})
-        self.depth = mtp.depth
+        super().__init__({str(k): SequentialModule(model, mtp, group) for k in range(1, modules(mtp) + 1)}, mtp.depth)
         self.first_normed = mtp.h0 == "post_norm"
-
-    def chain(self) -> list[SequentialModule]:
-        """The module of each depth."""
-        found = [self[str(min(k, len(self)))] for k in range(1, self.depth + 1)]
-        return found  # type: ignore[return-value]
 
     def first(self, before_norm: Tensor, after_norm: Tensor) -> Tensor:
         """h⁰, the trunk state that depth 1 reads."""
@@ -65,7 +59,7 @@ class SequentialHeads(Heads):
 
     def forward(self, trunk: TrunkStates, embedded: Sequence[Tensor], turn: Tensor, mask: Mask) -> list[Tensor]:
         hidden, states = self.first(trunk.before_norm, trunk.after_norm), []
-        for module, tokens_ahead in zip(self.chain(), embedded, strict=True):
+        for module, tokens_ahead in zip(self.asked(), embedded, strict=True):
             state, hidden = module(hidden, tokens_ahead, turn, mask)
             states.append(state)
         return states

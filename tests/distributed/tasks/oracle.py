@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mtp_dist.config.heads import learns_inside
+from mtp_dist.config.layout import tokens_per_step
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.parameter import initialize
@@ -45,11 +46,11 @@ def reference(layout: str | dict[str, Any]) -> dict[str, Any]:
     )
     initial = {name: p.detach().clone() for name, p in masters.named_parameters()}
     splits = 1 if dtype == torch.float32 else SPLITS
-    parts = coefficients(config.mtp, 0)
     losses, means, norms, gradients = [], [], [], {}
-    held_out = _reference_result(model, config, 77, parts, 1)[1].means()
+    held_out = _reference_result(model, config, 77, [0.0] * (1 + config.mtp.depth), 1)[1].means()
     for step in range(STEPS):
         optimizer.zero_grad()
+        parts = coefficients(config.mtp, step * tokens_per_step(config))
         loss, totals = _reference_result(model, config, step, parts, splits, learning)
         if step == 0:
             gradients = {name: p.grad.clone() for name, p in learning.items() if p.grad is not None}
@@ -84,7 +85,9 @@ def _reference_result(
     splits: int,
     learning: Mapping[str, nn.Parameter] = MappingProxyType({}),
 ) -> tuple[float, Totals]:
-    """The loss and the statistics of a global batch; its gradients are added to those of the parameters that are `learning`."""
+    """The loss and the statistics of a global batch; its gradients are added to those of the parameters that are `learning`.
+
+    Depths beyond the `parts` are computed like the others, with a weight of 0."""
     batch = global_batch(config, step)
     counts = valid_counts(targets(batch.tokens, batch.documents, config.mtp.depth, inside=learns_inside(config.mtp)))
     scale = target_scale(parts, counts, replicas=1).expand(len(batch), -1)
@@ -100,4 +103,6 @@ def _reference_result(
             gradient = model.get_parameter(name).grad
             if gradient is not None:
                 master.grad = gradient.float() if master.grad is None else master.grad + gradient
-    return out[0].item(), Totals(out[0].item(), out[1:].view(len(counts), -1).double(), counts)
+    sums = out[1:].view(len(counts), -1).double()
+    sums[len(parts) :], counts[len(parts) :] = 0, 0
+    return out[0].item(), Totals(out[0].item(), sums, counts)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from mtp_dist.checkpoint.fragment_file import FragmentFile
+from mtp_dist.config.layout import tokens_per_step
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.model import head_loss
 from mtp_dist.model.parameter import spec_of
@@ -71,7 +72,6 @@ def parity(layout: str | dict[str, Any], fault: str | None = None, **train: obje
     workload = build(config, mesh)
     if fault is not None:
         FAULTS[fault](workload)
-    parts = coefficients(config.mtp, 0)
     losses, means, norms, gradients = [], [], [], {}
     rows = config.train.global_batch // config.parallel.data
     held_out = workload.evaluate(own_rows(config, mesh, 77), rows, config.train.micro_batch)
@@ -79,6 +79,7 @@ def parity(layout: str | dict[str, Any], fault: str | None = None, **train: obje
         chunk.forward_calls = 0
     calls: list[int] = []
     for step in range(STEPS):
+        parts = coefficients(config.mtp, step * tokens_per_step(config))
         totals = gather(*workload.gradients(own_rows(config, mesh, step), parts), mesh)
         if step == 0:
             gradients = _slices(workload, _reduced_gradients(workload))
@@ -127,6 +128,7 @@ def _snapshot_bytes(workload: Workload) -> int:
 def _held(workload: Workload, config: TrainingRun, mesh: Mesh) -> dict[str, Any]:
     """Bytes that a rank really holds after a step's gradients, its place, and its schedule's passes in flight."""
     engine = workload.engine
+    engine.complete_gradients()
     parameters = engine.parameters.values()
     flats = engine._flats()
     own = config.zero.stage > 0 and (config.zero.stage < 3 or config.zero.offload)  # not the weights themselves
