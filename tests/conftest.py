@@ -1,12 +1,16 @@
 """One tiny dataset for every test that trains."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from mtp_dist.config.schema import ShardBuild
 from mtp_dist.data.building import build
+
+# Before torch is loaded: models here are tiny, and threads would spend their time waiting for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
