@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import socket
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +30,7 @@ from mtp_dist.data.dataset import Dataset, file_sha256
 from mtp_dist.data.packing import full_rows, row_length
 from mtp_dist.errors import UserError
 from mtp_dist.freezing import check_world, under_launcher
-from mtp_dist.launching import node_environment, start_module
+from mtp_dist.launching import environment_alone, start_module
 from mtp_dist.slurm_step import adopt
 
 if TYPE_CHECKING:  # torch takes seconds to load: wrong settings are answered before
@@ -124,15 +123,8 @@ def launch(config: Evaluation) -> int:
             raise UserError(f"output={ready.output} cannot be written: {error.strerror}") from None
     if world_size(ready.parallel) > 1:
         return start_module(ready, MODULE, [f"settings={path}"])
-    os.environ.update(node_environment(ready))
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    os.environ.update(environment_alone(ready))
     return work(ready)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def frozen(argv: list[str]) -> Evaluation:

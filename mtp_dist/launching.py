@@ -11,6 +11,7 @@ import ctypes
 import importlib.metadata
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -99,6 +100,15 @@ def node_environment(config: TrainingRun | Evaluation) -> dict[str, str]:
     """``process_environment`` of this machine."""
     devices = 0 if config.launch.device == "cpu" else _cuda_devices()
     return process_environment(config, available_cores(), devices, os.environ)
+
+
+def environment_alone(config: TrainingRun | Evaluation) -> dict[str, str]:
+    """``node_environment`` of a process that is a world of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {**node_environment(config), **own}
 
 
 def run_child(command: list[str], environment: Mapping[str, str], *, kill_on_second: bool = True) -> int:

@@ -130,6 +130,8 @@ def type_name(kind: Any) -> str:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is list:
         return f"list of {type_name(arguments[0])}"
+    if origin is dict:
+        return f"{type_name(arguments[1])} by name"
     if origin in (types.UnionType, typing.Union):
         return " or ".join("null" if item is type(None) else type_name(item) for item in arguments)
     return {str: "text", int: "int", float: "number", bool: "true or false"}.get(kind, str(kind))

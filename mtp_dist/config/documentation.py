@@ -25,6 +25,7 @@ ROOTS: dict[str, type] = {
     "inspect": schema.Inspection,
     "build_shards": schema.ShardBuild,
     "report": schema.Report,
+    "study": schema.Study,
 }
 
 INTRODUCTION = """# Configuration

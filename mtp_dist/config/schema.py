@@ -1,7 +1,7 @@
 """Every setting of the project: its type, its default and what it means, in one place.
 
 One dataclass for each group of ``conf/``; the root classes (``TrainingRun``, ``Generation``, ``Evaluation``, ``Export``,
-``Inspection``, ``ShardBuild``, ``Report``, ``Plan``) name the groups that an entry point takes. ``docs/configuration.md`` is generated from this file,
+``Inspection``, ``ShardBuild``, ``Report``, ``Plan``, ``Study``) name the groups that an entry point takes. ``docs/configuration.md`` is generated from this file,
 ``validation.py`` holds the rules that need more than one field.
 """
 
@@ -346,6 +346,74 @@ class Plan(TrainingRun):
 
     world_memory_gib: float = setting(80.0, "Memory of one device, for the fit check.")
     measure: bool = setting(False, "Time a block and the heads on this machine, plan with these times, and print them for parallel.costs.")
+
+
+@dataclass
+class ChoiceTask:
+    """experiment=choice_points: rows that follow one known path up to a choice, and one of several known paths after it."""
+
+    choice: int = setting(3, "Token after which the path is chosen at random; that step is the hard transition. Between mtp.depth and train.sequence_length - 1.")
+    branches: int = setting(8, "Paths that go on from there, equally likely.")
+    rows: int = setting(64, "Rows of which gradients are measured, one by one.")
+
+
+@dataclass
+class PathStarTask:
+    """experiment=path_star: arms that meet in one node; find the arm that ends in the goal (Bachmann and Nagarajan, arXiv 2403.06963)."""
+
+    degree: int = setting(2, "Arms.")
+    length: int = setting(4, "Nodes of an arm beside the common one.")
+    nodes: int = setting(12, "Labels, drawn anew for each graph.")
+    reverse: bool = setting(False, "The path is written from the goal back to the start, which needs no planning: shows what the model can learn.")
+    test_rows: int = setting(512, "Graphs on which the trained model is tested.")
+
+
+@dataclass
+class InductionTask:
+    """experiment=induction: names of two tokens, drawn anew for each row; the second follows from the first once it was seen (Gloeckle, arXiv 2404.19737, section 4.1)."""
+
+    names: int = setting(16, "Tokens of which names are made.")
+    words: int = setting(16, "Other tokens, with a fixed table of what may follow what.")
+    people: int = setting(2, "Names in a row.")
+    mentions: int = setting(8, "Names written in a row, first ones included.")
+    test_rows: int = setting(512, "Rows on which the trained model is tested.")
+
+
+@dataclass
+class PolynomialTask:
+    """experiment=polynomials: arithmetic of Z_p[X] / (X^n) in Polish notation (Gloeckle, arXiv 2404.19737, section 4.2: p = 7, n = 5)."""
+
+    modulus: int = setting(7, "p, a prime.")
+    coefficients: int = setting(2, "n, coefficients of a polynomial.")
+    operations: int = setting(2, "At most so many operations in an expression of the training rows.")
+    beyond: int = setting(3, "Tested up to so many.")
+    test_rows: int = setting(256, "Expressions with each number of operations on which the trained model is tested.")
+
+
+@dataclass
+class TextTask:
+    """experiment=heads and experiment=schedules: Python's standard library, built where data.path is empty."""
+
+    limit_mb: float = setting(4.0, "So many MiB of source text. 0: all.")
+    sequences: int = setting(128, "Held-out rows that are tested.")
+
+
+@dataclass
+class Study(TrainingRun):
+    """`python -m mtp_dist.study`: an experiment: variants of one training run, each with several seeds, a table and a plot."""
+
+    experiment: str = setting("", "choice_points | path_star | induction | polynomials | heads | schedules.")
+    size: str = setting("laptop", "laptop (15 minutes at most on two cores) | paper (what the paper had, or near it: checked, not run).")
+    seeds: list[int] = setting([1, 2, 3], "One training each; equal seeds see equal data in all variants.")
+    variants: dict[str, list[str]] = setting({}, "Name -> settings that differ, as typed on the command line. The first is the one that others are compared with.")
+    only: list[str] = setting([], "Names of the variants to run. Empty: all.")
+    parameters: int | None = setting(None, "model.mlp is chosen so that the whole model has this many parameters, about. null: model.mlp as given.")
+    check_only: bool = setting(False, "Check the settings of every variant, print what it would cost, and stop.")
+    choice_points: ChoiceTask = group(ChoiceTask, "The task of experiment=choice_points.")
+    path_star: PathStarTask = group(PathStarTask, "The task of experiment=path_star.")
+    induction: InductionTask = group(InductionTask, "The task of experiment=induction.")
+    polynomials: PolynomialTask = group(PolynomialTask, "The task of experiment=polynomials.")
+    text: TextTask = group(TextTask, "The text of experiment=heads and experiment=schedules.")
 
 
 def describe(cls: type) -> dict[str, tuple[Any, Any, str]]:
