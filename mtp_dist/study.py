@@ -41,10 +41,10 @@ EXAMPLES = (
 )
 
 
-def prepare(overrides: list[str]) -> dict[str, Study]:
+def prepare(base: Study) -> dict[str, Study]:
     """The settings of every variant, checked; a vocabulary that only a dataset knows is left open. Raises UserError."""
     versions.check()
-    composed = variants(overrides)
+    composed = variants(base)
     for name, config in composed.items():
         given("run_dir", config.run_dir, "runs/NAME")
         if world_size(config.parallel) > 1 and not config.check_only:
@@ -69,20 +69,19 @@ def cost(composed: dict[str, Study]) -> str:
     return "\n".join(lines)
 
 
-def run(overrides: list[str]) -> int:
-    """The command. `overrides`: as ``options`` gives them."""
-    composed = prepare(overrides)
+def run(config: Study) -> int:
+    """The command. Raises UserError before anything expensive where the settings do not fit."""
+    composed = prepare(config)
     print(cost(composed), flush=True)
-    first = next(iter(composed.values()))
-    if first.check_only:
+    if config.check_only:
         print("every variant is valid; check_only=true runs none")
         return 0
-    with world_of_one(first) as mesh:
+    with world_of_one(config) as mesh:
         results = measured(composed, mesh)
-    folder = Path(first.run_dir)
+    folder = Path(config.run_dir)
     write(results, folder, f"python -m {MODULE} {' '.join(sys.argv[1:])}")
     print((folder / "results.md").read_text(encoding="utf-8"))
-    print(f"written to {folder}: results.md, results.json, {first.experiment}.png", flush=True)
+    print(f"written to {folder}: results.md, results.json, {config.experiment}.png", flush=True)
     return 0
 
 
@@ -143,13 +142,8 @@ def write(results: "Results", folder: Path, command: str) -> None:
 
 def main() -> None:
     """The command line."""
-    overrides = [word for word in sys.argv[1:] if not word.startswith("-")]
     application(
-        "study",
-        Study,
-        lambda _: run(options(overrides)),
-        examples=EXAMPLES,
-        shortcut=lambda typed: compose("study", Study, options(typed)),
+        "study", Study, run, examples=EXAMPLES, shortcut=lambda typed: compose("study", Study, options(typed))
     )
 
 

@@ -62,6 +62,30 @@ def compose(config_name: str, schema: type[T], overrides: list[str]) -> T:
     return _typed(config, schema, f"conf/{config_name}.yaml")
 
 
+def changed(config: T, overrides: list[str], origin: str) -> T:
+    """A copy with single settings changed, ``key=value`` as on the command line; groups cannot be chosen. `origin`: where the
+    overrides stand, for errors. Raises UserError."""
+    schema = type(config)
+    kinds, content = settings(schema), _escape_all(asdict(config))  # type: ignore[call-overload]
+    for override in overrides:
+        key, text = _checked(override, kinds, {}, schema)
+        if _takes_text(kinds[key], text):
+            new: Any = _escaped(_unquoted(text))
+        else:
+            new = yaml.safe_load(_with_points(text) if kinds[key] == list[list[float]] else text)
+        *groups, name = key.split(".")
+        place = content
+        for group in groups:
+            place = place[group]
+        place[name] = new
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), content)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{origin}: {_reason(error, kinds)}") from None
+    assert isinstance(merged, DictConfig)
+    return _typed(merged, schema, origin)
+
+
 def save(config: Any, path: str | os.PathLike[str]) -> None:
     """Write a configuration as YAML; a reader sees the old file or the whole new one, never a part."""
     target = Path(path)

@@ -1,7 +1,7 @@
 """Heads compared on real text: the same trunk, data, loss and step for every kind.
 
 Two comparisons in one table. Equal tokens: every kind on the same trunk, so that one with heavier modules has more
-parameters. Equal parameters (names that end in `=`): the trunk's feed-forward width makes up for the modules.
+parameters. Equal parameters (names that end in `_matched`): the trunk's feed-forward width makes up for the modules.
 """
 
 from matplotlib.figure import Figure

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mtp_dist.config.compose import compose
+from mtp_dist.config.compose import changed
+from mtp_dist.config.resolution import resolve
 from mtp_dist.config.schema import Study
 from mtp_dist.config.study import settled
-from mtp_dist.config.validation import resolve, validate_training
+from mtp_dist.config.validation import validate_training
 from mtp_dist.errors import UserError
 from mtp_dist.studies.experiment import Outcome
 from mtp_dist.studies.matching import matched
@@ -46,18 +47,18 @@ class Run:
         temporary.replace(self.file)
 
 
-def variants(overrides: list[str]) -> dict[str, Study]:
+def variants(base: Study) -> dict[str, Study]:
     """The settings of every variant that is asked for, by its name. Raises UserError."""
-    base = compose("study", Study, overrides)
     if not base.seeds or len(set(base.seeds)) < len(base.seeds):
         raise UserError(f"seeds={base.seeds} must be different numbers, at least one")
+    where = f"conf/study/{base.experiment}_{base.size}.yaml"
     if not base.variants:
-        raise UserError(f"variants is empty in conf/study/{base.experiment}_{base.size}.yaml; name one at least")
+        raise UserError(f"variants is empty in {where}; name one at least")
     for name in base.only:
         if name not in base.variants:
             raise UserError(f"only={name}: experiment={base.experiment} size={base.size} has {', '.join(base.variants)}")
     names = [name for name in base.variants if name in base.only or not base.only]
-    return {name: settled(compose("study", Study, [*overrides, *base.variants[name]])) for name in names}
+    return {name: settled(changed(base, base.variants[name], f"variant {name} of {where}")) for name in names}
 
 
 def checked(config: Study, vocabulary: int | None) -> Study:

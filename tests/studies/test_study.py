@@ -13,9 +13,10 @@ import pytest
 
 from mtp_dist.config.folder import groups
 from mtp_dist.config.heads import KINDS
-from mtp_dist.config.study import EXPERIMENTS, SIZES, options
+from mtp_dist.config.study import EXPERIMENTS, SIZES
 from mtp_dist.errors import UserError
 from mtp_dist.study import cost, prepare
+from tests.studies.tiny import composed
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,10 +71,10 @@ def test_what_is_learned_leaves_the_gradient_to_the_hard_terms(tiny: Path) -> No
 
 def test_equal_parameters_are_equal(tiny: Path) -> None:
     found = numbers(tiny, "heads")
-    sizes = [run["parameters"] for values in found.values() for run in values]
-    assert all(abs(size - 0.06) < 0.02 * 0.06 for size in sizes)
-    assert set(found["sequential"][0]) - set(found["none"][0]) == {"accepted_1", "accepted_2", "accepted_3"}
-    assert found["none"][0]["gain"] == 1 <= found["sequential"][0]["gain"]
+    assert set(found) == {"none_matched", "sequential_matched", "parallel_matched"}
+    assert all(abs(run["parameters"] - 0.8) < 0.01 * 0.8 for values in found.values() for run in values)
+    assert set(found["sequential_matched"][0]) - set(found["none_matched"][0]) == {"accepted_1", "accepted_2", "accepted_3"}
+    assert found["none_matched"][0]["gain"] == 1 <= found["sequential_matched"][0]["gain"]
 
 
 def test_bytes_are_one_byte_a_token(tiny: Path) -> None:
@@ -100,15 +101,18 @@ def test_every_size_is_valid() -> None:
     assert set(groups()["study"]) == {f"{name}_{size}" for name in EXPERIMENTS for size in SIZES}
     for name in EXPERIMENTS:
         for size in SIZES:
-            variants = prepare(options([f"experiment={name}", f"size={size}"]))
+            variants = prepare(composed([f"experiment={name}", f"size={size}"]))
             assert all(config.check_only == (size == "paper") for config in variants.values())
             assert all(len(config.seeds) >= 3 for config in variants.values())
             assert next(iter(variants)) in cost(variants)
 
 
-def test_heads_compares_every_kind() -> None:
-    variants = prepare(options(["experiment=heads"]))
-    assert {config.mtp.kind for config in variants.values()} == set(KINDS)
+def test_heads_are_compared_on_equal_terms() -> None:
+    """Each variant has the same trunk and tokens, or (matched) the same tokens and parameters."""
+    variants = prepare(composed(["experiment=heads"]))
+    assert {"none", "sequential", "parallel", "medusa"} <= {config.mtp.kind for config in variants.values()} <= set(KINDS)
+    assert len({(config.train.steps, config.train.global_batch, config.model.layers) for config in variants.values()}) == 1
+    assert {name.endswith("_matched") for name, config in variants.items() if config.parameters is not None} == {True}
 
 
 @pytest.mark.parametrize(
@@ -131,4 +135,4 @@ def test_heads_compares_every_kind() -> None:
 )
 def test_wrong_settings_are_named(settings: list[str], words: str) -> None:
     with pytest.raises(UserError, match=re.escape(words)):
-        prepare(options(settings))
+        prepare(composed(settings))

@@ -187,7 +187,7 @@ def test_matched_variants_have_the_wanted_size(kind: str) -> None:
     full = matched(config)
     assert abs(parameters(full) - 900_000) < 0.02 * 900_000
     with torch.device("meta"):
-        model = Chunk(full.model, full.mtp, range(4))
+        model = Chunk(full.model, full.mtp, range(full.model.layers))
     assert sum(p.numel() for p in model.parameters()) == parameters(full)
     config.parameters = 1000
     with pytest.raises(UserError, match="parameters=1000"):

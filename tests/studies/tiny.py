@@ -4,6 +4,8 @@ FOLDER/<experiment>/results.json and the rest; in seconds. What the tests of ``t
 import sys
 from pathlib import Path
 
+from mtp_dist.config.compose import compose
+from mtp_dist.config.schema import Study
 from mtp_dist.config.study import EXPERIMENTS, options
 from mtp_dist.study import measured, prepare, world_of_one, write
 
@@ -17,28 +19,41 @@ COMMON = [
     "schedule.warmup_tokens=0",
     "launch.device=cpu",
 ]
-TEXT = ["train.steps=2", "text.limit_mb=0.4", "text.sequences=16", "tokenizer.vocab_size=300"]
+TEXT = [
+    "train.steps=2",
+    "train.global_batch=4",
+    "train.micro_batch=4",
+    "data.lanes=4",
+    "text.limit_mb=2",
+    "text.sequences=16",
+    "tokenizer.vocab_size=300",
+    "tokenizer.train_bytes=200000",
+]
 TINY = {
     "choice_points": [
         "train.steps=120",
         "train.global_batch=32",
         "train.micro_batch=32",
         "optim.lr=0.01",
-        "choice_points.rows=16",
+        "choice_points.rows=8",
         "choice_points.branches=4",
     ],
     "path_star": ["train.steps=3", "path_star.test_rows=8", "only=[none,parallel]"],
     "induction": ["train.steps=3", "induction.test_rows=8", "only=[none,sequential]"],
     "polynomials": ["train.steps=3", "polynomials.test_rows=8", "only=[none,parallel]"],
-    "heads": [*TEXT, "only=[none=,sequential=,parallel=]"],
+    "heads": [*TEXT, "only=[none_matched,sequential_matched,parallel_matched]"],
     "schedules": [*TEXT, "only=[none,bytes_none]"],
 }
+
+
+def composed(settings: list[str]) -> Study:
+    return compose("study", Study, options(settings))
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     ready = {
-        name: prepare(options([f"experiment={name}", *COMMON, *TINY[name], f"run_dir={folder / name}"])) for name in EXPERIMENTS
+        name: prepare(composed([f"experiment={name}", *COMMON, *TINY[name], f"run_dir={folder / name}"])) for name in EXPERIMENTS
     }
     with world_of_one(next(iter(ready["choice_points"].values()))) as mesh:
         for name, variants in ready.items():
