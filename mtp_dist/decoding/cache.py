@@ -1,60 +1,143 @@
-"""Preallocated key/value caches of attention layers, and the window of states that a lagging MTP module still has to read.
+"""Preallocated memory of a batch whose rows differ in length: keys and values of attention layers, and hidden states.
 
-All rows of a batch are equally long. Rolling back is free: entries behind the length stay in memory until they are overwritten.
+A ``Span`` says which positions of each row a pass runs over. Rows with fewer positions than the longest are filled up with copies
+of their last one; what is computed from a copy goes to a place that nobody reads. Rolling back is free: entries behind a row's
+length stay in memory until they are overwritten, and no position ever sees beyond itself.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+class Span:
+    """Positions begin[b] .. end[b] - 1 of each row b; a row may have none.
+
+    width: the most of any row; total: the largest end. positions int64 [B, width] on ``device``: copies of the last one fill
+    shorter rows up. inside bool [B, width]: which are no copies; None where all rows are alike.
+    """
+
+    def __init__(self, begin: list[int], end: list[int], device: torch.device) -> None:
+        self.begin, self.end = begin, end
+        self.counts = [e - b for b, e in zip(begin, end, strict=True)]
+        self.width, self.total = max(self.counts), max(end)
+        self.even = min(begin) == max(begin) and min(end) == self.total
+        if self.even:
+            self.positions = torch.arange(begin[0], end[0], device=device).expand(len(begin), -1)
+            self.inside: Tensor | None = None
+        else:
+            first, behind = torch.tensor([begin, end], device=device).unsqueeze(-1)
+            steps = first + torch.arange(self.width, device=device)
+            self.inside = steps < behind
+            self.positions = torch.minimum(steps, behind - 1).clamp(min=0)
+
+    def read(self, x: Tensor, ahead: int = 0) -> Tensor:
+        """x [B, total, ..] -> [B, width, ..]: its entries ``ahead`` of the positions."""
+        if self.even:
+            return x[:, self.begin[0] + ahead : self.end[0] + ahead]
+        rows = torch.arange(len(self.begin), device=x.device).unsqueeze(1)
+        return x[rows, self.positions + ahead]
+
+    def last(self, x: Tensor) -> Tensor:
+        """x [B, width, ..], made at the positions -> [B, ..]: that of each row's last."""
+        if self.even:
+            return x[:, -1]
+        places = torch.tensor([max(count - 1, 0) for count in self.counts], device=x.device)
+        return x[torch.arange(len(x), device=x.device), places]
+
+    def places(self, capacity: int) -> Tensor:
+        """int64 [B, width]: where entries are written; copies go to the place behind the capacity."""
+        return self.positions if self.inside is None else self.positions.where(self.inside, capacity)
+
+
 class KeyValues:
-    """Keys and values of one attention layer, [B, K, capacity, c] each. It is the model's ``KeyValueCache``."""
+    """Keys and values of one attention layer, [B, K, capacity, c] each; ``lengths``: how many positions each row holds."""
 
     def __init__(self, batch: int, heads: int, capacity: int, head_dim: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.keys, self.values = (torch.empty(batch, heads, capacity, head_dim, dtype=dtype, device=device) for _ in range(2))
-        self.length = 0
+        # Not empty memory: what is masked out is multiplied by 0, and must be finite. One more place takes the copies.
+        self.keys, self.values = (
+            torch.zeros(batch, heads, capacity + 1, head_dim, dtype=dtype, device=device) for _ in range(2)
+        )
+        self.capacity = capacity
+        self.lengths = [0] * batch
+
+    def at(self, span: Span) -> "Extension":
+        """What a block takes as its ``KeyValueCache`` for one pass over the span, which follows the lengths."""
+        return Extension(self, span)
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append [B, K, n, c]; returns views of all keys and values [B, K, total, c]. Raises IndexError beyond the capacity."""
-        end = self.length + key.shape[2]
-        if end > self.keys.shape[2]:
-            raise IndexError(f"{end} positions do not fit a cache of {self.keys.shape[2]}")
-        self.keys[:, :, self.length : end] = key
-        self.values[:, :, self.length : end] = value
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        """Append [B, K, n, c] to every row; returns all keys and values [B, K, total, c]. Raises IndexError beyond the capacity."""
+        end = [length + key.shape[2] for length in self.lengths]
+        return self.at(Span(self.lengths, end, key.device)).extend(key, value)
 
-    def crop(self, length: int) -> None:
-        """Forget every entry from position ``length`` on; a shorter cache stays as it is."""
-        self.length = min(self.length, max(length, 0))
+    def crop(self, lengths: list[int]) -> None:
+        """Forget every entry of row b from position lengths[b] on; a shorter row stays as it is."""
+        self.lengths = cropped(self.lengths, lengths)
+
+    def keep(self, rows: list[int]) -> None:
+        """Only these rows go on, in this order."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.lengths = [self.lengths[row] for row in rows]
 
 
-class Window:
-    """States [B, n, d] of the consecutive positions ``start`` .. ``end`` - 1: written at the end, forgotten from both sides."""
+@dataclass(frozen=True)
+class Extension:
+    """One pass's writing to a cache. It is the model's ``KeyValueCache``."""
 
-    def __init__(self, batch: int, width: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.states = torch.empty(batch, 0, width, dtype=dtype, device=device)
-        self.start = 0
+    cache: KeyValues
+    span: Span
 
-    @property
-    def end(self) -> int:
-        return self.start + self.states.shape[1]
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write [B, K, width, c]; returns views of all keys and values [B, K, total, c]. Raises IndexError beyond the capacity."""
+        cache, span = self.cache, self.span
+        assert span.begin == cache.lengths
+        if span.total > cache.capacity:
+            raise IndexError(f"{span.total} positions do not fit a cache of {cache.capacity}")
+        if span.even:
+            cache.keys[:, :, span.begin[0] : span.total] = key
+            cache.values[:, :, span.begin[0] : span.total] = value
+        else:
+            rows, places = torch.arange(len(key), device=key.device).unsqueeze(1), span.places(cache.capacity)
+            cache.keys[rows, :, places] = key.transpose(1, 2)
+            cache.values[rows, :, places] = value.transpose(1, 2)
+        cache.lengths = list(span.end)
+        return cache.keys[:, :, : span.total], cache.values[:, :, : span.total]
 
-    def append(self, states: Tensor) -> None:
-        """Add [B, n, d] as positions ``end`` .. ``end`` + n - 1."""
-        self.states = torch.cat((self.states, states), dim=1)
 
-    def crop(self, end: int) -> None:
-        """Forget positions from ``end`` on."""
-        self.states = self.states[:, : max(end - self.start, 0)]
+class HiddenStates:
+    """Hidden states [B, capacity, d] by position, which a lagging MTP module still has to read."""
 
-    def forget(self, before: int) -> None:
-        """Forget positions before ``before``."""
-        gone = min(max(before - self.start, 0), self.states.shape[1])
-        self.states, self.start = self.states[:, gone:], self.start + gone
+    def __init__(self, batch: int, capacity: int, width: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.states = torch.zeros(batch, capacity + 1, width, dtype=dtype, device=device)
+        self.capacity = capacity
+        self.lengths = [0] * batch
 
-    def since(self, position: int) -> Tensor:
-        """[B, end - position, d]: states from ``position`` on. IndexError for one that is forgotten."""
-        if position < self.start:
-            raise IndexError(f"position {position} is forgotten; the window starts at {self.start}")
-        return self.states[:, position - self.start :]
+    def write(self, span: Span, states: Tensor) -> None:
+        """states [B, >= width, d] of the span's positions; what follows the width is not read. Raises IndexError where positions
+        between would be missing."""
+        if any(begin > length for begin, length in zip(span.begin, self.lengths, strict=True)):
+            raise IndexError(f"positions from {span.begin} do not follow {self.lengths}")
+        rows = torch.arange(len(states), device=states.device).unsqueeze(1)
+        self.states[rows, span.places(self.capacity)] = states[:, : span.width]
+        self.lengths = list(span.end)
+
+    def read(self, span: Span) -> Tensor:
+        """[B, width, d]. Raises IndexError for a position that was not written, or is forgotten."""
+        if any(end > length for end, length in zip(span.end, self.lengths, strict=True)):
+            raise IndexError(f"positions up to {span.end} are not all there; there are {self.lengths}")
+        return span.read(self.states)
+
+    def crop(self, lengths: list[int]) -> None:
+        """Forget positions of row b from lengths[b] on."""
+        self.lengths = cropped(self.lengths, lengths)
+
+    def keep(self, rows: list[int]) -> None:
+        """Only these rows go on, in this order."""
+        self.states = self.states[rows]
+        self.lengths = [self.lengths[row] for row in rows]
+
+
+def cropped(lengths: list[int], most: list[int]) -> list[int]:
+    """Each length, or the most if that is less; never below 0."""
+    return [min(length, max(bound, 0)) for length, bound in zip(lengths, most, strict=True)]

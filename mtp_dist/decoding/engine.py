@@ -1,49 +1,59 @@
 """The decoding loop: draft, verify in one pass through the trunk, keep what is accepted and the trunk's own token after it.
 
-Plain decoding is the same loop without drafts, so that a comparison of the two compares nothing else.
+Texts of a batch go on side by side, each as far as its own drafts are accepted; one that has ended leaves the batch. Plain
+decoding is the same loop without drafts, so that a comparison of the two compares nothing else.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from mtp_dist.config.schema import DecodeConfig
-from mtp_dist.decoding.drafter import DecodingState, Drafter, Proposal, SequentialDrafter
+from mtp_dist.decoding.drafter import Drafter, Proposal
+from mtp_dist.decoding.drafters import build_drafter, draft_length
 from mtp_dist.decoding.model import DecodingModel
-from mtp_dist.decoding.sampling import Sampling
+from mtp_dist.decoding.sampling import Chance, Sampling, Source
 from mtp_dist.decoding.statistics import Statistics
+from mtp_dist.decoding.stopping import StopStrings
+from mtp_dist.decoding.text import Texts
 from mtp_dist.decoding.verification import Verdict, verify_greedy, verify_sampled
 from mtp_dist.model.chunk import Chunk
 
 
 @dataclass(frozen=True)
 class Generated:
-    """tokens: the continuation, without the prompt; the last one is the end-of-document token if the text ended there."""
+    """tokens: the continuation, without the prompt. ending: "length", "end_of_document" (its token is the last one) or
+    "stop_string" (the last token completes it)."""
 
     tokens: list[int]
     statistics: Statistics
-    ended: bool
+    ending: str
+
+    @property
+    def ended(self) -> bool:
+        """Whether the model ended the text itself."""
+        return self.ending == "end_of_document"
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one forward of the loop gave: ``tokens`` are the accepted drafts and one more; ``drafted`` drafts were verified."""
+    """What one forward gave a text: ``tokens`` are the accepted drafts and one more; ``drafted`` drafts were verified."""
 
     tokens: list[int]
     drafted: int
 
 
-def draft_length(config: DecodeConfig, depth: int) -> int:
-    """γ, drafts verified in one forward: 0 for plain decoding. depth: the model's D."""
-    if config.mode == "plain":
-        return 0
-    return depth if config.draft is None else config.draft
+@dataclass
+class Growing:
+    """A text of the batch: its number, its tokens so far."""
+
+    number: int
+    tokens: list[int] = field(default_factory=list)
+    ending: str = ""
 
 
-@torch.inference_mode()
 def generate(
     model: Chunk,
     prompt: list[int],
@@ -54,85 +64,158 @@ def generate(
     generator: torch.Generator | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Generated:
-    """Continue one prompt of one or more tokens by at most ``config.max_new_tokens``; ``config.mode`` is plain or speculative.
+    """``generate_batch`` of one prompt; ``progress`` is called after each forward with the number of new tokens."""
+    report = None if progress is None else lambda _, tokens: progress(len(tokens))
+    return generate_batch(
+        model, [prompt], config, end=end, vocabulary=vocabulary, generators=[generator], progress=report
+    )[0]
 
-    ``end`` is the end-of-document token: it ends the text if ``config.stop_at_eos``, and separates documents for attention.
-    ``vocabulary``: see ``DecodingModel``. ``generator``: for sampling; None takes torch's own. ``progress`` is called after each
-    forward with the number of new tokens. For what is timed see ``Statistics``.
+
+@torch.inference_mode()
+def generate_batch(
+    model: Chunk,
+    prompts: Sequence[list[int]],
+    config: DecodeConfig,
+    *,
+    end: int | None = None,
+    vocabulary: int | None = None,
+    generators: Sequence[torch.Generator | None] | None = None,
+    stops: StopStrings | None = None,
+    progress: Callable[[int, list[int]], object] | None = None,
+) -> list[Generated]:
+    """Continue prompts of one or more tokens, together, each by at most ``config.max_new_tokens``.
+
+    ``config.mode`` is plain or speculative. ``end`` is the end-of-document token: it ends a text if ``config.stop_at_eos``, and
+    separates documents for attention. ``vocabulary``: see ``DecodingModel``. ``generators``: one a prompt, for sampling; None
+    takes torch's own. ``progress`` is called after each forward with a prompt's number and its new tokens. For what is timed see
+    ``Statistics``; a text's seconds are its share of the time of the passes that it took part in.
     """
-    if not prompt:
-        raise ValueError("the prompt has no token")
+    if not prompts or not all(prompts):
+        raise ValueError("a prompt has no token")
     most = draft_length(config, model.depth)
-    decoder = DecodingModel(model, len(prompt) + config.max_new_tokens + most + 1, end=end, vocabulary=vocabulary)
-    sampling = Sampling.of(config)
-    drafter = SequentialDrafter(decoder, 1, sampling, generator, most=most) if most else None
-    statistics = Statistics(prompt_tokens=len(prompt))
+    capacity = max(map(len, prompts)) + config.max_new_tokens + most + 1
+    decoder = DecodingModel(model, capacity, end=end, vocabulary=vocabulary)
+    sampling, chance = Sampling.of(config), Chance(generators or [None] * len(prompts))
+    drafter = build_drafter(decoder, len(prompts), config, sampling, chance) if most else None
+    batch = Batch(decoder, prompts, sampling, drafter, chance)
     stop = end if config.stop_at_eos else None
-    tokens: list[int] = []
+    everyone = [Growing(number) for number in range(len(prompts))]
+    statistics = [Statistics(prompt_tokens=len(prompt)) for prompt in prompts]
+
     started = time.perf_counter()
-    for new in rounds(decoder, prompt, config.max_new_tokens, most, sampling, drafter, generator):
-        kept = until(new.tokens, stop)
-        if tokens:
-            accepted = min(len(new.tokens) - 1, len(kept))
-            # Drafts behind the end of the text were never part of it.
-            drafted = accepted if len(kept) < len(new.tokens) else new.drafted
-            statistics.count(drafted, accepted, len(kept))
-        else:
-            statistics.tokens = 1
-            statistics.prefill_seconds, started = time.perf_counter() - started, time.perf_counter()
-        tokens += kept
-        if progress is not None:
-            progress(len(kept))
-        if stop is not None and tokens[-1] == stop:
-            break
-    statistics.seconds = time.perf_counter() - started
-    return Generated(tokens, statistics, stop is not None and tokens[-1] == stop)
-
-
-def rounds(
-    model: DecodingModel,
-    prompt: list[int],
-    limit: int,
-    most: int,
-    sampling: Sampling,
-    drafter: Drafter | None,
-    generator: torch.Generator | None,
-) -> Iterator[Round]:
-    """The prefill's one token, then what each forward gives, ``limit`` tokens in all; the caller may stop at any time.
-
-    ``most``: drafts in one forward; fewer at the end, where fewer tokens are wanted.
-    """
-    caches = [model.cache(1) for _ in model.chunk.layers]
-    tokens = torch.tensor([prompt], dtype=torch.int64, device=model.device)
-    before, after = model.trunk(tokens, caches)
-    if drafter is not None:
-        drafter.prefill(DecodingState(tokens, before, after))
-    nothing = Proposal(tokens[:, :0], None)
-    new = verify(nothing, model.logits(after[:, -1:]), sampling, generator).token.unsqueeze(1)
-    before, after = before[:, :0], after[:, :0]
-    drafted = 0
+    growing, rounds = everyone, batch.start()
     while True:
-        yield Round(new[0].tolist(), drafted)
-        tokens = torch.cat((tokens, new), dim=1)
-        left = len(prompt) + limit - tokens.shape[1]
-        if left <= 0:
-            return
-        drafted = min(most, left - 1)
-        proposal = drafter.propose(DecodingState(tokens, before, after), drafted) if drafter is not None and drafted else nothing
-        before, after = model.trunk(torch.cat((tokens, proposal.tokens), dim=1), caches)
-        verdict = verify(proposal, model.logits(after), sampling, generator)
-        kept = int(verdict.accepted)
-        new = torch.cat((proposal.tokens[:, :kept], verdict.token.unsqueeze(1)), dim=1)
-        for cache in caches:
-            cache.crop(tokens.shape[1] + kept)
-        before, after = before[:, : kept + 1], after[:, : kept + 1]
+        elapsed, started = _lap(started)
+        for text, new in zip(growing, rounds, strict=True):
+            kept = _take(text, new, config.max_new_tokens, stop, stops)
+            _count(statistics[text.number], new, kept, elapsed / len(growing), first=len(text.tokens) == kept)
+            if progress is not None:
+                progress(text.number, text.tokens[-kept:])
+        going = [place for place, text in enumerate(growing) if not text.ending]
+        if not going:
+            break
+        if len(going) < len(growing):
+            batch.keep(going)
+            growing = [growing[place] for place in going]
+        left = config.max_new_tokens - min(len(text.tokens) for text in growing)
+        rounds = batch.advance(min(most, left - 1))
+    return [Generated(text.tokens, statistics[text.number], text.ending) for text in everyone]
 
 
-def verify(proposal: Proposal, logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Verdict:
+def _lap(started: float) -> tuple[float, float]:
+    now = time.perf_counter()
+    return now - started, now
+
+
+def _take(text: Growing, new: Round, limit: int, stop: int | None, stops: StopStrings | None) -> int:
+    """Append what belongs to the text of a round's tokens, and say how many that is; note why the text ends there, if it does."""
+    seen = len(text.tokens)
+    tokens = text.tokens + until(new.tokens, stop)[: limit - seen]
+    if stop is not None and tokens[-1] == stop:
+        text.ending = "end_of_document"
+    elif len(tokens) == limit:
+        text.ending = "length"
+    cut = stops.within(tokens, seen) if stops is not None else None
+    if cut is not None:
+        tokens, text.ending = tokens[:cut], "stop_string"
+    text.tokens = tokens
+    return len(tokens) - seen
+
+
+def _count(statistics: Statistics, new: Round, kept: int, seconds: float, *, first: bool) -> None:
+    if first:
+        statistics.tokens = 1
+        statistics.prefill_seconds = seconds
+        return
+    accepted = min(len(new.tokens) - 1, kept)
+    # Drafts behind the end of the text were never part of it.
+    statistics.count(accepted if kept < len(new.tokens) else new.drafted, accepted, kept)
+    statistics.seconds += seconds
+
+
+class Batch:
+    """Texts that one model continues side by side. The caller says how many drafts a round may have, and which texts go on."""
+
+    def __init__(
+        self,
+        model: DecodingModel,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        drafter: Drafter | None,
+        chance: Chance,
+    ) -> None:
+        self.model, self.sampling, self.drafter, self.chance = model, sampling, drafter, chance
+        self.texts = Texts(prompts, model.capacity, model.device)
+        self.caches = model.caches(len(prompts))
+
+    def start(self) -> list[Round]:
+        """The pass over the prompts: each text's first token. Called once, first."""
+        trunk = self.model.trunk(self.texts.tokens, self.caches, self.texts.known)
+        if self.drafter is not None:
+            self.drafter.prefill(self.texts, trunk)
+        span = self.model.span([0] * len(self.texts), self.texts.known)
+        nothing = Proposal(self.texts.drafts(0), None)
+        verdict = verify(nothing, self.model.logits(span.last(trunk.after_norm)).unsqueeze(1), self.sampling, self.chance)
+        return self._extend([[token] for token in verdict.token.tolist()], [0] * len(self.texts))
+
+    def advance(self, drafts: int) -> list[Round]:
+        """A round: at most ``drafts`` drafts of each text, verified in one pass through the trunk."""
+        texts, proposal = self.texts, Proposal(self.texts.drafts(0), None)
+        if self.drafter is not None and drafts:
+            proposal = self.drafter.propose(texts, drafts)
+        width = proposal.tokens.shape[1]
+        trunk = self.model.trunk(texts.tokens, self.caches, [known + width for known in texts.known])
+        verdict = verify(proposal, self.model.logits(trunk.after_norm), self.sampling, self.chance)
+        found = torch.cat((verdict.accepted.unsqueeze(1), verdict.token.unsqueeze(1), proposal.tokens), dim=1).tolist()
+        rounds = self._extend(
+            [[*drafted[:accepted], token] for accepted, token, *drafted in found], proposal.counts or [width] * len(texts)
+        )
+        for cache in self.caches:
+            cache.crop([known - 1 for known in texts.known])
+        if self.drafter is not None:
+            self.drafter.observe(texts, trunk)
+        return rounds
+
+    def keep(self, rows: list[int]) -> None:
+        """Only these texts go on, in this order."""
+        self.texts.keep(rows)
+        self.chance.keep(rows)
+        for cache in self.caches:
+            cache.keep(rows)
+        if self.drafter is not None:
+            self.drafter.keep(rows)
+
+    def _extend(self, new: list[list[int]], drafted: list[int]) -> list[Round]:
+        self.texts.extend(new)
+        return [Round(tokens, count) for tokens, count in zip(new, drafted, strict=True)]
+
+
+def verify(proposal: Proposal, logits: torch.Tensor, sampling: Sampling, source: Source) -> Verdict:
     """The trunk's logits [B, γ+1, V] of the last known token and the γ drafts, as greedy decoding or sampling asks."""
+    counts = None if proposal.counts is None else torch.tensor(proposal.counts, device=logits.device)
     if sampling.greedy:
-        return verify_greedy(proposal.tokens, logits)
-    return verify_sampled(proposal.tokens, sampling.probabilities(logits), proposal.probabilities, generator)
+        return verify_greedy(proposal.tokens, logits, counts)
+    return verify_sampled(proposal.tokens, sampling.probabilities(logits), proposal.probabilities, source, counts)
 
 
 def until(tokens: list[int], stop: int | None) -> list[int]:

@@ -1,16 +1,27 @@
 """The decoder's view of a model: trunk and MTP modules run over new positions only, with caches of the earlier ones.
 
-Contract: states and logits are those of one uncached pass over the whole sequence, up to rounding. As in training, attention
-stays inside a document where the model was trained so; the end-of-document token belongs to the document it ends.
+Contract: states and logits are those of one uncached pass over each whole sequence, up to rounding, however long the other rows of
+the batch are. As in training, attention stays inside a document where the model was trained so; the end-of-document token belongs
+to the document it ends.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mtp_dist.decoding.cache import KeyValues, Window
+from mtp_dist.decoding.cache import HiddenStates, KeyValues, Span
 from mtp_dist.model.chunk import Chunk
-from mtp_dist.model.mtp.sequential import SequentialHeads
+from mtp_dist.model.mtp.heads import Heads
 from mtp_dist.model.trunk import rotation
+
+
+class TrunkPass(NamedTuple):
+    """States [B, n, d] of a pass of the trunk around its final norm; ``taps``: what entered the layers that the heads name."""
+
+    before_norm: Tensor
+    after_norm: Tensor
+    taps: dict[int, Tensor]
 
 
 class DecodingModel:
@@ -33,9 +44,14 @@ class DecodingModel:
         self.turn = rotation(torch.arange(capacity, device=self.device), chunk.model.head_dim, chunk.model.rope_theta)
 
     @property
-    def heads(self) -> SequentialHeads | None:
-        """The modules that a drafter can run; other kinds have none yet."""
-        return self.chunk.mtp if isinstance(self.chunk.mtp, SequentialHeads) else None
+    def heads(self) -> Heads | None:
+        """The MTP heads, of whatever kind."""
+        return self.chunk.mtp
+
+    @property
+    def depth(self) -> int:
+        """D."""
+        return self.chunk.depth
 
     def cache(self, batch: int) -> KeyValues:
         """An empty cache for one block."""
@@ -43,45 +59,65 @@ class DecodingModel:
         assert config.head_dim is not None
         return KeyValues(batch, config.kv_heads, self.capacity, config.head_dim, dtype=self.dtype, device=self.device)
 
-    def window(self, batch: int) -> Window:
-        """An empty window of hidden states."""
-        return Window(batch, self.chunk.model.hidden, dtype=self.dtype, device=self.device)
+    def caches(self, batch: int) -> list[KeyValues]:
+        """Empty caches for the trunk, one a layer."""
+        return [self.cache(batch) for _ in self.chunk.layers]
 
-    def trunk(self, tokens: Tensor, caches: list[KeyValues]) -> tuple[Tensor, Tensor]:
-        """tokens int64 [B, total], of which the caches (one a layer) hold the first ``length`` positions.
+    def hidden_states(self, batch: int) -> HiddenStates:
+        """Room for one hidden state a position."""
+        return HiddenStates(batch, self.capacity, self.chunk.model.hidden, dtype=self.dtype, device=self.device)
 
-        Runs the others and returns their states [B, total - length, d] before and after the final norm.
+    def span(self, begin: list[int], end: list[int]) -> Span:
+        """Positions begin[b] .. end[b] - 1 of each row."""
+        return Span(begin, end, self.device)
+
+    def trunk(self, tokens: Tensor, caches: list[KeyValues], ends: list[int] | None = None) -> TrunkPass:
+        """tokens int64 [B, >= total], of which the caches (one a layer) hold the first ``lengths`` positions.
+
+        Runs the positions from there to ends[b] (default: all), and returns their states; see ``Span`` for rows that run fewer.
         """
-        begin, end = caches[0].length, tokens.shape[1]
-        turn, mask = self.turn[:, begin:end], self.visible(tokens, begin)
-        hidden = self.embedding(tokens[:, begin:])
-        for block, cache in zip(self.chunk.layers.values(), caches, strict=True):
-            hidden = block(hidden, turn, mask, cache)
+        span = self.span(caches[0].lengths, ends or [tokens.shape[1]] * len(tokens))
+        turn, mask, tapped = self.turned(span), self.visible(tokens, span), {}
+        hidden = self.embedding(span.read(tokens))
+        for (number, block), cache in zip(self.chunk.layers.items(), caches, strict=True):
+            if int(number) in self.chunk.taps:
+                tapped[int(number)] = hidden
+            hidden = block(hidden, turn, mask, cache.at(span))
         assert self.chunk.norm is not None
-        return hidden, self.chunk.norm(hidden)
+        return TrunkPass(hidden, self.chunk.norm(hidden), tapped)
 
-    def module(self, module: nn.Module, depth: int, hidden: Tensor, tokens: Tensor, cache: KeyValues) -> tuple[Tensor, Tensor]:
-        """Run an MTP module as depth k over the n positions that follow its cache.
+    def module(
+        self, module: nn.Module, depth: int, hidden: Tensor, tokens: Tensor, cache: KeyValues, span: Span
+    ) -> tuple[Tensor, Tensor]:
+        """Run an MTP module that reads tokens as depth k over a span that follows its cache.
 
-        hidden h^{k-1} [B, n, d]; tokens int64 [B, > length + n - 1 + k]: position j reads t[j+k].
-        Returns (state for the head, state for depth k+1), both [B, n, d].
+        hidden h^{k-1} [B, width, d]; tokens int64 [B, >= total + k]: position j reads t[j+k].
+        Returns (state for the head, state for depth k+1), both [B, width, d].
         """
-        begin, end = cache.length, cache.length + hidden.shape[1]
-        embedded = self.embedding(tokens[:, begin + depth : end + depth])
-        return module(hidden, embedded, self.turn[:, begin:end], self.visible(tokens[:, :end], begin), cache)
+        embedded = self.embedding(span.read(tokens, ahead=depth))
+        return module(hidden, embedded, self.turned(span), self.visible(tokens, span), cache.at(span))
 
     def logits(self, states: Tensor) -> Tensor:
         """states [.., d] ready for the head -> [.., V], float32 or wider."""
         logits = states @ self.output.T
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def visible(self, tokens: Tensor, begin: int) -> Tensor | None:
-        """tokens [B, total] -> bool mask of positions begin .. total-1 (rows) over all (columns); None: all is visible."""
-        total = tokens.shape[1]
-        causal = torch.ones(total - begin, total, dtype=torch.bool, device=self.device).tril(begin)
+    def turned(self, span: Span) -> Tensor:
+        """The rotation of a span's positions: [2, n, c], or [2, B, 1, n, c] where rows differ."""
+        if span.even:
+            return self.turn[:, span.begin[0] : span.total]
+        return self.turn[:, span.positions].unsqueeze(2)
+
+    def visible(self, tokens: Tensor, span: Span) -> Tensor | None:
+        """tokens [B, >= total] -> bool mask of a span's positions (rows) over all positions below total (columns); None: all is
+        visible."""
+        columns = torch.arange(span.total, device=self.device)
         if self.end is not None:
-            ends = (tokens == self.end).long()
+            ends = (tokens[:, : span.total] == self.end).long()
             if ends[:, :-1].any():
                 documents = ends.cumsum(1) - ends
-                return (causal & (documents[:, begin:, None] == documents[:, None, :])).unsqueeze(1)
-        return None if total - begin == 1 else causal
+                same = span.read(documents).unsqueeze(2) == documents.unsqueeze(1)
+                return (same & (columns <= span.positions.unsqueeze(2))).unsqueeze(1)
+        if not span.even:
+            return (columns <= span.positions.unsqueeze(2)).unsqueeze(1)
+        return None if span.width == 1 else columns <= span.positions[0].unsqueeze(1)

@@ -1,5 +1,6 @@
 """From logits to the next token: temperature, top-k and top-p as one pure function, and a seeded draw."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +52,31 @@ def probabilities(logits: Tensor, temperature: float, top_k: int = 0, top_p: flo
     return logits.softmax(-1)
 
 
-def draw(distribution: Tensor, generator: torch.Generator | None) -> Tensor:
+class Chance:
+    """One generator for each row of a batch (None: torch's own), so that a row's text does not depend on the other rows."""
+
+    def __init__(self, generators: Sequence[torch.Generator | None]) -> None:
+        self.generators = list(generators)
+
+    def keep(self, rows: list[int]) -> None:
+        """Only these rows go on, in this order."""
+        self.generators = [self.generators[row] for row in rows]
+
+
+Source = Chance | torch.Generator | None
+"""Where chance comes from: by row, or one generator (None: torch's own) for the whole batch."""
+
+
+def draw(distribution: Tensor, source: Source) -> Tensor:
     """One token int64 [..] for each distribution [.., V]; weights need not sum to 1."""
+    if isinstance(source, Chance):
+        return torch.stack([draw(row, generator) for row, generator in zip(distribution, source.generators, strict=True)])
     flat = distribution.reshape(-1, distribution.shape[-1])
-    return torch.multinomial(flat, 1, generator=generator).view(distribution.shape[:-1])
+    return torch.multinomial(flat, 1, generator=source).view(distribution.shape[:-1])
+
+
+def uniform(like: Tensor, source: Source) -> Tensor:
+    """Numbers from [0, 1) in the shape and dtype of ``like`` [B, ..]."""
+    if isinstance(source, Chance):
+        return torch.stack([uniform(row, generator) for row, generator in zip(like, source.generators, strict=True)])
+    return torch.rand(like.shape, generator=source, dtype=like.dtype, device=like.device)

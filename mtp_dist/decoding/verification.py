@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtp_dist.decoding.sampling import draw
+from mtp_dist.decoding.sampling import Source, draw, uniform
 
 
 @dataclass(frozen=True)
@@ -20,26 +20,37 @@ class Verdict:
     token: Tensor
 
 
-def verify_greedy(drafts: Tensor, logits: Tensor) -> Verdict:
-    """drafts int64 [B, γ], trunk logits [B, γ+1, V]: the longest prefix that equals the trunk's argmax, then the argmax."""
+def verify_greedy(drafts: Tensor, logits: Tensor, counts: Tensor | None = None) -> Verdict:
+    """drafts int64 [B, γ], trunk logits [B, γ+1, V]: the longest prefix that equals the trunk's argmax, then the argmax.
+
+    counts int64 [B]: drafts of each row, where some have fewer; what stands behind them is not read.
+    """
     best = logits.argmax(-1)
-    count = leading(best[:, :-1] == drafts)
+    count = leading((best[:, :-1] == drafts) & made(drafts, counts))
     return Verdict(count, best.gather(1, count.unsqueeze(1)).squeeze(1))
 
 
-def verify_sampled(drafts: Tensor, p: Tensor, q: Tensor | None, generator: torch.Generator | None) -> Verdict:
-    """drafts int64 [B, γ] drawn from q [B, γ, V] (None: chosen without chance); the trunk's p [B, γ+1, V].
+def verify_sampled(drafts: Tensor, p: Tensor, q: Tensor | None, source: Source, counts: Tensor | None = None) -> Verdict:
+    """drafts int64 [B, γ] drawn from q [B, γ, V] (None: chosen without chance); the trunk's p [B, γ+1, V]. counts: as above.
 
     Each draft is accepted with probability min(1, p/q). The first rejected one is replaced by a draw from max(0, p - q), scaled;
     if none is rejected, one more token is drawn from the last p.
     """
     if q is None:
         q = torch.zeros_like(p[:, :-1]).scatter_(-1, drafts.unsqueeze(-1), 1)
-    chance = torch.rand(drafts.shape, generator=generator, dtype=p.dtype, device=p.device)
-    accepted = chance < acceptance(drafts, p[:, :-1], q)
-    after = torch.cat((residual(p[:, :-1], q), p[:, -1:]), dim=1)
+    here = made(drafts, counts)
+    ratio = acceptance(drafts, p[:, :-1], q)
+    accepted = (uniform(ratio, source) < ratio) & here
+    after = torch.cat((residual(p[:, :-1], q).where(here.unsqueeze(-1), p[:, :-1]), p[:, -1:]), dim=1)
     count = leading(accepted)
-    return Verdict(count, draw(after[torch.arange(len(count), device=p.device), count], generator))
+    return Verdict(count, draw(after[torch.arange(len(count), device=p.device), count], source))
+
+
+def made(drafts: Tensor, counts: Tensor | None) -> Tensor:
+    """bool [B, γ]: which places hold a draft."""
+    if counts is None:
+        return torch.ones_like(drafts, dtype=torch.bool)
+    return torch.arange(drafts.shape[1], device=drafts.device) < counts.unsqueeze(1)
 
 
 def acceptance(drafts: Tensor, p: Tensor, q: Tensor) -> Tensor:

@@ -8,12 +8,15 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from mtp_dist.decoding import drafter as drafters
-from mtp_dist.decoding.cache import KeyValues, Window
-from mtp_dist.decoding.drafter import DecodingState, Proposal, SequentialDrafter, shared_prefix
-from mtp_dist.decoding.model import DecodingModel
-from mtp_dist.decoding.sampling import Sampling
+from mtp_dist.decoding import chain
+from mtp_dist.decoding.cache import HiddenStates, KeyValues, Span
+from mtp_dist.decoding.chain import SequentialDrafter
+from mtp_dist.decoding.drafter import Proposal
+from mtp_dist.decoding.model import DecodingModel, TrunkPass
+from mtp_dist.decoding.sampling import Chance, Sampling
+from mtp_dist.decoding.text import Texts, shared
 from mtp_dist.model.chunk import Chunk
 from tests.decoding.models import VOCABULARY, random_model
 
@@ -81,66 +84,89 @@ def test_a_rolled_back_trunk_forgets_what_was_rejected() -> None:
     caches = [model.cache(1) for _ in chunk.layers]
     model.trunk(torch.cat((tokens[:, :7], text(4, seed=7)), dim=1), caches)
     for cache in caches:
-        cache.crop(7)
+        cache.crop([7])
     expected = training_states(chunk, tokens)[0][:, 7:]
     torch.testing.assert_close(model.trunk(tokens[:, :10], caches)[1], expected, **EXACT)
 
 
-class Text:
-    """A text that grows by rounds, its trunk states always computed from scratch, and drafters that follow it."""
+class Followed:
+    """Texts that grow by rounds, their trunk states always computed from scratch one by one, and drafters that follow them."""
 
-    def __init__(self, chunk: Chunk, prompt: Tensor, sampling: Sampling, most: int) -> None:
+    def __init__(self, chunk: Chunk, prompts: list[list[int]], sampling: Sampling, most: int) -> None:
         self.model, self.sampling, self.most = view(chunk), sampling, most
-        self.tokens, self.shown = prompt, 0
-        self.drafter = self.new_drafter(seed=0)
-        self.drafter.prefill(self.state(prompt, 0))
-        self.shown = prompt.shape[1]
+        self.texts = Texts(prompts, 64, self.model.device)
+        self.drafter = self.new_drafter(self.texts)
+        self.drafter.prefill(self.texts, self.states(self.texts, [0] * len(prompts), self.texts.known))
 
-    def new_drafter(self, seed: int) -> SequentialDrafter:
-        return SequentialDrafter(self.model, 1, self.sampling, torch.Generator().manual_seed(seed), most=self.most)
+    def new_drafter(self, texts: Texts) -> SequentialDrafter:
+        return SequentialDrafter(self.model, len(texts), self.sampling, None, most=self.most)
 
-    def state(self, tokens: Tensor, shown: int, run: int | None = None) -> DecodingState:
-        """``tokens`` with the trunk's states of positions shown .. run - 1 (default: all)."""
-        run = tokens.shape[1] if run is None else run
-        before, after = self.model.trunk(tokens[:, :run], [self.model.cache(1) for _ in self.model.chunk.layers])
-        return DecodingState(tokens, before[:, shown:], after[:, shown:])
+    def states(self, texts: Texts, begin: list[int], end: list[int]) -> TrunkPass:
+        """The trunk's states of positions begin[b] .. end[b] - 1; what follows them in a row is not a number."""
+        rows = []
+        for number, (first, behind) in enumerate(zip(begin, end, strict=True)):
+            passed = self.model.trunk(texts.tokens[number : number + 1, :behind], self.model.caches(1))
+            rows.append([part[0, first:] for part in passed[:2]])
+        before, after = (pad_sequence(list(part), batch_first=True, padding_value=float("nan")) for part in zip(*rows, strict=True))
+        return TrunkPass(before, after, {})
 
-    def round(self, new: Tensor, count: int, seed: int) -> tuple[Proposal, Proposal]:
-        """Append ``new`` [1, n]; drafts of the drafter that has followed all along, and of one that starts here."""
-        self.tokens = torch.cat((self.tokens, new), dim=1)
-        known = self.tokens.shape[1]
-        self.drafter.generator = torch.Generator().manual_seed(seed)
-        followed = self.drafter.propose(self.state(self.tokens, self.shown, known - 1), count)
-        fresh = self.new_drafter(seed)
-        fresh.prefill(self.state(self.tokens[:, :1], 0))
-        rebuilt = fresh.propose(self.state(self.tokens, 1, known - 1), count)
-        self.shown = known - 1
-        return followed, rebuilt
+    def round(self, new: list[list[int]], count: int, seed: int) -> tuple[Proposal, Proposal]:
+        """Append new[b] to each text; drafts of the drafter that has followed all along, and of new ones, each for one text."""
+        shown = list(self.drafter.positions)
+        self.texts.extend(new)
+        newest = [known - 1 for known in self.texts.known]
+        if newest != shown:
+            self.drafter.observe(self.texts, self.states(self.texts, shown, newest))
+        self.drafter.chooser.source = Chance([torch.Generator().manual_seed(seed + row) for row in range(len(new))])
+        followed, rebuilt = self.drafter.propose(self.texts, count), []
+        for row in range(len(new)):
+            text = self.texts.row(row)
+            alone = Texts([text[:1]], 64, self.model.device)
+            fresh = self.new_drafter(alone)
+            fresh.prefill(alone, self.states(alone, [0], [1]))
+            alone.extend([text[1:]])
+            if len(text) > 2:
+                fresh.observe(alone, self.states(alone, [1], [len(text) - 1]))
+            fresh.chooser.source = torch.Generator().manual_seed(seed + row)
+            rebuilt.append(fresh.propose(alone, count))
+        distributions = [part.probabilities for part in rebuilt if part.probabilities is not None]
+        return followed, Proposal(torch.cat([part.tokens for part in rebuilt]), torch.cat(distributions) if distributions else None)
 
 
-rounds = st.lists(
+rows = st.lists(st.integers(1, 6), min_size=1, max_size=3)  # prompts of so many tokens
+scripts = st.lists(
     st.tuples(
         st.integers(1, 6),  # drafts asked for
-        st.integers(0, 6),  # drafts accepted of the round before
-        st.integers(0, VOCABULARY - 1),  # the trunk's own token after them
+        st.lists(st.integers(0, 6), min_size=3, max_size=3),  # drafts of the round before that each row accepts
+        st.lists(st.integers(0, VOCABULARY - 1), min_size=3, max_size=3),  # the trunk's own token after them
+        st.booleans(),  # whether the last of several rows then leaves the batch
     ),
     min_size=1,
     max_size=5,
 )
 
 
-def check_rounds(chunk: Chunk, prompt: int, script: list[tuple[int, int, int]], sampling: Sampling) -> None:
-    """After every round, drafts equal those from rebuilt caches, and q is the training pass's own prediction."""
-    followed = Text(chunk, text(prompt, seed=prompt), sampling, most=6)
-    drafts = torch.empty(1, 0, dtype=torch.int64)
-    for number, (count, accepted, token) in enumerate(script):
-        new = torch.cat((drafts[:, :accepted], torch.tensor([[token]])), dim=1)
-        ours, rebuilt = followed.round(new, count, seed=number)
+def check_rounds(chunk: Chunk, prompts: list[int], script: list, sampling: Sampling) -> None:
+    """After every round, every row's drafts equal those from caches rebuilt for it alone, and q is the training pass's own
+    prediction."""
+    followed = Followed(chunk, [text(length, seed=length)[0].tolist() for length in prompts], sampling, most=6)
+    drafts: list[list[int]] = [[] for _ in prompts]
+    for number, (count, accepted, token, leaves) in enumerate(script):
+        new = [[*drafts[row][: accepted[row]], token[row]] for row in range(len(drafts))]
+        ours, rebuilt = followed.round(new, count, seed=10 * number)
         assert ours.tokens.tolist() == rebuilt.tokens.tolist()
-        drafts = ours.tokens
-        check_prediction(chunk, followed.tokens, ours, sampling)
+        drafts = ours.tokens.tolist()
         if ours.probabilities is not None:
             torch.testing.assert_close(ours.probabilities, rebuilt.probabilities, **EXACT)
+        for row in range(len(drafts)):
+            known = torch.tensor([followed.texts.row(row)])
+            q = None if ours.probabilities is None else ours.probabilities[row : row + 1]
+            check_prediction(chunk, known, Proposal(ours.tokens[row : row + 1], q), sampling)
+        if leaves and len(drafts) > 1:
+            stay = list(range(1, len(drafts)))
+            followed.texts.keep(stay)
+            followed.drafter.keep(stay)
+            drafts = drafts[1:]
 
 
 def check_prediction(chunk: Chunk, known: Tensor, proposal: Proposal, sampling: Sampling) -> None:
@@ -160,26 +186,69 @@ MODELS = [random_model(depth, dtype=torch.float64, seed=depth, **variant) for de
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(st.sampled_from(MODELS), st.integers(1, 6), rounds, st.sampled_from([Sampling(), Sampling(0.8, 9, 0.95)]))
-@example(MODELS[8], 1, [(3, 0, 1), (1, 3, 2), (1, 1, END), (6, 1, 4), (2, 6, 5), (3, 0, 6)], Sampling())
+@given(st.sampled_from(MODELS), rows, scripts, st.sampled_from([Sampling(), Sampling(0.8, 9, 0.95)]))
+@example(
+    MODELS[8],
+    [1],
+    [(c, [a] * 3, [t] * 3, False) for c, a, t in ((3, 0, 1), (1, 3, 2), (1, 1, END), (6, 1, 4), (2, 6, 5), (3, 0, 6))],
+    Sampling(),
+)
+@example(
+    MODELS[8],
+    [5, 1, 2],
+    [
+        (3, [0, 0, 0], [1, END, 2], False),
+        (6, [3, 0, 1], [2, 2, END], False),
+        (2, [6, 0, 3], [4, 4, 4], True),
+        (4, [0, 2, 1], [5, 5, 5], False),
+        (3, [4, 0, 0], [6, 6, 6], True),
+        (3, [2, 0, 0], [7, 7, 7], False),
+    ],
+    Sampling(1.0),
+)
 @torch.no_grad()
-def test_drafts_equal_those_from_rebuilt_caches(chunk: Chunk, prompt: int, script: list, sampling: Sampling) -> None:
-    check_rounds(chunk, prompt, script, sampling)
+def test_drafts_equal_those_from_rebuilt_caches(chunk: Chunk, prompts: list[int], script: list, sampling: Sampling) -> None:
+    check_rounds(chunk, prompts, script, sampling)
 
 
 @torch.no_grad()
 def test_stale_entries_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were entries kept that rejected drafts had made, the check above would fail."""
-    monkeypatch.setattr(drafters, "shared_prefix", lambda used, tokens: 10**6)
+    script = [(3, accepted, [token] * 3, False) for token, accepted in enumerate(([0] * 3, [0, 3, 0], [1, 3, 0], [0] * 3), start=1)]
+    check_rounds(MODELS[8], [5, 2], script, Sampling(1.0))
+    monkeypatch.setattr(chain, "shared", lambda used, tokens, most: [10**6] * len(tokens))
     with pytest.raises(AssertionError):
-        check_rounds(MODELS[8], 5, [(3, 0, 1), (3, 0, 2), (3, 1, 3), (3, 0, 4)], Sampling(1.0))
+        check_rounds(MODELS[8], [5, 2], script, Sampling(1.0))
 
 
-def test_shared_prefix() -> None:
-    a = torch.tensor([[1, 2, 3], [1, 2, 3]])
-    assert shared_prefix(a, a) == 3
-    assert shared_prefix(a, torch.tensor([[1, 2, 3, 4], [1, 0, 3, 4]])) == 1
-    assert shared_prefix(a[:, :0], a) == 0
+@torch.no_grad()
+def test_the_trunk_of_a_ragged_batch_equals_one_training_pass_a_row() -> None:
+    """Rows of odd lengths, each rolled back and gone on with as it likes, also after another row has left."""
+    chunk = random_model(1, dtype=torch.float64)
+    model, whole = view(chunk), torch.cat([text(21, seed=seed) for seed in (5, 6, 7)])
+    expected = torch.cat([training_states(chunk, whole[row : row + 1])[0] for row in range(3)])
+    texts, caches, alive = Texts(whole[:, :19].tolist(), 24, model.device), model.caches(3), [0, 1, 2]
+    wrong = Texts([[1, 2, 9]] * 3, 24, model.device).tokens
+    for ends in ([7, 1, 4], [8, 4, 5], [11, 5, 5], [12, 9, 6]):
+        begin = caches[0].lengths
+        states = model.trunk(texts.tokens, caches, ends).after_norm
+        for place, row in enumerate(alive):
+            count = ends[row] - begin[place]
+            torch.testing.assert_close(states[place, :count], expected[row, begin[place] : ends[row]], **EXACT)
+        model.trunk(torch.cat((texts.tokens[:, : max(ends)], wrong), dim=1), caches, [end + 3 for end in ends])
+        for cache in caches:
+            cache.crop(ends)
+    for part in (texts, *caches):
+        part.keep([2, 0])
+    states = model.trunk(texts.tokens, caches, [9, 15]).after_norm
+    torch.testing.assert_close(states[0, :3], expected[2, 6:9], **EXACT)
+    torch.testing.assert_close(states[1, :3], expected[0, 12:15], **EXACT)
+
+
+def test_shared_tokens() -> None:
+    a, b = torch.tensor([[1, 2, 3], [1, 2, 3]]), torch.tensor([[1, 2, 3], [1, 0, 3]])
+    assert shared(a, b, [3, 3]) == [3, 1]
+    assert shared(a, b, [2, 0]) == [2, 0]
 
 
 def test_a_cache_refuses_what_does_not_fit() -> None:
@@ -189,12 +258,13 @@ def test_a_cache_refuses_what_does_not_fit() -> None:
         cache.extend(torch.ones(1, 2, 2, 8), torch.ones(1, 2, 2, 8))
 
 
-def test_a_window_refuses_what_it_forgot() -> None:
-    window = Window(1, 2, dtype=torch.float32, device=torch.device("cpu"))
-    window.append(torch.arange(10.0).view(1, 5, 2))
-    window.forget(2)
-    window.crop(4)
-    assert window.since(3).tolist() == [[[6, 7]]]
-    assert window.end == 4
-    with pytest.raises(IndexError, match="position 1 is forgotten"):
-        window.since(1)
+def test_hidden_states_refuse_what_is_not_there() -> None:
+    states = HiddenStates(2, 8, 1, dtype=torch.float32, device=torch.device("cpu"))
+    states.write(Span([0, 0], [3, 1], states.states.device), torch.arange(6.0).view(2, 3, 1))
+    assert states.read(Span([1, 0], [3, 1], states.states.device)).tolist() == [[[1], [2]], [[3], [3]]]
+    states.crop([2, 5])
+    assert states.lengths == [2, 1]
+    with pytest.raises(IndexError, match="not all there"):
+        states.read(Span([1, 0], [3, 1], states.states.device))
+    with pytest.raises(IndexError, match="do not follow"):
+        states.write(Span([3, 1], [4, 2], states.states.device), torch.ones(2, 1, 1))

@@ -1,5 +1,6 @@
 """Speculative decoding writes what plain decoding writes, only in fewer forwards; and its counts are true."""
 
+import copy
 import itertools
 from functools import cache
 
@@ -9,11 +10,13 @@ from torch import Tensor
 
 from mtp_dist.config.schema import DecodeConfig
 from mtp_dist.decoding import verification
-from mtp_dist.decoding.drafter import DecodingState, Proposal
-from mtp_dist.decoding.engine import Generated, draft_length, generate, rounds
-from mtp_dist.decoding.model import DecodingModel
-from mtp_dist.decoding.sampling import Sampling
+from mtp_dist.decoding.drafter import Proposal
+from mtp_dist.decoding.drafters import draft_length
+from mtp_dist.decoding.engine import Batch, Generated, generate, generate_batch
+from mtp_dist.decoding.model import DecodingModel, TrunkPass
+from mtp_dist.decoding.sampling import Chance, Sampling
 from mtp_dist.decoding.statistics import Statistics
+from mtp_dist.decoding.text import Texts
 from mtp_dist.model.chunk import Chunk
 from tests.decoding.chi_square import excess
 from tests.decoding.models import VOCABULARY, random_model, taught
@@ -136,34 +139,84 @@ def test_rows_that_pad_the_vocabulary_are_never_drawn() -> None:
 
 
 class Oracle:
-    """Knows the text; draft i of round r is wrong where the script says so."""
+    """Knows the texts; in round r, draft wrong[r][b] of text b is wrong, and counts[r][b] are drafted of it at most."""
 
-    def __init__(self, text: list[int], wrong: list[int | None]) -> None:
-        self.text, self.wrong, self.calls = text, iter(wrong), 0
+    def __init__(self, texts: list[list[int]], wrong: list[list[int | None]], counts: list[list[int]] | None = None) -> None:
+        self.texts, self.wrong, self.counts = texts, iter(wrong), iter(counts or [])
+        self.shown = [0] * len(texts)
 
-    def prefill(self, state: DecodingState) -> None:
-        assert state.before_norm.shape[1] == state.tokens.shape[1]
+    def prefill(self, texts: Texts, trunk: TrunkPass) -> None:
+        self.shown = list(texts.known)
 
-    def propose(self, state: DecodingState, count: int) -> Proposal:
-        known = state.tokens.shape[1]
-        drafts = torch.tensor([self.text[known : known + count]])
-        place = next(self.wrong, None)
-        if place is not None and place < count:
-            drafts[0, place] = (drafts[0, place] + 1) % VOCABULARY
-        return Proposal(drafts, None)
+    def observe(self, texts: Texts, trunk: TrunkPass) -> None:
+        assert [known - 1 - shown <= trunk.after_norm.shape[1] for known, shown in zip(texts.known, self.shown, strict=True)]
+        self.shown = [known - 1 for known in texts.known]
+
+    def propose(self, texts: Texts, count: int) -> Proposal:
+        places, counts = next(self.wrong, [None] * len(texts)), next(self.counts, None)
+        for draft in range(count):
+            right = torch.tensor([text[known + draft] for text, known in zip(self.texts, texts.known, strict=True)])
+            texts.draft(draft, (right + torch.tensor([int(place == draft) for place in places])) % VOCABULARY)
+        return Proposal(texts.drafts(count), None, counts)
+
+    def keep(self, rows: list[int]) -> None:
+        self.texts = [self.texts[row] for row in rows]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_any_drafter_leaves_the_text_alone_and_the_trunk_keeps_what_is_right(dtype: torch.dtype) -> None:
-    chunk, prompt = random_model(1, dtype=dtype, seed=9), [3, 1, 4]
-    text = prompt + decode(chunk, prompt, "plain", max_new_tokens=40).tokens
-    wrong = [0, 1, None, 2, 3, None, 0, 0]
+def test_any_drafter_leaves_the_texts_alone_and_the_trunk_keeps_what_is_right(dtype: torch.dtype) -> None:
+    chunk, prompts = random_model(1, dtype=dtype, seed=9), [[3, 1, 4], [5], [2, 7, 1, 8, 2]]
+    texts = [prompt + decode(chunk, prompt, "plain", max_new_tokens=60).tokens for prompt in prompts]
+    wrong = [[0, 1, 2], [1, None, 0], [None, None, 3], [2, 0, None], [3, 3, 3], [None] * 3, [0, 2, 0], [0, 0, 1]]
+    counts = [[4, 4, 4], [4, 4, 4], [4, 2, 4], [1, 4, 0], [4, 4, 4], [4, 4, 4], [0, 0, 0], [4, 4, 4]]
     with torch.inference_mode():
         model = DecodingModel(chunk, 64)
-        first, *others = rounds(model, prompt, 30, 4, Sampling(), Oracle(text, wrong), None)
-    tokens = first.tokens + [token for round in others for token in round.tokens]
-    assert tokens == text[3:33]
-    assert [len(round.tokens) for round in others[:8]] == [1 + (4 if place is None else place) for place in wrong]
+        batch = Batch(model, prompts, Sampling(), Oracle(texts, wrong, counts), Chance([None] * 3))
+        grown = [round.tokens for round in batch.start()]
+        for places, most in zip(wrong, counts, strict=True):
+            for row, round in enumerate(batch.advance(4)):
+                place = places[row]
+                assert round.drafted == most[row]
+                assert len(round.tokens) == 1 + min(most[row], 4 if place is None else place)
+                grown[row] += round.tokens
+    for prompt, text, tokens in zip(prompts, texts, grown, strict=True):
+        assert tokens == text[len(prompt) : len(prompt) + len(tokens)]
+
+
+PROMPTS = [[1], [7, 8, 9], [3, 4, 5, 3, 2, 7, 8], [0, 20, 13, 1, 2, 3, 2], [9, 4], [11]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("know", [True, False], ids=["taught", "random"])
+def test_a_batch_writes_what_each_prompt_alone_gives(depth: int, dtype: torch.dtype, know: bool) -> None:
+    """Rows accept different counts and end at different times: at an end of document, inside drafts or not, or at the length."""
+    chunk = copy.deepcopy(half_taught(depth)).to(dtype) if know else random_model(depth, dtype=dtype, seed=depth, repeat=depth > 2)
+    ends, endings = {}, set()
+    for end, gamma in ((5, 3), (9, 5), (11, 1), (4, 2)):
+        alone = [decode(chunk, prompt, "plain", end=end) for prompt in PROMPTS]
+        for mode in ("plain", "speculative"):
+            config = DecodeConfig(mode=mode, max_new_tokens=24, draft=gamma)
+            shown: list[list[int]] = [[] for _ in PROMPTS]
+            together = generate_batch(chunk, PROMPTS, config, end=end, progress=lambda row, tokens: shown[row].extend(tokens))
+            assert [result.tokens for result in together] == [result.tokens for result in alone] == shown
+            assert [result.ending for result in together] == [result.ending for result in alone]
+            for result in together:
+                check_counts(result.statistics, len(result.tokens))
+            endings |= {result.ending for result in together}
+        ends[end] = {len(result.tokens) for result in together}
+    assert max(map(len, ends.values())) > 1
+    assert "end_of_document" in endings
+
+
+def test_a_seeded_text_does_not_depend_on_its_batch() -> None:
+    config = DecodeConfig(mode="speculative", max_new_tokens=20, temperature=1.0)
+    generators = [torch.Generator().manual_seed(row) for row in range(len(PROMPTS))]
+    together = generate_batch(half_taught(), PROMPTS, config, generators=generators, end=4)
+    alone = [decode(half_taught(), p, "speculative", seed=row, max_new_tokens=20, temperature=1.0, end=4) for row, p in enumerate(PROMPTS)]
+    assert len({len(result.tokens) for result in alone}) > 1
+    # One row's draft length shrinks near its own limit, and with it what it draws; up to there texts are the same.
+    assert [result.tokens[:15] for result in together] == [result.tokens[:15] for result in alone]
 
 
 def exact_texts(chunk: Chunk, prompt: list[int], sampling: Sampling, length: int, vocabulary: int) -> Tensor:
@@ -173,7 +226,7 @@ def exact_texts(chunk: Chunk, prompt: list[int], sampling: Sampling, length: int
     with torch.inference_mode():
         for text in itertools.product(range(vocabulary), repeat=length):
             tokens = torch.tensor([[*prompt, *text]])
-            after = model.trunk(tokens, [model.cache(1) for _ in chunk.layers])[1]
+            after = model.trunk(tokens, model.caches(1)).after_norm
             steps = sampling.probabilities(model.logits(after[0, len(prompt) - 1 : -1]).double())
             table[text] = steps.gather(1, torch.tensor(text).unsqueeze(1)).prod()
     return table
@@ -222,7 +275,7 @@ def test_bfloat16_tokens_are_the_trunks_choice_within_rounding() -> None:
     tokens = decode(chunk, prompt, "speculative", draft=3).tokens
     model = DecodingModel(chunk, 32)
     with torch.inference_mode():
-        after = model.trunk(torch.tensor([prompt + tokens]), [model.cache(1) for _ in chunk.layers])[1]
+        after = model.trunk(torch.tensor([prompt + tokens]), model.caches(1)).after_norm
         scores = model.logits(after[0, len(prompt) - 1 : -1]).log_softmax(-1)
     gaps = scores.amax(-1) - scores.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
     # bfloat16 keeps 8 bits; two layers and the head add a few roundings up.

@@ -62,7 +62,7 @@ def trunk(model: Chunk, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     """Final states, logits, and the decoder's view of our model."""
     decoder = DecodingModel(model, 64)
     caches: list[KeyValues] = [decoder.cache(len(tokens)) for _ in model.layers]
-    _, states = decoder.trunk(tokens, caches)
+    states = decoder.trunk(tokens, caches).after_norm
     return states, decoder.logits(states), decoder
 
 

@@ -1,0 +1,57 @@
+"""The texts of a batch while they grow: known tokens, and behind them the drafts of the moment."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Texts:
+    """tokens int64 [B, capacity]: row b's known tokens t[0] .. t[known[b]-1]; what stands behind them is drafts or nothing.
+
+    Whoever drafts writes behind the known tokens, where the trunk's verifying pass reads; ``extend`` makes tokens known.
+    """
+
+    def __init__(self, texts: Sequence[Sequence[int]], capacity: int, device: torch.device) -> None:
+        self.known = [len(text) for text in texts]
+        if max(self.known) > capacity:
+            raise IndexError(f"{max(self.known)} tokens do not fit {capacity}")
+        filled = [[*text, *[0] * (capacity - len(text))] for text in texts]
+        self.tokens = torch.tensor(filled, dtype=torch.int64, device=device)
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def row(self, number: int) -> list[int]:
+        """A row's known tokens."""
+        found: list[int] = self.tokens[number, : self.known[number]].tolist()
+        return found
+
+    def draft(self, place: int, tokens: Tensor) -> None:
+        """Write int64 [B] as draft number ``place``, counted from 0, behind the known tokens of each row."""
+        columns = torch.tensor(self.known, device=self.tokens.device) + place
+        self.tokens[torch.arange(len(self), device=self.tokens.device), columns] = tokens
+
+    def drafts(self, count: int) -> Tensor:
+        """int64 [B, count]: what stands behind the known tokens."""
+        columns = torch.tensor(self.known, device=self.tokens.device).unsqueeze(1)
+        return self.tokens.gather(1, columns + torch.arange(count, device=self.tokens.device))
+
+    def extend(self, new: Sequence[Sequence[int]]) -> None:
+        """Row b is known to go on with the tokens new[b]."""
+        rows = [row for row, tokens in enumerate(new) for _ in tokens]
+        columns = [self.known[row] + place for row, tokens in enumerate(new) for place in range(len(tokens))]
+        values = torch.tensor([token for tokens in new for token in tokens], dtype=torch.int64, device=self.tokens.device)
+        self.tokens[rows, columns] = values
+        self.known = [known + len(tokens) for known, tokens in zip(self.known, new, strict=True)]
+
+    def keep(self, rows: list[int]) -> None:
+        """Only these rows go on, in this order."""
+        self.tokens = self.tokens[rows]
+        self.known = [self.known[row] for row in rows]
+
+
+def shared(a: Tensor, b: Tensor, most: list[int]) -> list[int]:
+    """Tokens [B, n] twice -> for each row, how many from the first on are equal, most[b] at most."""
+    equal = (a == b).long().cumprod(1).sum(1).tolist()
+    return [min(same, bound) for same, bound in zip(equal, most, strict=True)]
