@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # torch takes seconds to load: wrong settings are answered be
     from mtp_dist.checkpoint.reader import Checkpoint
     from mtp_dist.decoding.comparison import Continuation
     from mtp_dist.decoding.engine import Generated
+    from mtp_dist.decoding.stopping import StopStrings, TextStream
     from mtp_dist.model.chunk import Chunk
 
 MODES = {"plain": ["plain"], "speculative": ["speculative"], "both": ["plain", "speculative"]}
@@ -36,46 +37,62 @@ class Writer:
 
     model: "Chunk"
     tokenizer: "Tokenizer"
+    stops: "StopStrings"
     decode: DecodeConfig
     seed: int
 
-    def warm_up(self, prompt: list[int]) -> None:
+    def warm_up(self, prompts: list[list[int]]) -> None:
         """Threads and kernels start here, so that the first mode is not the one that pays for them."""
         short = replace(self.decode, max_new_tokens=min(self.decode.max_new_tokens, WARM_UP_TOKENS))
         for mode in MODES[self.decode.mode]:
-            self._generate(prompt, replace(short, mode=mode), self.seed)
+            self._generate(prompts, replace(short, mode=mode), 0)
 
-    def write(self, prompt: str, tokens: list[int], number: int) -> "Continuation":
-        """Continue one prompt in every mode. Sampling is seeded by its number, so that its text does not depend on the others."""
+    def write(self, prompts: list[str], tokens: list[list[int]], number: int, shown: "TextStream | None") -> "list[Continuation]":
+        """Continue prompts together in every mode; ``number`` is the first one's. Sampling is seeded by a prompt's number, so
+        that its text does not depend on the others. ``shown`` prints the tokens as they come."""
         from mtp_dist.decoding.comparison import Continuation
 
         results = {}
         for mode in MODES[self.decode.mode]:
-            results[mode] = self._generate(tokens, replace(self.decode, mode=mode), self.seed + number)
-        texts = {mode: self.text(result.tokens) for mode, result in results.items()}
-        return Continuation(prompt, tokens, results, texts)
+            results[mode] = self._generate(tokens, replace(self.decode, mode=mode), number, shown)
+        items = []
+        for row, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True)):
+            found = {mode: rows[row] for mode, rows in results.items()}
+            items.append(Continuation(prompt, ids, found, {mode: self.text(result.tokens) for mode, result in found.items()}))
+        return items
 
     def text(self, tokens: list[int]) -> str:
-        """Tokens as text, the end-of-document token left out."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        """A continuation as text: without the end-of-document token, cut before a stop string."""
+        return self.stops.cut(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def _generate(self, prompt: list[int], decode: DecodeConfig, seed: int) -> "Generated":
+    def _generate(
+        self, prompts: list[list[int]], decode: DecodeConfig, number: int, shown: "TextStream | None" = None
+    ) -> "list[Generated]":
         import torch
         from tqdm import tqdm
 
         from mtp_dist.data.tokenizer import end_of_document, vocabulary_size
-        from mtp_dist.decoding.engine import generate
+        from mtp_dist.decoding.engine import generate_batch
 
-        generator = torch.Generator(self.model.output_weight().device).manual_seed(seed)
-        with tqdm(total=decode.max_new_tokens, desc=decode.mode, unit="tok", leave=False, disable=None) as bar:
-            return generate(
+        device = self.model.output_weight().device
+        generators = [torch.Generator(device).manual_seed(self.seed + number + row) for row in range(len(prompts))]
+        total = decode.max_new_tokens * len(prompts)
+        with tqdm(total=total, desc=decode.mode, unit="tok", leave=False, disable=None if shown is None else True) as bar:
+
+            def progress(row: int, tokens: list[int]) -> None:
+                bar.update(len(tokens))
+                if shown is not None:
+                    print(shown.feed(tokens), end="", flush=True)
+
+            return generate_batch(
                 self.model,
-                prompt,
+                prompts,
                 decode,
                 end=end_of_document(self.tokenizer)[1],
                 vocabulary=vocabulary_size(self.tokenizer),
-                generator=generator,
-                progress=bar.update,
+                generators=generators,
+                stops=self.stops,
+                progress=progress,
             )
 
 
@@ -90,6 +107,7 @@ def run(config: Generation) -> int:
     from mtp_dist.checkpoint.reader import open_checkpoint
     from mtp_dist.data.tokenizer import text_tokenizer
     from mtp_dist.decoding.comparison import summary
+    from mtp_dist.decoding.stopping import StopStrings, TextStream
 
     checkpoint = open_checkpoint(config.checkpoint)
     request.validate_heads(config.decode, checkpoint.config.mtp)
@@ -100,12 +118,21 @@ def run(config: Generation) -> int:
         torch.set_num_threads(config.decode.threads)
     model = checkpoint.load_model(getattr(torch, config.decode.dtype)).to("cuda" if torch.cuda.is_available() else "cpu")
 
-    writer = Writer(model, tokenizer, config.decode, config.seed)
-    writer.warm_up(encoded[0])
-    items = []
-    for number, (prompt, tokens) in enumerate(zip(prompts, encoded, strict=True)):
-        items.append(writer.write(prompt, tokens, number))
-        _print_text(items[-1], f"prompt {number + 1} of {len(prompts)}", writer)
+    writer = Writer(model, tokenizer, StopStrings(tokenizer, config.decode.stop), config.decode, config.seed)
+    size = config.decode.batch
+    writer.warm_up(encoded[:size])
+    items: list[Continuation] = []
+    for first in range(0, len(prompts), size):
+        together, shown = slice(first, first + size), None
+        if config.stream:
+            print(f"--- {_title(first, len(prompts))}\n{prompts[first]}", end="", flush=True)
+            shown = TextStream(tokenizer, writer.stops)
+        for item in writer.write(prompts[together], encoded[together], first, shown):
+            items.append(item)
+            if shown is None:
+                _print_text(item, _title(len(items) - 1, len(prompts)))
+            else:
+                print(shown.finish(next(iter(item.texts.values()))), flush=True)
     print(f"--- {_description(config.decode, checkpoint)}")
     print(summary(items, config.decode))
     if config.output:
@@ -119,12 +146,16 @@ def _note_length(prompts: list[list[int]], decode: DecodeConfig, trained: int) -
         print(f"note: texts may reach {longest} tokens; the model was trained on rows of {trained}", file=sys.stderr)
 
 
-def _print_text(item: "Continuation", title: str, writer: Writer) -> None:
+def _title(number: int, total: int) -> str:
+    return f"prompt {number + 1} of {total}"
+
+
+def _print_text(item: "Continuation", title: str) -> None:
     """The prompt with its continuation; one for each mode only where they differ."""
     results = dict(list(item.results.items())[:1]) if item.identical else item.results
-    for mode, result in results.items():
+    for mode in results:
         print(f"--- {title}" + (f", {mode}" if len(results) > 1 else ""))
-        print(writer.text(item.prompt_tokens + result.tokens), flush=True)
+        print(item.prompt + item.texts[mode], flush=True)
 
 
 def _description(decode: DecodeConfig, checkpoint: "Checkpoint") -> str:
@@ -169,5 +200,7 @@ if __name__ == "__main__":
             "python -m mtp_dist.generate checkpoint=runs/quickstart prompt='def main('",
             "python -m mtp_dist.generate checkpoint=runs/quickstart prompt='import os' decode.mode=both decode.draft=3",
             "python -m mtp_dist.generate checkpoint=runs/quickstart prompt_file=prompts.txt decode=sampling output=texts.json",
+            "python -m mtp_dist.generate checkpoint=runs/quickstart prompt_file=prompts.jsonl decode.batch=8 'decode.stop=[def]'",
+            "python -m mtp_dist.generate checkpoint=runs/quickstart prompt='class ' stream=true",
         ],
     )

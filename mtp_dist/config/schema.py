@@ -241,6 +241,8 @@ class DecodeConfig:
     top_k: int = setting(0, "Sample among the k most likely tokens. 0: all.")
     top_p: float = setting(1.0, "Sample among the likeliest tokens that hold this probability.")
     stop_at_eos: bool = setting(True, "End a text at the end-of-document token.")
+    stop: list[str] = setting([], "Strings that end a text; it is cut before the first of them.")
+    batch: int = setting(1, "Prompts decoded together.")
     dtype: str = setting("float32", "float32 | bfloat16 | float64.")
     threads: int = setting(0, "CPU threads. 0: torch's own choice.")
 
@@ -273,7 +275,8 @@ class Generation:
 
     checkpoint: str = setting("", "A checkpoint folder, or a run folder (its newest checkpoint).")
     prompt: str = setting("", "Text to continue.")
-    prompt_file: str = setting("", "A text file of prompts separated by lines of three dashes; used instead of `prompt`.")
+    prompt_file: str = setting("", "A text file of prompts separated by lines of three dashes, or a .jsonl file with a JSON string a line; used instead of `prompt`.")
+    stream: bool = setting(False, "Show each text while it grows. One prompt at a time, so not with decode.batch > 1 or decode.mode=both.")
     seed: int = setting(0, "Seed of sampling.")
     output: str = setting("", "Also write the results as JSON to this file.")
     decode: DecodeConfig = group(DecodeConfig, "Decoding.")

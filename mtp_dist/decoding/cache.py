@@ -67,7 +67,7 @@ class KeyValues:
         return Extension(self, span)
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append [B, K, n, c] to every row; returns all keys and values [B, K, total, c]. Raises IndexError beyond the capacity."""
+        """Append [B, K, n, c] to every row; returns all keys and values [B, K, total, c]. IndexError beyond the capacity."""
         end = [length + key.shape[2] for length in self.lengths]
         return self.at(Span(self.lengths, end, key.device)).extend(key, value)
 
@@ -89,7 +89,7 @@ class Extension:
     span: Span
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write [B, K, width, c]; returns views of all keys and values [B, K, total, c]. Raises IndexError beyond the capacity."""
+        """Write [B, K, width, c]; returns views of all keys and values [B, K, total, c]. IndexError beyond the capacity."""
         cache, span = self.cache, self.span
         assert span.begin == cache.lengths
         if span.total > cache.capacity:

@@ -61,8 +61,9 @@ class SequentialDrafter:
         return proposal(texts, distributions)
 
     def keep(self, rows: list[int]) -> None:
-        for part in (*self.caches, *self.inputs):
-            part.keep(rows)
+        for cache, states in zip(self.caches, self.inputs, strict=True):
+            cache.keep(rows)
+            states.keep(rows)
         self.positions = [self.positions[row] for row in rows]
         self.used_lengths = [self.used_lengths[row] for row in rows]
         self.used = self.used[rows] if self.used is not None else None

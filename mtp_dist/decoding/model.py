@@ -1,8 +1,8 @@
 """The decoder's view of a model: trunk and MTP modules run over new positions only, with caches of the earlier ones.
 
-Contract: states and logits are those of one uncached pass over each whole sequence, up to rounding, however long the other rows of
-the batch are. As in training, attention stays inside a document where the model was trained so; the end-of-document token belongs
-to the document it ends.
+Contract: states and logits are those of one uncached pass over each whole sequence, up to rounding, however long the other rows
+of the batch are. As in training, attention stays inside a document where the model was trained so; the end-of-document token
+belongs to the document it ends.
 """
 
 from typing import NamedTuple

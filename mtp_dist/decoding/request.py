@@ -3,6 +3,7 @@
 No torch here: errors come at once.
 """
 
+import json
 import os
 import re
 from pathlib import Path
@@ -24,6 +25,10 @@ def validate(config: Generation) -> None:
     if config.output and not _writable(Path(config.output)):
         raise UserError(f"output={config.output} cannot be written; name a file in a folder that exists")
     validate_decoding(config.decode)
+    if config.stream and config.decode.mode == "both":
+        raise UserError("stream=true shows one text of a prompt; choose decode.mode=plain or speculative, or stream=false")
+    if config.stream and config.decode.batch > 1:
+        raise UserError(f"stream=true shows one text at a time; choose decode.batch=1, not {config.decode.batch}, or no stream")
 
 
 def validate_decoding(decode: DecodeConfig) -> None:
@@ -38,6 +43,9 @@ def validate_decoding(decode: DecodeConfig) -> None:
     above("decode.top_p", decode.top_p, 0)
     if decode.top_p > 1:
         raise UserError(f"decode.top_p={decode.top_p} must be at most 1; 1 samples from all tokens")
+    at_least("decode.batch", decode.batch, 1)
+    if "" in decode.stop:
+        raise UserError("decode.stop holds an empty string, which would end every text at once; leave it out")
     at_least("decode.threads", decode.threads, 0)
 
 
@@ -54,21 +62,39 @@ def validate_heads(decode: DecodeConfig, mtp: MTPConfig) -> None:
 
 
 def read_prompts(config: Generation) -> list[str]:
-    """``prompt``, or the texts between the ``---`` lines of ``prompt_file``, without the line ends around them.
+    """``prompt``, or those of ``prompt_file``.
 
-    Raises UserError where there is none.
+    A file whose name ends in .jsonl holds a JSON string a line; empty lines do not count. Of any other file, prompts are the
+    texts between lines of three dashes, without the line ends around them. Raises UserError where there is none.
     """
     if not config.prompt_file:
         return [config.prompt]
+    path = Path(config.prompt_file)
     try:
-        content = Path(config.prompt_file).read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"prompt_file={config.prompt_file} cannot be read: {reason}") from None
+    if path.suffix == ".jsonl":
+        lines = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
+        prompts = [_json_prompt(line, f"prompt_file={config.prompt_file} line {number}") for number, line in lines]
+        if not prompts:
+            raise UserError(f"prompt_file={config.prompt_file} holds no prompt; write a JSON string a line")
+        return prompts
     prompts = [text for part in re.split(r"^---[ \t]*$", content, flags=re.MULTILINE) if (text := part.strip("\r\n"))]
     if not prompts:
         raise UserError(f"prompt_file={config.prompt_file} holds no prompt; write texts separated by lines of three dashes")
     return prompts
+
+
+def _json_prompt(line: str, place: str) -> str:
+    try:
+        prompt = json.loads(line)
+    except ValueError:
+        prompt = None
+    if not isinstance(prompt, str) or not prompt:
+        raise UserError(f'{place} is not a JSON string of one or more characters, such as "def main("')
+    return prompt
 
 
 def _writable(path: Path) -> bool:

@@ -12,24 +12,28 @@ class StopStrings:
 
     def __init__(self, tokenizer: Tokenizer, strings: Sequence[str]) -> None:
         self.tokenizer, self.strings = tokenizer, tuple(strings)
-        # A token is a byte at least, but for special ones, which are not text; one character may begin before it.
+        # A token is a byte at least, but for special ones, which are no text.
         self.reach = max((len(string.encode()) for string in strings), default=0) + 4
 
     def within(self, tokens: list[int], seen: int) -> int | None:
         """How many of a text's tokens there are when its first string is complete; None where none is. The first ``seen`` tokens
         are known to complete none."""
-        if not self.strings or not self._found(tokens[max(seen - self.reach, 0) :]):
+        if not self.strings:
             return None
-        return next(end for end in range(seen + 1, len(tokens) + 1) if self._found(tokens[max(seen - self.reach, 0) : end]))
+        return next((end for end in range(seen + 1, len(tokens) + 1) if self._completed(tokens[:end])), None)
 
     def cut(self, text: str) -> str:
         """The text before the first string."""
         places = [place for string in self.strings if (place := text.find(string)) >= 0]
         return text[: min(places)] if places else text
 
-    def _found(self, tokens: list[int]) -> bool:
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return any(string in text for string in self.strings)
+    def _completed(self, tokens: list[int]) -> bool:
+        """From every token on: bytes before a string, of half a character or of none, may keep a tokenizer from reading it."""
+        for start in range(max(len(tokens) - self.reach, 0), len(tokens)):
+            text = self.tokenizer.decode(tokens[start:], skip_special_tokens=True)
+            if any(string in text for string in self.strings):
+                return True
+        return False
 
 
 class TextStream:
@@ -38,7 +42,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stops: StopStrings) -> None:
         self.tokenizer, self.stops = tokenizer, stops
         self.decoder = DecodeStream(skip_special_tokens=True)
-        self.held, self.stopped = "", False
+        self.shown, self.held, self.stopped = "", "", False
 
     def feed(self, tokens: list[int]) -> str:
         """What can be shown once these tokens have come, beside what was shown before."""
@@ -50,12 +54,13 @@ class TextStream:
         self.stopped = shown != self.held
         if not self.stopped:
             shown = shown[: len(shown) - self._pending()]
-        self.held = self.held[len(shown) :]
+        self.shown, self.held = self.shown + shown, self.held[len(shown) :]
         return shown
 
-    def finish(self) -> str:
-        """The text has ended: what was held back, in case it became a stop string, and did not."""
-        return "" if self.stopped else self.held
+    def finish(self, text: str) -> str:
+        """The text has ended, and this is all of it: what was not shown, as it might have become a stop string, or was no whole
+        character."""
+        return text.removeprefix(self.shown) if text.startswith(self.shown) else ""
 
     def _pending(self) -> int:
         """Characters at the end that may become a stop string."""

@@ -107,8 +107,8 @@ class Followed:
         for number, (first, behind) in enumerate(zip(begin, end, strict=True)):
             passed = self.model.trunk(texts.tokens[number : number + 1, :behind], self.model.caches(1))
             rows.append([part[0, first:] for part in passed[:2]])
-        before, after = (pad_sequence(list(part), batch_first=True, padding_value=float("nan")) for part in zip(*rows, strict=True))
-        return TrunkPass(before, after, {})
+        parts = zip(*rows, strict=True)
+        return TrunkPass(*(pad_sequence(part, batch_first=True, padding_value=float("nan")) for part in parts), {})
 
     def round(self, new: list[list[int]], count: int, seed: int) -> tuple[Proposal, Proposal]:
         """Append new[b] to each text; drafts of the drafter that has followed all along, and of new ones, each for one text."""
@@ -129,8 +129,8 @@ class Followed:
                 fresh.observe(alone, self.states(alone, [1], [len(text) - 1]))
             fresh.chooser.source = torch.Generator().manual_seed(seed + row)
             rebuilt.append(fresh.propose(alone, count))
-        distributions = [part.probabilities for part in rebuilt if part.probabilities is not None]
-        return followed, Proposal(torch.cat([part.tokens for part in rebuilt]), torch.cat(distributions) if distributions else None)
+        q = [part.probabilities for part in rebuilt if part.probabilities is not None]
+        return followed, Proposal(torch.cat([part.tokens for part in rebuilt]), torch.cat(q) if q else None)
 
 
 rows = st.lists(st.integers(1, 6), min_size=1, max_size=3)  # prompts of so many tokens
@@ -214,7 +214,8 @@ def test_drafts_equal_those_from_rebuilt_caches(chunk: Chunk, prompts: list[int]
 @torch.no_grad()
 def test_stale_entries_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were entries kept that rejected drafts had made, the check above would fail."""
-    script = [(3, accepted, [token] * 3, False) for token, accepted in enumerate(([0] * 3, [0, 3, 0], [1, 3, 0], [0] * 3), start=1)]
+    accepts = ([0, 0, 0], [0, 3, 0], [1, 3, 0], [0, 0, 0])
+    script = [(3, accepted, [token] * 3, False) for token, accepted in enumerate(accepts, start=1)]
     check_rounds(MODELS[8], [5, 2], script, Sampling(1.0))
     monkeypatch.setattr(chain, "shared", lambda used, tokens, most: [10**6] * len(tokens))
     with pytest.raises(AssertionError):

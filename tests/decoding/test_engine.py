@@ -190,15 +190,19 @@ PROMPTS = [[1], [7, 8, 9], [3, 4, 5, 3, 2, 7, 8], [0, 20, 13, 1, 2, 3, 2], [9, 4
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 @pytest.mark.parametrize("know", [True, False], ids=["taught", "random"])
 def test_a_batch_writes_what_each_prompt_alone_gives(depth: int, dtype: torch.dtype, know: bool) -> None:
-    """Rows accept different counts and end at different times: at an end of document, inside drafts or not, or at the length."""
-    chunk = copy.deepcopy(half_taught(depth)).to(dtype) if know else random_model(depth, dtype=dtype, seed=depth, repeat=depth > 2)
+    """Rows accept different counts and end at different times: at an end of document, inside drafts or not, or at the
+    length."""
+    chunk = half_taught(depth) if know else random_model(depth, seed=depth, repeat=depth > 2)
+    chunk = copy.deepcopy(chunk).to(dtype)
     ends, endings = {}, set()
     for end, gamma in ((5, 3), (9, 5), (11, 1), (4, 2)):
         alone = [decode(chunk, prompt, "plain", end=end) for prompt in PROMPTS]
         for mode in ("plain", "speculative"):
             config = DecodeConfig(mode=mode, max_new_tokens=24, draft=gamma)
-            shown: list[list[int]] = [[] for _ in PROMPTS]
-            together = generate_batch(chunk, PROMPTS, config, end=end, progress=lambda row, tokens: shown[row].extend(tokens))
+            pieces: list[tuple[int, list[int]]] = []
+            heard = lambda *piece, pieces=pieces: pieces.append(piece)  # noqa: E731
+            together = generate_batch(chunk, PROMPTS, config, end=end, progress=heard)
+            shown = [[token for number, piece in pieces if number == row for token in piece] for row in range(len(PROMPTS))]
             assert [result.tokens for result in together] == [result.tokens for result in alone] == shown
             assert [result.ending for result in together] == [result.ending for result in alone]
             for result in together:
@@ -210,10 +214,11 @@ def test_a_batch_writes_what_each_prompt_alone_gives(depth: int, dtype: torch.dt
 
 
 def test_a_seeded_text_does_not_depend_on_its_batch() -> None:
-    config = DecodeConfig(mode="speculative", max_new_tokens=20, temperature=1.0)
+    settings = {"max_new_tokens": 20, "temperature": 1.0}
+    config = DecodeConfig(mode="speculative", **settings)  # type: ignore[arg-type]
     generators = [torch.Generator().manual_seed(row) for row in range(len(PROMPTS))]
     together = generate_batch(half_taught(), PROMPTS, config, generators=generators, end=4)
-    alone = [decode(half_taught(), p, "speculative", seed=row, max_new_tokens=20, temperature=1.0, end=4) for row, p in enumerate(PROMPTS)]
+    alone = [decode(half_taught(), p, "speculative", seed=row, end=4, **settings) for row, p in enumerate(PROMPTS)]
     assert len({len(result.tokens) for result in alone}) > 1
     # One row's draft length shrinks near its own limit, and with it what it draws; up to there texts are the same.
     assert [result.tokens[:15] for result in together] == [result.tokens[:15] for result in alone]

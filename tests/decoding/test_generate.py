@@ -99,6 +99,32 @@ def test_prompts_of_a_file_sampled_with_a_seed(checkpoint: Path, tmp_path: Path,
     assert "prompt 3 of 3" in capsys.readouterr().out
 
 
+def test_a_batch_of_json_lines_with_a_stop_string(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.json"
+    written = ["fox jump", "gray fox jum", "a\n---\nfox", "gray"]
+    prompts.write_text("\n".join(json.dumps(prompt) for prompt in written[:2]) + "\n\n" + "\n".join(map(json.dumps, written[2:])))
+    texts = []
+    for batch in (1, 3):
+        arguments = [f"prompt_file={prompts}", f"decode.batch={batch}", "decode.max_new_tokens=30", f"output={output}"]
+        assert command(f"checkpoint={checkpoint}", "decode.stop=[x jum]", *arguments) == 0
+        results = json.loads(output.read_text())["prompts"]
+        assert [item["prompt"] for item in results] == written
+        texts.append([item["speculative"]["text"] for item in results])
+        assert results[0]["speculative"]["ending"] == "stop_string"
+        assert texts[-1][0] == "ed gray fo"
+        assert f"fox jump{texts[-1][0]}\n--- prompt 2 of 4" in capsys.readouterr().out
+    assert texts[0] == texts[1]
+
+
+def test_a_text_can_be_watched_while_it_grows(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [f"checkpoint={checkpoint}", "prompt=fox jump", "decode.max_new_tokens=30", "decode.stop=[gray fox j]"]
+    shown = []
+    for stream in ("true", "false"):
+        assert command(*arguments, f"stream={stream}") == 0
+        shown.append(capsys.readouterr().out.split("\n--- step")[0])
+    assert shown[0] == shown[1] == "--- prompt 1 of 1\nfox jumped "
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -106,6 +132,11 @@ def test_prompts_of_a_file_sampled_with_a_seed(checkpoint: Path, tmp_path: Path,
         (["checkpoint={run}"], "prompt is empty and no prompt_file is given"),
         (["checkpoint={run}", "prompt_file=nowhere.txt"], "prompt_file=nowhere.txt cannot be read"),
         (["checkpoint={run}", "prompt_file={empty}"], "holds no prompt"),
+        (["checkpoint={run}", "prompt_file={lines}"], "line 2 is not a JSON string of one or more characters"),
+        (["checkpoint={run}", "prompt=a", "decode.batch=0"], "decode.batch=0 must be at least 1"),
+        (["checkpoint={run}", "prompt=a", "decode.stop=['']"], "decode.stop holds an empty string"),
+        (["checkpoint={run}", "prompt=a", "stream=true", "decode.batch=2"], "choose decode.batch=1, not 2"),
+        (["checkpoint={run}", "prompt=a", "stream=true", "decode.mode=both"], "choose decode.mode=plain or speculative"),
         (["checkpoint=nowhere", "prompt=a"], "checkpoint=nowhere does not exist"),
         (["checkpoint={tmp}", "prompt=a"], "holds no complete checkpoint"),
         (["checkpoint={run}", "prompt=a", "decode.temperature=-0.5"], "decode.temperature=-0.5 must be at least 0"),
@@ -132,7 +163,9 @@ def test_bad_input_is_one_line_before_any_weight_is_read(
 ) -> None:
     monkeypatch.setattr(torch, "empty", None)  # weights cannot be loaded without it
     (tmp_path / "empty.txt").write_text("\n---\n\n")
+    (tmp_path / "lines.jsonl").write_text('"one"\n{"prompt": "two"}\n')
     places = {"run": checkpoint, "tmp": tmp_path, "headless": headless, "empty": tmp_path / "empty.txt"}
+    places["lines"] = tmp_path / "lines.jsonl"
     assert command(*(argument.format(**places) for argument in arguments)) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
