@@ -32,7 +32,7 @@ def question_and_answer(questions: Sequence[Sequence[int]], answers: Sequence[Se
 def next_tokens(model: Chunk, tokens: Tensor) -> Tensor:
     """tokens int64 [B, T] -> int64 [B, T]: the trunk's choice after each of them, given all before."""
     decoder = DecodingModel(model, tokens.shape[1])
-    _, states = decoder.trunk(tokens.to(decoder.device), [decoder.cache(len(tokens)) for _ in model.layers])
+    states = decoder.trunk(tokens.to(decoder.device), decoder.caches(len(tokens))).after_norm
     return decoder.logits(states).argmax(-1).cpu()
 
 

@@ -97,7 +97,7 @@ def test_drafts(checkpoints: dict[str, Path], exported: Exporter, kind: str) -> 
         for k, module in enumerate(ours.mtp.values(), start=1):
             places = torch.arange(k, k + count).unsqueeze(0)
             last = heads.forward_layer(k - 1, last, places, cache, input_ids=tokens[:, k : k + count])
-            state, hidden = decoder.module(module, k, hidden, tokens, decoder.cache(1))
+            state, hidden = decoder.module(module, k, hidden, tokens, decoder.cache(1), decoder.span([0], [count]))
             expected = decoder.logits(state)
             assert close(heads._project_to_logits(last), expected)
             assert expected.std() > 0.1
