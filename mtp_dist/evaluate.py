@@ -22,6 +22,7 @@ from mtp_dist.checkpoint.manifest import CONFIG, TOKENIZER
 from mtp_dist.config import versions
 from mtp_dist.config.command import application
 from mtp_dist.config.compose import load, save
+from mtp_dist.config.heads import lookahead
 from mtp_dist.config.layout import fewest_micro_batches, world_size
 from mtp_dist.config.rules import at_least, one_of
 from mtp_dist.config.schema import Evaluation, ParallelConfig, TrainingRun
@@ -83,10 +84,10 @@ def _dataset(config: Evaluation, trained: TrainingRun, checkpoint: Path) -> Data
             f"({own[:12]}); build it with tokenizer.kind=file tokenizer.path={checkpoint / TOKENIZER}"
         )
     one_of("split", config.split, list(dataset.splits))
-    tokens, length, depth = dataset.split(config.split).tokens, trained.train.sequence_length, trained.mtp.depth
-    if not full_rows(tokens, length, depth):
+    tokens, length, ahead = dataset.split(config.split).tokens, trained.train.sequence_length, lookahead(trained.mtp)
+    if not full_rows(tokens, length, ahead):
         raise UserError(
-            f"split={config.split} of {path} has {tokens} tokens, fewer than one row of {row_length(length, depth)}; "
+            f"split={config.split} of {path} has {tokens} tokens, fewer than one row of {row_length(length, ahead)}; "
             "choose another split, or build the dataset with a larger validation_share"
         )
     return dataset

@@ -3,7 +3,7 @@
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 
 KINDS = ("none", "sequential", "parallel", "medusa", "notebook", "eagle", "eagle3")
-CONTRACT = ("kind", "depth", "concat", "h0", "recycle", "repeat", "blocks", "branch", "projection", "taps")
+CONTRACT = ("kind", "depth", "concat", "h0", "recycle", "repeat", "blocks", "branch", "projection", "taps", "stride")
 """Settings that say which parameters the heads have and how a decoder must use them; every checkpoint records them."""
 
 
@@ -17,13 +17,18 @@ def one_module(mtp: MTPConfig) -> bool:
     return mtp.kind in ("eagle", "eagle3")
 
 
+def lookahead(mtp: MTPConfig) -> int:
+    """Tokens of a row behind its S + 1: the targets of the depths."""
+    return mtp.depth * mtp.stride
+
+
 def modules(mtp: MTPConfig) -> int:
     """Modules with parameters of their own."""
     return min(mtp.depth, 1) if mtp.repeat or one_module(mtp) else mtp.depth
 
 
 def reads_tokens(mtp: MTPConfig) -> bool:
-    """Whether depth k is fed the embedding of t[i+k]: the last chunk then needs the embedding."""
+    """Whether depth k is fed the embedding of the target of depth k-1: the last chunk then needs the embedding."""
     return mtp.kind in ("sequential", "notebook", "eagle", "eagle3")
 
 

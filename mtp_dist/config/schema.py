@@ -45,11 +45,12 @@ class ModelConfig:
 class MTPConfig:
     """The Multi-Token Prediction heads, and how their losses join the main one.
 
-    `concat`, `h0`, `recycle`, `repeat`, `blocks`, `branch`, `projection` and `taps` are the contract: recorded in every checkpoint, a wrong choice shows only as lower acceptance.
+    `concat`, `h0`, `recycle`, `repeat`, `blocks`, `branch`, `projection`, `taps` and `stride` are the contract: recorded in every checkpoint, a wrong choice shows only as lower acceptance.
     """
 
     kind: str = setting("sequential", "none | sequential (DeepSeek-V3, arXiv 2412.19437 eq. 21-25) | parallel (Gloeckle, 2404.19737) | medusa (2401.10774) | eagle (2401.15077) | eagle3 (2503.01840) | notebook (position by position, as an explanatory notebook has it).")
     depth: int = setting(2, "D: how many tokens beyond the next one are predicted.")
+    stride: int = setting(1, "s: depth k at position i predicts t[i+1+k s] (leap targets, arXiv 2505.17505), and a kind that reads tokens is fed t[i+1+(k-1) s], the target of depth k-1. Above 1 for training only: there is no drafter and no export.")
     concat: str = setting("embedding_first", "sequential, eagle, eagle3: order in the input of W_k: embedding_first (released weights) | hidden_first (the paper's formula).")
     h0: str = setting("post_norm", "Trunk state given to depth 1 (eagle: and to be drawn at all): post_norm (after the final norm) | pre_norm.")
     recycle: str = setting("post_norm", "sequential: state of depth k given to depth k+1: post_norm (after norm_k) | pre_norm.")
@@ -146,7 +147,7 @@ class TrainConfig:
 
     global_batch: int = setting(32, "Sequences in one optimizer step, over all replicas.")
     micro_batch: int = setting(4, "Sequences in one forward pass of one replica.")
-    sequence_length: int = setting(256, "S: positions trained in a row; a row holds S + 1 + D tokens.")
+    sequence_length: int = setting(256, "S: positions trained in a row; a row holds S + 1 + D mtp.stride tokens.")
     steps: int | None = setting(None, "Optimizer steps of the whole run; give this or `tokens`.")
     tokens: int | None = setting(None, "Trained positions of the whole run; rounded up to whole steps.")
     dtype: str = setting("bfloat16", "bfloat16 (with float32 masters, accumulation and reduction) | float32.")

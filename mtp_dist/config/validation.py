@@ -8,7 +8,7 @@ import math
 
 from mtp_dist.config.attention import BACKENDS, require
 from mtp_dist.config.compose import settings, value
-from mtp_dist.config.heads import KINDS, one_module
+from mtp_dist.config.heads import KINDS, learns_inside, lookahead, one_module
 from mtp_dist.config.layout import (
     SCHEDULES,
     chunks,
@@ -211,8 +211,15 @@ def _validate_mtp(mtp: MTPConfig, sequence_length: int) -> None:
         raise UserError(f"mtp.depth={mtp.depth} with mtp.kind=none; choose mtp.depth=0 (mtp=none does) or mtp.kind=sequential")
     if mtp.kind != "none" and mtp.depth < 1:
         raise UserError(f"mtp.depth={mtp.depth} with mtp.kind={mtp.kind} must be at least 1; mtp=none trains without MTP heads")
-    if mtp.depth >= sequence_length:
-        raise UserError(f"mtp.depth={mtp.depth} must be less than train.sequence_length={sequence_length}")
+    at_least("mtp.stride", mtp.stride, 1)
+    if lookahead(mtp) >= sequence_length:
+        shown = f"mtp.depth={mtp.depth}" + (f" x mtp.stride={mtp.stride}" if mtp.stride > 1 else "")
+        raise UserError(f"{shown} must be less than train.sequence_length={sequence_length}")
+    if mtp.stride > 1 and (one_module(mtp) or learns_inside(mtp)):
+        raise UserError(
+            f"mtp.stride={mtp.stride} with mtp.kind={mtp.kind} and mtp.targets={mtp.targets}, which follow the trunk position by "
+            "position; choose mtp.stride=1"
+        )
     if mtp.freeze_trunk and mtp.depth == 0:
         raise UserError("mtp.freeze_trunk=true with mtp.depth=0 leaves nothing to train; choose mtp.freeze_trunk=false")
     at_least("mtp.loss_weight", mtp.loss_weight, 0)

@@ -1,7 +1,7 @@
 """From documents to rows: pure functions on arrays.
 
 The documents of a stream are laid end to end. Row n covers positions n*S .. n*S + S + D: S inputs that are trained,
-and 1 + D more tokens that only serve as targets (the next token, and one for each MTP depth). The next row starts S
+and 1 + D more tokens that only serve as targets (the next token, and what MTP depths look ahead). The next row starts S
 positions later, so every position of the stream is an input exactly once.
 """
 
@@ -30,14 +30,14 @@ class Row:
     samples: list[str]
 
 
-def row_length(sequence_length: int, depth: int) -> int:
-    """Tokens of a row: S + 1 + D."""
-    return sequence_length + 1 + depth
+def row_length(sequence_length: int, ahead: int) -> int:
+    """Tokens of a row: S + 1 + D. `ahead`: D, the farthest target behind the next token."""
+    return sequence_length + 1 + ahead
 
 
-def full_rows(tokens: int, sequence_length: int, depth: int) -> int:
+def full_rows(tokens: int, sequence_length: int, ahead: int) -> int:
     """Rows that a stream of so many tokens fills completely."""
-    return max(0, (tokens - 1 - depth) // sequence_length)
+    return max(0, (tokens - 1 - ahead) // sequence_length)
 
 
 def pack(samples: Sequence[Sample], offset: int, length: int) -> Row:

@@ -14,13 +14,13 @@ from mtp_dist.errors import UserError
 class Rows:
     """Random access to the full rows of a split: row n covers positions n*S .. n*S + S + D of its documents laid end to end."""
 
-    def __init__(self, dataset: Dataset, split: str, sequence_length: int, depth: int) -> None:
+    def __init__(self, dataset: Dataset, split: str, sequence_length: int, ahead: int) -> None:
         """Raises UserError where the split is empty or does not fill one row, ShardError where an index is wrong."""
         source = dataset.split(split)
         self._reader = SampleReader(source)
-        self._sequence_length, self._length = sequence_length, row_length(sequence_length, depth)
+        self._sequence_length, self._length = sequence_length, row_length(sequence_length, ahead)
         self._ends = np.cumsum(self._reader.lengths())
-        self._count = full_rows(int(self._ends[-1]), sequence_length, depth)
+        self._count = full_rows(int(self._ends[-1]), sequence_length, ahead)
         if not self._count:
             raise UserError(
                 f"split {split!r} of {dataset.path} has {self._ends[-1]} tokens, fewer than one row of {self._length}; "

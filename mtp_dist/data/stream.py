@@ -37,9 +37,9 @@ class Lane:
         place = self._pending[0][0]
         return Position(place.epoch, place.block, place.sample, self._offset)
 
-    def row(self, sequence_length: int, depth: int) -> Row:
+    def row(self, sequence_length: int, ahead: int) -> Row:
         """The next row; the lane then stands `sequence_length` tokens further."""
-        length = row_length(sequence_length, depth)
+        length = row_length(sequence_length, ahead)
         available = sum(len(sample.tokens) for _, sample in self._pending) - self._offset
         while available < length:
             place, sample = next(self._documents)
@@ -78,7 +78,7 @@ class Stream:
         *,
         rows: int,
         sequence_length: int,
-        depth: int,
+        ahead: int,
         lanes: int,
         block_samples: int,
         seed: int,
@@ -104,7 +104,7 @@ class Stream:
             raise UserError(f"the data state to resume from lacks lanes {missing}; it must hold all replicas' states, merged")
         self._lanes = {lane: Lane(reader, order, lane, positions.get(lane, Position())) for lane in mine}
         self._rows_per_lane = rows // lanes
-        self._sequence_length, self._depth = sequence_length, depth
+        self._sequence_length, self._ahead = sequence_length, ahead
 
     @property
     def state(self) -> State:
@@ -115,7 +115,7 @@ class Stream:
     def next(self) -> tuple[Batch, State]:
         """This replica's rows of the next global batch, and the state after it. Raises ShardError."""
         rows = [
-            lane.row(self._sequence_length, self._depth) for lane in self._lanes.values() for _ in range(self._rows_per_lane)
+            lane.row(self._sequence_length, self._ahead) for lane in self._lanes.values() for _ in range(self._rows_per_lane)
         ]
         return collate(rows), self.state
 

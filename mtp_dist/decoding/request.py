@@ -53,6 +53,11 @@ def validate_heads(decode: DecodeConfig, mtp: MTPConfig) -> None:
     """Raise UserError where speculative decoding is asked of a model that has no MTP heads."""
     if decode.mode != "plain" and mtp.depth == 0:
         raise UserError(f"decode.mode={decode.mode} drafts with MTP heads, and this model has none; choose decode.mode=plain")
+    if decode.mode != "plain" and mtp.stride > 1:
+        raise UserError(
+            f"decode.mode={decode.mode} needs a draft of each next token, and heads of mtp.stride={mtp.stride} leap over some; "
+            "choose decode.mode=plain"
+        )
     if decode.mode != "plain" and (mtp.kind != "sequential" or mtp.blocks > 1):
         kind = mtp.kind if mtp.blocks == 1 else f"{mtp.kind} with mtp.blocks={mtp.blocks}"
         raise UserError(

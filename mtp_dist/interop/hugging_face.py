@@ -47,6 +47,11 @@ def require_expressible(model: ModelConfig, mtp: MTPConfig) -> None:
             f"the checkpoint's heads (mtp.kind={mtp.kind}, mtp.blocks={mtp.blocks}, mtp.repeat={str(mtp.repeat).lower()}) are "
             "none that format=hf can hold: it takes sequential modules of one block; choose heads=false to export the trunk alone"
         )
+    if mtp.depth and mtp.stride > 1:
+        raise UserError(
+            f"the checkpoint's heads have mtp.stride={mtp.stride}, but readers of format=hf take depth k for the token k beyond "
+            "the next one; choose heads=false to export the trunk alone"
+        )
     for key in ("h0", "recycle"):
         if mtp.depth and getattr(mtp, key) != "post_norm":
             raise UserError(

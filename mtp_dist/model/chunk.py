@@ -15,6 +15,7 @@ from mtp_dist.config.heads import (
     embeds_on_last,
     handed_taps,
     learns_inside,
+    lookahead,
     reads_tokens,
     received_taps,
     soft_targets,
@@ -62,6 +63,7 @@ class Chunk(nn.Module):
         assert model.vocab_size is not None
         assert model.head_dim is not None
         self.model, self.depth, self.group, self.first, self.last = model, mtp.depth, group, first, last
+        self.stride, self.ahead = mtp.stride, lookahead(mtp)
         self.detach, self.reads_tokens, self.inside = detaches(mtp), reads_tokens(mtp), learns_inside(mtp)
         self.soft, self.cross_entropy_weight = soft_targets(mtp), mtp.cross_entropy_weight
         needs_embedding = first or (last and embeds_on_last(model, mtp))
@@ -124,15 +126,15 @@ class Chunk(nn.Module):
     def forward(
         self, hidden: Tensor | None = None, *, tokens: Tensor, documents: Tensor, scale: Tensor, starts: Tensor | None = None
     ) -> Tensor:
-        """tokens int64 and documents int [B, S+1+D], scale float32 [B, 1+D] (see ``head_loss``); starts: ``document_starts`` of
-        the first S positions, needed where ``attention`` is varlen.
+        """tokens int64 and documents int [B, S+1+D s] with the stride s, scale float32 [B, 1+D] (see ``head_loss``); starts:
+        ``document_starts`` of the first S positions, needed where ``attention`` is varlen.
 
         hidden [B, S, d] (None on the first chunk; S/R positions under sequence parallelism) -> hidden of that shape, each with
         the taps that travel behind it in the last dimension (`states_in` and `states_out` states). The last chunk returns float32
         [1 + 5 (1+D)]: the loss to differentiate, then ``COLUMNS`` of each depth.
         """
         self.forward_calls += 1
-        positions = tokens.shape[1] - 1 - self.depth
+        positions = tokens.shape[1] - 1 - self.ahead
         if self.first:
             assert self.embedding is not None
             hidden = self.embedding(tokens[:, :positions])
@@ -152,7 +154,7 @@ class Chunk(nn.Module):
             return torch.cat((hidden, *(tapped[tap] for tap in self.handed)), dim=-1) if self.handed else hidden
         assert self.norm is not None
         normed = self.norm(hidden)
-        wanted = targets(tokens, documents, self.depth, inside=self.inside)
+        wanted = targets(tokens, documents, self.depth, stride=self.stride, inside=self.inside)
         apart = documents[:, :positions] if self.model.document_mask else None
         trunk = TrunkStates(hidden, normed, self.norm, tapped, apart)
         return self._result(trunk, tokens, wanted, scale, turn, mask)
@@ -197,15 +199,16 @@ class Chunk(nn.Module):
         )
 
     def _embed_ahead(self, tokens: Tensor, positions: int) -> list[Tensor]:
-        """Emb(t[i+k]) for each depth k that is computed, where the kind of head reads tokens. Tokens are shifted before they are
-        embedded: an embedding may be a share of the positions."""
+        """Emb(t[i+1+(k-1) s]) for each depth k that is computed, where the kind of head reads tokens. Tokens are shifted before
+        they are embedded: an embedding may be a share of the positions."""
         if not self.reads_tokens:
             return []
         assert self.embedding is not None
+        shifts = range(0, self.computed * self.stride, self.stride)
         if self.group.shares_positions:
-            return [self.embedding(tokens[:, k : k + positions]) for k in range(1, self.computed + 1)]
-        once = self.embedding(tokens[:, 1 : positions + self.computed])
-        return [once[:, k : k + positions] for k in range(self.computed)]
+            return [self.embedding(tokens[:, 1 + shift : 1 + shift + positions]) for shift in shifts]
+        once = self.embedding(tokens[:, 1 : 1 + shifts[-1] + positions])
+        return [once[:, shift : shift + positions] for shift in shifts]
 
     @property
     def states_in(self) -> int:

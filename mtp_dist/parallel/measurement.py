@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mtp_dist.config.attention import choose
+from mtp_dist.config.heads import lookahead
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.model.attention import capability, document_starts, most_documents
 from mtp_dist.model.chunk import Chunk
@@ -64,7 +65,7 @@ class _Timed:
         self.chunk.defer_weight_gradients(self.queue)
         rows, positions, depth = config.train.micro_batch, config.train.sequence_length, config.mtp.depth
         generator = torch.Generator().manual_seed(1)
-        width = positions + 1 + depth
+        width = positions + 1 + lookahead(config.mtp)
         assert config.model.vocab_size is not None
         self.rows = {
             "tokens": torch.randint(0, config.model.vocab_size, (rows, width), generator=generator).to(device),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from mtp_dist.config.heads import lookahead
 from mtp_dist.config.schema import ShardBuild, Study
 from mtp_dist.data.building import build
 from mtp_dist.data.dataset import Dataset
@@ -56,7 +57,7 @@ def trained_on_text(config: Study, mesh: Mesh) -> Outcome:
         "train",
         rows=config.train.global_batch,
         sequence_length=config.train.sequence_length,
-        depth=config.mtp.depth,
+        ahead=lookahead(config.mtp),
         lanes=config.data.lanes,
         block_samples=config.data.block_samples,
         seed=config.seed,
@@ -85,7 +86,7 @@ def trained_on_text(config: Study, mesh: Mesh) -> Outcome:
 
 def bytes_per_token(data: Dataset, config: Study) -> float:
     """Of the held-out text (its first rows)."""
-    rows = Rows(data, "validation", config.train.sequence_length, config.mtp.depth)
+    rows = Rows(data, "validation", config.train.sequence_length, lookahead(config.mtp))
     tokens = rows.read(0, min(len(rows), config.text.sequences)).tokens[:, : config.train.sequence_length].flatten()
     text = load_tokenizer(data.tokenizer_path).decode(tokens.tolist(), skip_special_tokens=True)
     return len(text.encode()) / int(torch.count_nonzero(tokens != data.eos_id))

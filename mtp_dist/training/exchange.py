@@ -13,8 +13,8 @@ from mtp_dist.parallel.mesh import Mesh
 
 
 def share(batch: Batch | None, shape: tuple[int, int], mesh: Mesh) -> tuple[Tensor, Tensor]:
-    """The reader's batch on every rank of its replica: (tokens int64, documents int32), each of `shape` [rows, S+1+D], on the
-    device."""
+    """The reader's batch on every rank of its replica: (tokens int64, documents int32), each of `shape` [rows, tokens of a
+    row], on the device."""
     both = torch.empty(2, *shape, dtype=torch.int32, device=mesh.device)
     if mesh.is_reader:
         assert batch is not None
@@ -26,7 +26,7 @@ def share(batch: Batch | None, shape: tuple[int, int], mesh: Mesh) -> tuple[Tens
 
 def global_counts(tokens: Tensor, documents: Tensor, mtp: MTPConfig, mesh: Mesh) -> Tensor:
     """int64 [1+D]: valid targets of each depth over all replicas."""
-    counts = valid_counts(targets(tokens, documents, mtp.depth, inside=learns_inside(mtp)))
+    counts = valid_counts(targets(tokens, documents, mtp.depth, stride=mtp.stride, inside=learns_inside(mtp)))
     if mesh.parallel.data > 1:
         dist.all_reduce(counts, group=mesh.replicas)
     return counts

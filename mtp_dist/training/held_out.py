@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from mtp_dist.config.heads import lookahead
 from mtp_dist.data.batch import Batch
 from mtp_dist.data.dataset import Dataset
 from mtp_dist.data.rows import Rows
@@ -23,7 +24,7 @@ class HeldOut:
     def __init__(self, model: ForwardOnly, dataset: Dataset, split: str, sequences: int) -> None:
         self.model = model
         config, self.mesh = model.config, model.mesh
-        self.width = config.train.sequence_length + 1 + config.mtp.depth
+        self.width = config.train.sequence_length + 1 + lookahead(config.mtp)
         self.rows = together(self.mesh, lambda: self._open(dataset, split) if self.mesh.is_reader else None)
         found = [min(sequences, len(self.rows)) if self.rows else 0]
         dist.broadcast_object_list(found, src=0, group=self.mesh.control)
@@ -32,7 +33,7 @@ class HeldOut:
 
     def _open(self, dataset: Dataset, split: str) -> Rows:
         train = self.model.config.train
-        return Rows(dataset, split, train.sequence_length, self.model.config.mtp.depth)
+        return Rows(dataset, split, train.sequence_length, lookahead(self.model.config.mtp))
 
     def _share(self, begin: int, rows: int) -> Batch:
         """Chosen rows begin .. begin + rows, padded behind the last one."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mtp_dist.checkpoint.reader import Checkpoint
 from mtp_dist.config.attention import Choice, choose, obstacle
-from mtp_dist.config.heads import embeds_on_last
+from mtp_dist.config.heads import embeds_on_last, lookahead
 from mtp_dist.config.layout import micro_batches
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.data.batch import Batch
@@ -37,7 +37,7 @@ class ForwardOnly:
     def evaluate(self, batch: Batch | None, rows: int, micro_batch: int) -> Totals:
         """`rows` rows a replica (a multiple of `micro_batch`), `batch` on the reader. Touches nothing that training reads.
         Collective."""
-        tokens, documents = share(batch, (rows, self.config.train.sequence_length + 1 + self.config.mtp.depth), self.mesh)
+        tokens, documents = share(batch, (rows, self.config.train.sequence_length + 1 + lookahead(self.config.mtp)), self.mesh)
         counts = global_counts(tokens, documents, self.config.mtp, self.mesh)
         scale = torch.zeros(len(counts), device=tokens.device)
         self._compute(self.config.mtp.depth)
@@ -75,7 +75,7 @@ class Workload(ForwardOnly):
         global counts. Collective.
         """
         train, mesh = self.config.train, self.mesh
-        shape = (train.global_batch // mesh.parallel.data, train.sequence_length + 1 + self.config.mtp.depth)
+        shape = (train.global_batch // mesh.parallel.data, train.sequence_length + 1 + lookahead(self.config.mtp))
         with span(self.pipeline.timeline, "exchange"):
             tokens, documents = share(batch, shape, mesh)
             counts = global_counts(tokens, documents, self.config.mtp, mesh)

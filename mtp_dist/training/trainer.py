@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mtp_dist.checkpoint.writer import Saver
+from mtp_dist.config.heads import lookahead
 from mtp_dist.config.layout import micro_batches, tokens_per_step
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.data.batch import Batch
@@ -121,7 +122,7 @@ class Trainer:
             "train",
             rows=config.train.global_batch,
             sequence_length=config.train.sequence_length,
-            depth=config.mtp.depth,
+            ahead=lookahead(config.mtp),
             lanes=config.data.lanes,
             block_samples=config.data.block_samples,
             seed=config.seed,

@@ -17,7 +17,7 @@ S, D, LANES = 48, 2, 4
 
 
 def stream(dataset: Dataset, replica: int = 0, replicas: int = 1, state: Any = None, **changes: Any) -> Stream:
-    settings = {"rows": 8, "sequence_length": S, "depth": D, "lanes": LANES, "block_samples": 8, "seed": 3} | changes
+    settings = {"rows": 8, "sequence_length": S, "ahead": D, "lanes": LANES, "block_samples": 8, "seed": 3} | changes
     return Stream(dataset, settings.pop("split", "train"), replica=replica, replicas=replicas, state=state, **settings)
 
 
@@ -55,7 +55,7 @@ def test_each_token_of_each_document_is_an_input_once_an_epoch(dataset: Dataset)
     """With rows of one input each, the state before a row says which epoch and which token of its document it is."""
     split = dataset.split("validation")
     stored = {sample.key: sample.tokens for sample in SampleReader(split).read(0, split.documents)}
-    reading = stream(dataset, split="validation", rows=LANES, sequence_length=1, depth=0)
+    reading = stream(dataset, split="validation", rows=LANES, sequence_length=1, ahead=0)
     counts: Counter[tuple[int, str, int]] = Counter()
     places = reading.state["lanes"]
     while min(place["epoch"] for place in places.values()) < 2:
@@ -74,7 +74,7 @@ def test_each_token_of_each_document_is_an_input_once_an_epoch(dataset: Dataset)
 def test_rows_are_windows_of_their_lane(dataset: Dataset) -> None:
     """Row n of a lane holds its positions n*S .. n*S + S + D, whatever S and D are."""
     tokens: list[list[int]] = [[] for _ in range(LANES)]
-    single = stream(dataset, rows=LANES, sequence_length=1, depth=0)
+    single = stream(dataset, rows=LANES, sequence_length=1, ahead=0)
     for _ in range(11 * S):
         for lane, token in enumerate(single.next()[0].tokens[:, 0].tolist()):
             tokens[lane].append(token)

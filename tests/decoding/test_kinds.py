@@ -36,6 +36,15 @@ def test_plain_text_is_the_trunks(heads: dict[str, Any]) -> None:
     assert len(texts[0]) == 8
 
 
+def test_leaping_heads_neither_draft_nor_export() -> None:
+    mtp = MTPConfig(depth=2, stride=2)
+    validate_heads(DecodeConfig(mode="plain"), mtp)
+    with pytest.raises(UserError, match=r"mtp\.stride=2 leap over some; choose decode\.mode=plain"):
+        validate_heads(DecodeConfig(mode="both"), mtp)
+    with pytest.raises(UserError, match=r"mtp\.stride=2.*choose heads=false"):
+        require_expressible(ModelConfig(), mtp)
+
+
 @pytest.mark.parametrize("heads", OTHERS, ids=lambda heads: heads["kind"])
 def test_drafting_and_exporting_are_refused(heads: dict[str, Any]) -> None:
     mtp = MTPConfig(depth=2, **heads)

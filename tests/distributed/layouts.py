@@ -87,6 +87,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
             "medusa": {"kind": "medusa", "blocks": 2},
             "notebook": {"kind": "notebook"},
             "medusa_own": {"kind": "medusa", "projection": "own"},
+            "stride": {"stride": 3},
             "soft": {"targets": "trunk", "depth": 3},
         }.items()
         for name, where in {
@@ -165,6 +166,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "pp2_zbv_frozen_curriculum": {
         "pipeline": 2, "schedule": "zbv", "freeze_trunk": True, "depth": 3, "curriculum": [[0, 1], [256, 3], [512, 2]]},
+    "pp2_zbv_stride": {"pipeline": 2, "schedule": "zbv", "stride": 2, **CURRICULUM},
+    "pp2_1f1b_frozen_parallel_stride": {
+        "pipeline": 2, "schedule": "1f1b", "kind": "parallel", "freeze_trunk": True, "stride": 2, "depth": 3},
+    "tp2_notebook_stride": {"tensor": 2, "kind": "notebook", "stride": 4},
     "pp2_zbv_medusa": {"pipeline": 2, "schedule": "zbv", "kind": "medusa"},
     "pp2_1f1b_untied_medusa": {"pipeline": 2, "schedule": "1f1b", "kind": "medusa", "tie": False},
     "pp2_1f1b_frozen_medusa": {"pipeline": 2, "schedule": "1f1b", "kind": "medusa", "freeze_trunk": True},
@@ -199,6 +204,7 @@ PATHS = {
     "targets": "mtp.targets",
     "projection": "mtp.projection",
     "repeat": "mtp.repeat",
+    "stride": "mtp.stride",
     "curriculum": "mtp.curriculum",
     "decay": "mtp.decay",
     "blocks": "mtp.blocks",
@@ -257,7 +263,7 @@ def global_batch(config: TrainingRun, step: int) -> Batch:
     """Rows with unlike documents on purpose: from no valid target at all to all of them, so that micro-batches and replicas
     have unequal counts."""
     generator = torch.Generator().manual_seed(1000 + step)
-    rows, width = config.train.global_batch, config.train.sequence_length + 1 + config.mtp.depth
+    rows, width = config.train.global_batch, config.train.sequence_length + 1 + config.mtp.depth * config.mtp.stride
     tokens = torch.randint(0, config.model.vocab_size or 1, (rows, width), generator=generator)
     # Row r starts a new document with probability rising from 0 to 1/2; row 5 is padding.
     starts = torch.rand(rows, width, generator=generator) < torch.linspace(0, 0.5, rows).unsqueeze(1)

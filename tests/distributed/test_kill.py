@@ -105,7 +105,7 @@ def expected_rows(layout: str, data: Path, steps: int) -> dict[int, dict[int, li
     streams = [
         Stream(
             Dataset.open(data), "train",
-            rows=config.train.global_batch, sequence_length=config.train.sequence_length, depth=config.mtp.depth,
+            rows=config.train.global_batch, sequence_length=config.train.sequence_length, ahead=config.mtp.depth,
             lanes=config.data.lanes, block_samples=config.data.block_samples, seed=config.seed,
             replica=replica, replicas=replicas,
         )

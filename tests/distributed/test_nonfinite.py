@@ -113,7 +113,7 @@ def test_the_rows_of_the_step_are_kept(ended: Ended, tiny_dataset: Path, case: s
             "train",
             rows=config.train.global_batch,
             sequence_length=config.train.sequence_length,
-            depth=config.mtp.depth,
+            ahead=config.mtp.depth,
             lanes=config.data.lanes,
             block_samples=config.data.block_samples,
             seed=config.seed,

@@ -35,6 +35,7 @@ RESUMED = [
     "pp2_1f1b_repeat",
     "dp2_medusa",
     "pp2_zbv_curriculum",
+    "dp2_stride",
     "dp2_zero3_curriculum",
     "tp2_sequence_notebook",
     "tp2_sequence_soft",

@@ -188,7 +188,7 @@ def heads(
         name = "mtp.1" if mtp.repeat else f"mtp.{k}"
         joined = []
         for i, h in enumerate(hidden):
-            embedded = weights["embedding.weight"][tokens[i + k]]
+            embedded = weights["embedding.weight"][tokens[i + 1 + (k - 1) * mtp.stride]]
             parts = [
                 norm(embedded, weights[f"{name}.embedding_norm.weight"], model.norm_eps),
                 norm(h, weights[f"{name}.hidden_norm.weight"], model.norm_eps),
@@ -222,7 +222,7 @@ def notebook_heads(weights: Weights, mtp: MTPConfig, before: Vectors, after: Vec
     for i, state in enumerate(after if mtp.h0 == "post_norm" else before):
         for k in range(1, mtp.depth + 1):
             name = "mtp.1" if mtp.repeat else f"mtp.{k}"
-            parts = [state, weights["embedding.weight"][tokens[i + k]]]
+            parts = [state, weights["embedding.weight"][tokens[i + 1 + (k - 1) * mtp.stride]]]
             if mtp.concat == "embedding_first":
                 parts.reverse()
             state = affine(f"{name}.projection", torch.cat(parts))
@@ -242,7 +242,7 @@ def row_states(
 ) -> tuple[list[Vectors], list[list[Tensor]]]:
     """h^0 (normed), h^1 .. h^D of one row of S + 1 + D tokens; and eagle's distances of depth 1 .. D, as many positions as have
     one."""
-    positions = len(tokens) - 1 - mtp.depth
+    positions = len(tokens) - 1 - mtp.depth * mtp.stride
     states = trunk_states(weights, model, tokens[:positions], documents[:positions])
     xs = states[-1]
 
@@ -284,7 +284,7 @@ def losses(
             soft = k > 0 and mtp.targets == "trunk"
             drawn = k > 0 and mtp.kind == "eagle"
             for i, state in enumerate(states):
-                one_document = documents_of_row[i] >= 0 and len(set(documents_of_row[i : i + k + 2])) == 1
+                one_document = documents_of_row[i] >= 0 and len(set(documents_of_row[i : i + 2 + k * mtp.stride])) == 1
                 if not one_document or ((soft or drawn) and i + k >= len(states)):
                     continue
                 own = k > 0 and mtp.projection == "own"
@@ -293,7 +293,7 @@ def losses(
                     taught = (head @ every[0][i + k]).exp().detach()
                     wanted = sum(taught[v] * logits[v] for v in range(len(logits))) / taught.sum()
                 else:
-                    wanted = logits[row[i + k + 1]]
+                    wanted = logits[row[i + 1 + k * mtp.stride]]
                 loss = logits.exp().sum().log() - wanted
                 if drawn:
                     loss = distances[k - 1][i] + mtp.cross_entropy_weight * loss

@@ -35,7 +35,7 @@ def test_a_depth_that_is_off_costs_nothing(kind: dict[str, Any], computed: int) 
 
     for name, module in cut.mtp.items():
         module.register_forward_hook(count(name))
-    tokens, documents = rows(DEPTH)
+    tokens, documents = rows(DEPTH * kind.get("stride", 1))
     scale = torch.tensor([1.0, 0.5, 0.25, 0.125]) * (torch.arange(1 + DEPTH) <= computed)
     everything = torch.tensor([1.0, 0.5, 0.25, 0.125])
     want = whole(tokens=tokens, documents=documents, scale=scale.expand(3, -1))

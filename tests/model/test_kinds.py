@@ -27,6 +27,9 @@ KINDS: list[dict[str, Any]] = [
     {"kind": "notebook"},
     {"kind": "notebook", "concat": "hidden_first", "blocks": 2, "h0": "pre_norm"},
     {"kind": "notebook", "concat": "hidden_first", "repeat": True},
+    {"kind": "parallel", "stride": 2},
+    {"kind": "medusa", "stride": 3},
+    {"kind": "notebook", "stride": 2},
     {"kind": "parallel", "targets": "trunk"},
     {"kind": "medusa", "targets": "trunk"},
     {"kind": "medusa", "projection": "own"},
@@ -47,7 +50,7 @@ def test_losses_and_gradients_equal_the_loop(kind: dict[str, Any], tie: bool, de
     """Detached, as eagle always is: what belongs to the trunk has the main loss's gradient alone."""
     chunk = small_model(2, tie=tie, detach=detach, **kind)
     mtp = settings(chunk, depth_weights=[1.0, 0.5], **kind)
-    tokens, documents = rows(2)
+    tokens, documents = rows(2 * mtp.stride)
     weights = copies(chunk)
     assert set(weights) == {name for name, _ in chunk.named_parameters()}
     want, means, counts = loop.losses(weights, chunk.model, mtp, tokens.tolist(), documents.tolist())

@@ -42,7 +42,7 @@ def settings(chunk: Chunk, **mtp: object) -> MTPConfig:
 
 def run(chunk: Chunk, mtp: MTPConfig, tokens: Tensor, documents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(total, mean loss of each depth, counts) by the model's own forward pass."""
-    counts = valid_counts(targets(tokens, documents, mtp.depth, inside=learns_inside(mtp)))
+    counts = valid_counts(targets(tokens, documents, mtp.depth, stride=mtp.stride, inside=learns_inside(mtp)))
     scale = target_scale(coefficients(mtp, 0), counts, replicas=1).expand(len(tokens), -1)
     out = chunk(tokens=tokens, documents=documents, scale=scale)
     sums = out[1:].view(1 + mtp.depth, len(COLUMNS))[:, COLUMNS.index("loss_sum")]
@@ -54,6 +54,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"blocks": 2},
     {"repeat": True, "blocks": 2, "recycle": "pre_norm"},
     {"targets": "trunk"},
+    {"stride": 2},
+    {"stride": 3, "repeat": True},
 ]
 
 
@@ -64,13 +66,13 @@ def test_heads_equal_the_loop(depth: int, variant: dict[str, Any], masked: bool)
     """Any trunk state will do: random ones, `after` unrelated to `before`, so that taking the wrong one shows."""
     chunk = small_model(depth, document_mask=masked, **variant)
     mtp, model = settings(chunk, **variant), chunk.model
-    tokens, documents = rows(depth)
+    tokens, documents = rows(depth * mtp.stride)
     before, after = torch.randn(2, 3, 6, model.hidden, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     assert isinstance(chunk.mtp, SequentialHeads)
     assert chunk.embedding is not None
     assert model.head_dim is not None
     turn = rotation(torch.arange(6), model.head_dim, model.rope_theta)
-    embedded = [chunk.embedding(tokens[:, k : k + 6]) for k in range(1, 1 + depth)]
+    embedded = [chunk.embedding(tokens[:, 1 + k * mtp.stride :][:, :6]) for k in range(depth)]
     with torch.no_grad():
         assert chunk.norm is not None
         mask = document_mask(documents[:, :6]) if masked else None
@@ -95,7 +97,7 @@ def test_heads_equal_the_loop(depth: int, variant: dict[str, Any], masked: bool)
 def test_losses_and_gradients_equal_the_loop(depth: int, variant: dict[str, Any], masked: bool, tie: bool) -> None:
     chunk = small_model(depth, tie=tie, document_mask=masked, **variant)
     mtp = settings(chunk, depth_weights=[1.0, 0.5, 0.25][:depth], **variant)
-    tokens, documents = rows(depth)
+    tokens, documents = rows(depth * mtp.stride)
     weights = copies(chunk)
     want, means, wanted_counts = loop.losses(weights, chunk.model, mtp, tokens.tolist(), documents.tolist())
     want.backward()

@@ -89,7 +89,8 @@ def _reference_result(
 
     Depths beyond the `parts` are computed like the others, with a weight of 0."""
     batch = global_batch(config, step)
-    counts = valid_counts(targets(batch.tokens, batch.documents, config.mtp.depth, inside=learns_inside(config.mtp)))
+    mtp = config.mtp
+    counts = valid_counts(targets(batch.tokens, batch.documents, mtp.depth, stride=mtp.stride, inside=learns_inside(mtp)))
     scale = target_scale(parts, counts, replicas=1).expand(len(batch), -1)
     out = torch.zeros(model.result_size())
     for tokens, documents, weights in zip(*(rows.chunk(splits) for rows in (batch.tokens, batch.documents, scale)), strict=True):
