@@ -1,6 +1,7 @@
 """Promise: a new run starts from another's true float32 weights, under any layout and with any number of heads; what does not
 fit is refused in one line before any process starts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,14 @@ import pytest
 
 from mtp_dist.checkpoint.compatibility import require_start
 from mtp_dist.checkpoint.reader import Checkpoint
+from mtp_dist.config.heads import modules
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.errors import UserError
 from mtp_dist.freezing import check, freeze
 from mtp_dist.model.parameter import initial_value, spec_of
 from mtp_dist.parallel.engine import MOMENTS, PARTS
 from mtp_dist.tracking.jsonl import read_records
+from tests.distributed.layouts import configuration
 from tests.distributed.pool import run_jobs
 from tests.distributed.ranks import settings
 
@@ -26,6 +29,16 @@ STARTS: dict[str, tuple[str, int, dict[str, Any], int]] = {
     "none": ("tp2", 0, {}, 0),
     "fresh": ("pp2_1f1b", 2, {"init.heads": "fresh", "init.optimizer": True}, 0),
     "copies": ("tp2_sequence_medusa_own", 2, {"init.heads": "fresh"}, 0),
+    # Other kinds on the same trunk, jointly and alone.
+    "parallel": ("pp2_1f1b_parallel", 2, {"init.heads": "fresh"}, 0),
+    "medusa alone": ("pp2_1f1b_frozen_medusa", 2, {"init.heads": "fresh"}, 0),
+    "notebook": ("pp2_zbv_notebook", 3, {"init.heads": "fresh", "init.optimizer": True}, 0),
+    "notebook alone": ("tp2_frozen_notebook", 2, {"init.heads": "fresh"}, 0),
+    "eagle": ("dp2_eagle", 2, {"init.heads": "fresh"}, 0),
+    "eagle alone": ("pp2_1f1b_frozen_eagle", 2, {"init.heads": "fresh"}, 0),
+    "eagle3": ("pp2_zbv_eagle3", 3, {"init.heads": "fresh"}, 0),
+    "leaps": ("dp2_stride", 2, {"init.heads": "fresh"}, 0),
+    "sequential alone": ("pp2_zbv_frozen", 2, {}, 2),
     "all": ("tp2", 2, {"init.optimizer": True}, 2),
 }
 
@@ -54,7 +67,8 @@ def test_what_is_taken_has_the_same_bits_and_the_rest_is_fresh(made: Path, run: 
     _, depth, init, kept = STARTS[run]
     old, new = at(made, "old", 4), at(made, run, 0)
     specs = {name: spec_of(p) for name, p in new.load_model().named_parameters()}
-    assert {int(name.split(".")[1]) for name in specs if name.startswith("mtp.")} == set(range(1, depth + 1))
+    count = modules(replace(configuration(STARTS[run][0]).mtp, depth=depth))
+    assert {int(name.split(".")[1]) for name in specs if name.startswith("mtp.")} == set(range(1, count + 1))
     optimizer, whole = init.get("init.optimizer", False), kept == depth == 2
     for name, spec in specs.items():
         head = name.startswith("mtp.")
@@ -79,7 +93,10 @@ def test_it_trains_from_there_as_a_run_of_its_own(made: Path, run: str) -> None:
     assert [record["step"] for record in records] == [1, 2]
     assert records[0]["data/tokens_seen"] == 16 * 16
     before, after = at(made, run, 0), at(made, run, 2)
-    assert any(not before.read(name, PARTS[0]).equal(after.read(name, PARTS[0])) for name in before.manifest.parameters)
+    moved = {name for name in before.manifest.parameters if not before.read(name, PARTS[0]).equal(after.read(name, PARTS[0]))}
+    alone = configuration(STARTS[run][0]).mtp.freeze_trunk
+    assert any(name.startswith("mtp.") for name in moved) == (STARTS[run][1] > 0)
+    assert any(not name.startswith("mtp.") for name in moved) == (not alone)
     assert before.manifest.tracker != at(made, "old", 4).manifest.tracker
 
 
@@ -95,6 +112,8 @@ def asked(made: Path, data: Path, **overrides: Any) -> TrainingRun:
     ("overrides", "line"),
     [
         ({"model__mlp": 64}, "is of another model: its model.mlp is 48, this run's is 64; set model.mlp=48"),
+        ({"mtp__kind": "parallel"}, "has heads of mtp.kind=sequential, this run's are parallel; set mtp.kind=sequential, or"),
+        ({"mtp__stride": 2}, "has heads of mtp.stride=1, this run's are 2; set mtp.stride=1, or init.heads=fresh"),
         ({"mtp__concat": "hidden_first"}, "has heads of mtp.concat=embedding_first, this run's are hidden_first; set mtp"),
         ({"init__checkpoint": "/nowhere"}, "init.checkpoint=/nowhere does not exist"),
         ({"init__heads": "old"}, "init.heads=old is not one of keep or fresh"),
@@ -109,7 +128,7 @@ def test_what_does_not_fit_is_refused_at_once(
 
 
 def test_other_heads_are_no_hindrance_to_fresh_ones(made: Path, tiny_dataset: Path) -> None:
-    config = asked(made, tiny_dataset, mtp__concat="hidden_first", init__heads="fresh")
+    config = asked(made, tiny_dataset, mtp__concat="hidden_first", mtp__kind="notebook", mtp__stride=2, init__heads="fresh")
     require_start(at(made, "old", 4).path, config)
 
 
