@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtp_dist import humaneval
 from mtp_dist.checkpoint import folder
 from mtp_dist.checkpoint.manifest import CONFIG, TOKENIZER
 from mtp_dist.config import versions
@@ -43,9 +44,14 @@ EXAMPLES = (
     f"python -m {MODULE} checkpoint=runs/quickstart",
     f"python -m {MODULE} checkpoint=runs/quickstart/checkpoints/step_00000200 parallel=v2 dtype=float32",
     f"python -m {MODULE} checkpoint=runs/quickstart data=datasets/other sequences=1000 output=other.json",
+    f"python -m {MODULE} checkpoint=runs/code task=humaneval file=HumanEval.jsonl.gz programs.allow=true decode=sampling "
+    "programs.samples=20 programs.k=[1,10]",
 )
 # Micro-batches of one pass for each pipeline rank: enough that filling and draining the pipeline is a small share.
 MICRO_BATCHES_A_RANK = 4
+NOT_HELD_OUT = ("launch", "output", "task", "file", "seed", "programs", "decode")
+"""Settings that change nothing in the held-out loss."""
+TASKS = ("held_out", "humaneval")
 
 
 def prepare(config: Evaluation) -> Evaluation:
@@ -103,7 +109,7 @@ def _result_file(config: Evaluation, full: Evaluation) -> Path:
     if checkpoint.parent.name != "checkpoints":
         raise UserError(f"checkpoint={config.checkpoint} is not in a run folder, so the result needs a place: output=FILE.json")
     # Every node must find the same name, and evaluations of different things different ones.
-    content = {key: value for key, value in asdict(full).items() if key not in ("launch", "output")}
+    content = {key: value for key, value in asdict(full).items() if key not in NOT_HELD_OUT}
     mark = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
     return checkpoint.parents[1] / "evaluation" / f"{checkpoint.name}.{full.split}.{mark}.json"
 
@@ -114,7 +120,10 @@ def settings_file(config: Evaluation) -> Path:
 
 
 def launch(config: Evaluation) -> int:
-    """Freeze the evaluation and run its processes on this machine."""
+    """Freeze the evaluation and run its processes on this machine; programs are written and run in this process."""
+    one_of("task", config.task, TASKS)
+    if config.task == "humaneval":
+        return humaneval.run(config)
     ready = prepare(config)
     path = settings_file(ready)
     if ready.launch.node_rank == 0:

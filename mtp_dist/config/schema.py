@@ -249,6 +249,18 @@ class DecodeConfig:
 
 
 @dataclass
+class ProgramConfig:
+    """task=humaneval: programs that the model writes are run to see whether they are right."""
+
+    allow: bool = setting(False, "Run programs that nobody has read. They are fenced in (no network, no other files, processes or programs; limits on time and memory), which stops mistakes, not an attacker of the kernel.")
+    samples: int = setting(1, "n, programs for each problem; more than one needs decode.temperature above 0.")
+    k: list[int] = setting([1], "pass@k for each of these; at most `samples`.")
+    completions: str = setting("", "JSON lines with task_id and completion to be judged instead of a model's own.")
+    seconds: float = setting(5.0, "Time of one program.")
+    memory_mb: int = setting(512, "Address space of one program, in MiB.")
+
+
+@dataclass
 class TrainingRun:
     """`python -m mtp_dist.train`."""
 
@@ -287,6 +299,9 @@ class Generation:
 class Evaluation:
     """`python -m mtp_dist.evaluate`. Model, heads and data come from the checkpoint; the layout may be another one."""
 
+    task: str = setting("held_out", "held_out (loss and accuracy of each depth on a dataset) | humaneval (pass@k: programs that the model writes pass their tests).")
+    file: str = setting("", "task=humaneval: the problems, JSON lines as of HumanEval, also gzipped.")
+    seed: int = setting(0, "task=humaneval: seed of sampling.")
     checkpoint: str = setting("", "A checkpoint folder, or a run folder (its newest checkpoint).")
     data: str = setting("", "Dataset folder. Empty: the one that the checkpoint was trained on.")
     split: str = setting("validation", "Which split of the dataset.")
@@ -294,6 +309,8 @@ class Evaluation:
     micro_batch: int = setting(4, "Sequences in one forward pass of one replica.")
     output: str = setting("", "Also write the results as JSON to this file.")
     dtype: str | None = setting(None, "float32 | bfloat16. null: the checkpoint's.")
+    programs: ProgramConfig = group(ProgramConfig, "Programs of task=humaneval.")
+    decode: DecodeConfig = group(DecodeConfig, "Decoding, for task=humaneval.")
     parallel: ParallelConfig = group(ParallelConfig, "The layout.")
     launch: LaunchConfig = group(LaunchConfig, "Processes.")
 

@@ -1,0 +1,131 @@
+"""pass@k of a checkpoint, or of completions in a file: ``python -m mtp_dist.evaluate task=humaneval
+file=HumanEval.jsonl.gz``.
+
+The model continues each problem's prompt `programs.samples` times; a completion ends where it leaves the function; the
+program is run with the problem's tests, fenced in (``programs/sandbox.py``). Nothing runs without programs.allow=true.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from mtp_dist.checkpoint import folder
+from mtp_dist.config import versions
+from mtp_dist.config.rules import above, at_least, between, given
+from mtp_dist.config.schema import Evaluation
+from mtp_dist.decoding.request import validate_decoding, validate_heads
+from mtp_dist.errors import UserError
+from mtp_dist.programs.pass_at_k import mean_pass_at_k
+from mtp_dist.programs.problems import Problem, read_completions, read_problems, truncated
+from mtp_dist.programs.sandbox import Limits, passes
+
+
+def run(config: Evaluation) -> int:
+    """The command. Raises UserError before any program is written or run."""
+    problems, completions = prepare(config)
+    print("warning: running programs that nobody has read, fenced in (programs.allow=true)", file=sys.stderr, flush=True)
+    written = completions if completions is not None else dict(write(config, problems))
+    result = judge(config, problems, written)
+    if config.output:
+        try:
+            Path(config.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"output={config.output} cannot be written: {error.strerror}") from None
+    for name, value in result["pass_at_k"].items():
+        print(f"pass@{name}: {100 * value:.1f} % of {len(problems)} problems, {result['samples']} programs each")
+    return 0
+
+
+def prepare(config: Evaluation) -> tuple[list[Problem], dict[str, list[str]] | None]:
+    """The problems, and the completions of a file if there is one. Raises UserError."""
+    versions.check()
+    asked, decode = config.programs, config.decode
+    given("file", config.file, "HumanEval.jsonl.gz (problems as JSON lines)")
+    if not asked.allow:
+        raise UserError(
+            "task=humaneval runs programs that a model wrote and nobody has read; they are fenced in, but run it only where that "
+            "is acceptable: programs.allow=true"
+        )
+    between("seed", config.seed, 0, 2**63 - 1)
+    at_least("programs.samples", asked.samples, 1)
+    above("programs.seconds", asked.seconds, 0)
+    at_least("programs.memory_mb", asked.memory_mb, 64)
+    validate_decoding(decode)
+    problems = read_problems(config.file)
+    completions = read_completions(asked.completions, problems) if asked.completions else None
+    samples = asked.samples if completions is None else len(next(iter(completions.values())))
+    for k in asked.k:
+        if not 1 <= k <= samples:
+            raise UserError(f"programs.k={k} must be from 1 to the {samples} programs of each problem")
+    if completions is None:
+        folder.sound(config.checkpoint)
+        if decode.mode == "both":
+            raise UserError("decode.mode=both is for generate; choose plain or speculative")
+        if asked.samples > 1 and decode.temperature == 0:
+            raise UserError(
+                f"programs.samples={asked.samples} with decode.temperature=0 would be the same program each time; choose "
+                "decode=sampling"
+            )
+    return problems, completions
+
+
+def write(config: Evaluation, problems: list[Problem]) -> Iterator[tuple[str, list[str]]]:
+    """(task, the model's completions) of each problem; sample s of problem p has a seed of its own."""
+    import torch
+    from tqdm import tqdm
+
+    from mtp_dist.checkpoint.reader import open_checkpoint
+    from mtp_dist.data.tokenizer import end_of_document, text_tokenizer, vocabulary_size
+    from mtp_dist.decoding.engine import generate
+
+    checkpoint = open_checkpoint(config.checkpoint)
+    # Without heads that can draft, one token a forward pass: the programs are the same.
+    decode = config.decode
+    try:
+        validate_heads(decode, checkpoint.config.mtp)
+    except UserError:
+        decode = replace(decode, mode="plain")
+    tokenizer = text_tokenizer(checkpoint.tokenizer_path)
+    if decode.threads:
+        torch.set_num_threads(decode.threads)
+    model = checkpoint.load_model(getattr(torch, decode.dtype)).to("cuda" if torch.cuda.is_available() else "cpu")
+    samples = config.programs.samples
+    for number, problem in enumerate(tqdm(problems, desc="programs", unit="problem", disable=None)):
+        prompt = tokenizer.encode(problem.prompt, add_special_tokens=False).ids
+        found = []
+        for sample in range(samples):
+            generator = torch.Generator(model.output_weight().device).manual_seed(config.seed + number * samples + sample)
+            done = generate(
+                model,
+                prompt,
+                decode,
+                end=end_of_document(tokenizer)[1],
+                vocabulary=vocabulary_size(tokenizer),
+                generator=generator,
+            )
+            found.append(truncated(tokenizer.decode(done.tokens, skip_special_tokens=True)))
+        yield problem.task, found
+
+
+def judge(config: Evaluation, problems: list[Problem], written: dict[str, list[str]]) -> dict:
+    """Run every program; pass@k and what passed, ready for JSON."""
+    from tqdm import tqdm
+
+    limits = Limits(config.programs.seconds, config.programs.memory_mb)
+    passed = {
+        problem.task: [passes(problem.program(text), limits) for text in written[problem.task]]
+        for problem in tqdm(problems, desc="tests", unit="problem", disable=None)
+    }
+    samples, right = len(next(iter(passed.values()))), [sum(found) for found in passed.values()]
+    return {
+        "file": config.file,
+        "checkpoint": config.checkpoint,
+        "completions": config.programs.completions,
+        "samples": samples,
+        "pass_at_k": {str(k): mean_pass_at_k(right, samples, k) for k in config.programs.k},
+        "problems": [
+            {"task_id": task, "passed": found, "completions": written[task]} for task, found in passed.items()
+        ],
+    }
