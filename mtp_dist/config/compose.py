@@ -113,6 +113,7 @@ def load(path: str | os.PathLike[str], schema: type[T]) -> T:
     content = _escape_all(OmegaConf.to_container(raw, resolve=False))
     _drop_removed(content)
     _refuse_unknown(content, schema, str(path))
+    _whole_to_float(content, settings(schema), str(path))
     try:
         config = OmegaConf.merge(OmegaConf.structured(schema), content)
     except OmegaConfBaseException as error:
@@ -238,6 +239,20 @@ def _unquoted(value: str) -> str:
 def _with_points(value: str) -> str:
     """Whole numbers written as floats: OmegaConf converts them in a list of numbers, but refuses them in a list of lists."""
     return re.sub(r"(?<![\w.])(\d[\d_]*)(?![\w.])", r"\1.0", value)
+
+
+def _whole_to_float(content: dict[str, Any], kinds: dict[str, Any], origin: str) -> None:
+    """The same, in place, for settings that were read from a file."""
+    for key in [key for key, kind in kinds.items() if kind == list[list[float]]]:
+        *groups, name = key.split(".")
+        place: Any = content
+        for group in groups:
+            place = place.get(group, {})
+        rows = place.get(name, [])
+        if type(rows) is not list or not all(type(row) is list for row in rows):
+            raise UserError(f"{origin}: {key}={rows} is not a list of lists, such as [[1000, 0.1]]")
+        if rows:
+            place[name] = [[float(n) if type(n) is int else n for n in row] for row in rows]
 
 
 def _escaped(text: str) -> str:

@@ -202,3 +202,11 @@ def test_whole_numbers_may_be_powers_of_ten() -> None:
     assert (config.train.tokens, config.train.steps) == (2_000_000_000, 1500)
     with pytest.raises(UserError, match=r"train\.tokens=2\.5e0"):
         compose("train", TrainingRun, ["train.tokens=2.5e0"])
+
+
+def test_whole_numbers_in_a_list_of_lists_are_read_as_written(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("mtp: {loss_weight_points: [[1000, 1], [2000.5, 0]]}\n")
+    assert load(tmp_path / "run.yaml", TrainingRun).mtp.loss_weight_points == [[1000.0, 1.0], [2000.5, 0.0]]
+    (tmp_path / "run.yaml").write_text("mtp: {loss_weight_points: [7]}\n")
+    with pytest.raises(UserError, match=r"mtp\.loss_weight_points"):
+        load(tmp_path / "run.yaml", TrainingRun)

@@ -14,7 +14,7 @@ from mtp_dist.config.layout import SCHEDULES, fewest_micro_batches
 from mtp_dist.config.validation import validate_training
 from mtp_dist.errors import UserError
 from tests.distributed.covering import Cell, CoveringArray, covering_array
-from tests.distributed.layouts import LAYOUTS, ROWS, processes, unchecked
+from tests.distributed.layouts import ESSENTIAL, LAYOUTS, ROWS, processes, unchecked
 
 ORDINARY, MOST = 4, 8
 """Processes of a cell at most, in an ordinary test run and in a full one: a pair that fits into the first is tested there."""
@@ -126,6 +126,11 @@ def all_cells() -> dict[str, dict[str, Any]]:
 
 CELLS = all_cells()
 """Every cell of the grid."""
+
+
+def is_ordinary(name: str) -> bool:
+    """Whether every test run trains a cell: the essential layouts, and the block where it fits; the others are for a full one."""
+    return name in ESSENTIAL or (name in {name_of(cell) for cell in block()} and processes(CELLS[name]) <= ORDINARY)
 
 
 if __name__ == "__main__":

@@ -179,6 +179,19 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
+ESSENTIAL = frozenset({
+    "one_process", "one_process_zero0", "pp2_1f1b", "pp2_zbv", "pp2_dualpipev", "pp2_interleaved", "pp4_zbv", "tp2_sequence",
+    "dp2_zero0", "dp2_zero1", "dp2_zero2", "dp2_zero3", "dp2_zero1_offload", "pp2_zbv_untied", "pp2_1f1b_selective",
+    "pp2_zbv_full", "pp2_zbv_heads_alone", "pp2_zbv_causal", "pp2_1f1b_tp2_odd", "tp2_dp2_sequence_zero3", "pp2_zbv_tp2",
+    "pp2_1f1b_dp2",
+    "dp2_zero3_frozen", "pp2_1f1b_frozen", "pp2_1f1b_head_rate", "pp2_1f1b_repeat", "tp2_sequence_blocks2_detach",
+    "pp2_zbv_heads_alone_parallel", "dp2_medusa", "pp2_zbv_medusa", "pp2_1f1b_medusa_own", "tp2_sequence_notebook",
+    "pp2_1f1b_frozen_eagle", "dp2_zero3_eagle", "pp2_zbv_eagle3", "tp2_sequence_eagle3", "tp2_sequence_soft",
+    "pp2_zbv_curriculum",
+})  # fmt: skip
+"""Layouts that every test run trains; the others are for a full one. Of each schedule, stage and kind of head there is one."""
+
+
 PATHS = {
     "pipeline": "parallel.pipeline",
     "tensor": "parallel.tensor",

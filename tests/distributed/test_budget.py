@@ -1,6 +1,6 @@
 """Promise: the bytes and the micro-batches in flight that ``mtp_dist.plan`` names for a rank are those that it holds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -8,10 +8,15 @@ import pytest
 from mtp_dist.config.layout import is_v, micro_batches
 from mtp_dist.parallel.budget import CHECKPOINT_BYTES, MASTER_BYTES, chunk_parameters, chunks_in_flight, rank_memory
 from mtp_dist.plan import global_ranks
-from tests.distributed.layouts import LAYOUTS, configuration
+from tests.distributed.layouts import ESSENTIAL, LAYOUTS, configuration
 
 # ZeRO pads each of four parameter groups of float32 master, moments and gradient to a multiple of a few elements a replica.
 PADDING = 4 * 4 * 4 * 64
+
+
+def layouts(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test."""
+    return [name if name in ESSENTIAL else pytest.param(name, marks=pytest.mark.full) for name in names]
 
 
 # A frozen trunk has no schedule.
@@ -23,7 +28,7 @@ def held(grid: Callable[[str], list[Any]]) -> Callable[[str], list[Any]]:
     return lambda layout: [result["held"] for result in grid(layout)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", layouts(LAYOUTS))
 def test_bytes_of_a_rank(held: Any, layout: str) -> None:
     config = configuration(layout)
     for found in held(layout):
@@ -39,7 +44,7 @@ def test_bytes_of_a_rank(held: Any, layout: str) -> None:
         assert planned.optimizer + planned.host == pytest.approx(found["optimizer"], abs=PADDING)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", layouts(LAYOUTS))
 def test_bytes_of_a_background_save(held: Any, layout: str) -> None:
     config = configuration(layout)
     for found in held(layout):
@@ -50,7 +55,7 @@ def test_bytes_of_a_background_save(held: Any, layout: str) -> None:
     assert sum(found["snapshot"] for found in held(layout)) == saved
 
 
-@pytest.mark.parametrize("layout", IN_V)
+@pytest.mark.parametrize("layout", layouts(IN_V))
 def test_passes_in_flight(held: Any, layout: str) -> None:
     config = configuration(layout)
     for found in held(layout):

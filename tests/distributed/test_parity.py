@@ -8,15 +8,15 @@ import torch
 
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.parameter import initialize
-from tests.distributed.cells import CELLS, ORDINARY
+from tests.distributed.cells import CELLS, is_ordinary
 from tests.distributed.comparison import beyond, covered, expected
-from tests.distributed.layouts import configuration, processes
+from tests.distributed.layouts import configuration
 
 
 def cells(**wanted: Any) -> list[Any]:
-    """The cells that have these settings; those of many processes are for a full run."""
+    """The cells that have these settings."""
     return [
-        pytest.param(name, marks=pytest.mark.full) if processes(settings) > ORDINARY else name
+        name if is_ordinary(name) else pytest.param(name, marks=pytest.mark.full)
         for name, settings in CELLS.items()
         if wanted.items() <= settings.items()
     ]

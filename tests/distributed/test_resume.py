@@ -50,6 +50,10 @@ RESUMED = [
     "tp2_dp2",
     "tp2_dp2_zero3",
 ]
+ORDINARY = {"one_process", "pp2_1f1b", "pp2_zbv", "tp2_sequence", "dp2_zero0", "dp2_zero1", "dp2_zero3", "pp2_zbv_tp2",
+            "dp2_medusa", "pp2_zbv_eagle3", "pp2_zbv_curriculum"}  # fmt: skip
+"""The others are for a full run."""
+LAYOUTS = [name if name in ORDINARY else pytest.param(name, marks=pytest.mark.full) for name in RESUMED]
 EXACT = ("loss/total", "loss/main", "loss/depth_1", "loss/depth_2", "optim/gradient_norm", "optim/lr", "data/tokens_seen")
 
 
@@ -58,31 +62,30 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> Callab
     """layout -> run folders: "whole" (validated at every step), "parts" (stopped once, never validated before the end)."""
 
     @cache
-    def of_world(size: int) -> Path:
-        folder = tmp_path_factory.mktemp(f"resume{size}")
-        jobs = []
-        for layout in [name for name in RESUMED if world(name) == size]:
-            for kind, stops, overrides in (("whole", [], {"validation.every_steps": 1}), ("parts", [3], {})):
-                arguments = {
-                    "layout": layout,
-                    "data": str(tiny_dataset),
-                    "run_dir": str(folder / layout / kind),
-                    "steps": STEPS,
-                    "stops": stops,
-                    "overrides": overrides,
-                }
-                jobs.append({"name": f"{layout}-{kind}", "task": "train", "arguments": arguments})
-        run_jobs(size, jobs, folder)
-        return folder
+    def of(layout: str) -> dict[str, Path]:
+        folder = tmp_path_factory.mktemp(layout)
+        jobs, places = [], {kind: folder / kind for kind in ("whole", "parts")}
+        for kind, stops, overrides in (("whole", [], {"validation.every_steps": 1}), ("parts", [3], {})):
+            arguments = {
+                "layout": layout,
+                "data": str(tiny_dataset),
+                "run_dir": str(places[kind]),
+                "steps": STEPS,
+                "stops": stops,
+                "overrides": overrides,
+            }
+            jobs.append({"name": f"{layout}-{kind}", "task": "train", "arguments": arguments})
+        run_jobs(world(layout), jobs, folder)
+        return places
 
-    return lambda layout: {kind: of_world(world(layout)) / layout / kind for kind in ("whole", "parts")}
+    return of
 
 
 def records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("layout", RESUMED)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_same_bits_after_resume(runs: Any, layout: str) -> None:
     whole, parts = (records(run) for run in runs(layout).values())
     assert [record["step"] for record in parts] == [record["step"] for record in whole] == list(range(1, STEPS + 1))
@@ -95,7 +98,7 @@ def test_same_bits_after_resume(runs: Any, layout: str) -> None:
     assert whole[-1]["validation/loss_main"] == parts[-1]["validation/loss_main"]
 
 
-@pytest.mark.parametrize("layout", RESUMED)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_same_final_checkpoint(runs: Any, layout: str) -> None:
     files = {}
     for kind, run in runs(layout).items():
@@ -108,7 +111,7 @@ def test_same_final_checkpoint(runs: Any, layout: str) -> None:
             assert value.equal(files["parts"][name][key]), (name, key)
 
 
-@pytest.mark.parametrize("layout", RESUMED)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_checkpoint_holds_each_element_once(runs: Any, layout: str) -> None:
     checkpoint = Checkpoint(runs(layout)["whole"] / "checkpoints" / f"step_{STEPS:08d}")
     assert checkpoint.damages() == []
