@@ -30,10 +30,10 @@ def planned(*overrides: str) -> Plan:
 
 def owned(names: dict[str, int]) -> budget.Parameters:
     """Elements by the first part of their names."""
-    sums = {"layers": 0, "norm": 0, "embedding": 0, "mtp": 0, "head": 0}
+    sums = {"layers": 0, "norm": 0, "embedding": 0, "mtp": 0, "adversary": 0, "head": 0}
     for name, count in names.items():
         sums[name.partition(".")[0]] += count
-    return budget.Parameters(sums["layers"] + sums["norm"], sums["embedding"], sums["mtp"], sums["head"])
+    return budget.Parameters(sums["layers"] + sums["norm"], sums["embedding"], sums["mtp"] + sums["adversary"], sums["head"])
 
 
 @pytest.mark.parametrize("preset", groups()["model"])
@@ -81,6 +81,8 @@ HEADS = [
     "mtp.kind=parallel",
     "mtp.kind=parallel mtp.branch=final mtp.blocks=2",
     "mtp.kind=medusa mtp.blocks=3",
+    "mtp.kind=medusa mtp.projection=own",
+    "mtp.targets=trunk mtp.adversarial=0.1 mtp.depth=3",
     "mtp.kind=notebook mtp.blocks=2",
     "mtp.kind=eagle mtp.blocks=2",
     "mtp.kind=eagle mtp.h0=pre_norm mtp.depth=1 mtp.targets=trunk",

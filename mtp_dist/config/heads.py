@@ -56,6 +56,11 @@ def fused_states(model: ModelConfig, mtp: MTPConfig) -> tuple[int, ...]:
     return (2, layers // 2, layers - 3) if layers >= 7 else tuple(sorted({layers // 3, 2 * layers // 3, layers}))
 
 
+def has_adversary(mtp: MTPConfig) -> bool:
+    """Whether a discriminator learns beside the heads."""
+    return mtp.kind != "none" and mtp.adversarial > 0
+
+
 def owns_projections(mtp: MTPConfig) -> bool:
     """Whether each depth has a vocabulary projection of its own."""
     return mtp.kind == "medusa" and mtp.projection == "own"

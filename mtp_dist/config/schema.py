@@ -66,6 +66,7 @@ class MTPConfig:
     blocks: int = setting(1, "K: decoder blocks of each module; medusa: residual blocks; notebook: its layers.")
     branch: str = setting("penultimate", "parallel: the trunk state that the heads read: penultimate (it enters the last block, which is then the main head's own) | final (the trunk's output).")
     projection: str = setting("shared", "medusa: shared (all depths use the main head's matrix) | own (each has a vocabulary projection of its own, a copy of the main head's at the start).")
+    adversarial: float = setting(0.0, "Weight of an adversarial term (KOALA, arXiv 2408.08146, from its abstract alone): a small discriminator tells the trunk's states from the heads', which learn to be taken for them. Needs targets=trunk and projection=shared. 0: none.")
     match_parameters: bool = setting(False, "parallel: as many blocks as the heads have are taken out of the trunk. Resolved settings show the smaller model.layers, and false here.")
     taps: list[int] = setting([], "eagle3: trunk states that it joins, ascending: i enters layer i, model.layers is the output before the final norm. Empty: 2, layers / 2 and layers - 3 as in the released code, or the ends of thirds of fewer than 7 layers.")
     cross_entropy_weight: float = setting(0.1, "eagle: weight of the cross-entropy in L_k, beside the SmoothL1 distance from the trunk's states, which has 1.")

@@ -198,6 +198,15 @@ def _validate_mtp(mtp: MTPConfig, sequence_length: int) -> None:
     one_of("mtp.projection", mtp.projection, ["shared", "own"])
     if mtp.projection == "own" and mtp.kind != "medusa":
         raise UserError(f"mtp.projection=own is for mtp.kind=medusa, not {mtp.kind}; choose mtp.projection=shared")
+    at_least("mtp.adversarial", mtp.adversarial, 0)
+    for key, has, needed in (("targets", mtp.targets, "trunk"), ("projection", mtp.projection, "shared")):
+        if mtp.adversarial and has != needed:
+            raise UserError(
+                f"mtp.adversarial={mtp.adversarial:g} holds the heads' states against the trunk's, which do not stand for "
+                f"the same with mtp.{key}={has}; choose mtp.{key}={needed}, or mtp.adversarial=0"
+            )
+    if mtp.adversarial and mtp.kind == "none":
+        raise UserError(f"mtp.adversarial={mtp.adversarial:g} with mtp.kind=none has no heads to tell; choose mtp.adversarial=0")
     if mtp.repeat and one_module(mtp):
         raise UserError(f"mtp.repeat=true: the module of mtp.kind={mtp.kind} serves every depth anyway; choose mtp.repeat=false")
     if mtp.kind == "eagle3" and mtp.blocks > 1:

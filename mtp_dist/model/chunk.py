@@ -14,6 +14,7 @@ from mtp_dist.config.heads import (
     detaches,
     embeds_on_last,
     handed_taps,
+    has_adversary,
     learns_inside,
     lookahead,
     reads_tokens,
@@ -22,6 +23,7 @@ from mtp_dist.config.heads import (
     taps,
 )
 from mtp_dist.config.schema import ModelConfig, MTPConfig
+from mtp_dist.model.adversary import Adversary
 from mtp_dist.model.attention import Mask, build_mask
 from mtp_dist.model.embedding import Embedding
 from mtp_dist.model.feature_loss import feature_loss
@@ -35,9 +37,9 @@ from mtp_dist.model.tensor_group import ALONE, TensorGroup
 from mtp_dist.model.trunk import Block, RMSNorm, rotation
 from mtp_dist.model.weight_gradients import WeightGradients, hand_out
 
-COLUMNS = (*STATISTICS, "feature_sum")
-"""What the last chunk reports of each depth, sums over a micro-batch: ``STATISTICS``, and the part of loss_sum that is
-``feature_loss``."""
+COLUMNS = (*STATISTICS, "feature_sum", "adversary_sum")
+"""What the last chunk reports of each depth, sums over a micro-batch: ``STATISTICS``, the part of loss_sum that is
+``feature_loss``, and what the discriminator of ``Adversary`` minimises (no part of loss_sum)."""
 
 
 class Chunk(nn.Module):
@@ -75,6 +77,8 @@ class Chunk(nn.Module):
         self.handed = handed_taps(model, mtp, layers, last=last)
         self.norm = RMSNorm(model.hidden, model.norm_eps, group) if last else None
         self.mtp = build_heads(model, mtp, group) if last else None
+        self.adversary = Adversary(model, group) if last and has_adversary(mtp) else None
+        self.adversarial = mtp.adversarial
         self.head: OutputHead | None = None
         if last and model.tie_embeddings:
             assert self.embedding is not None
@@ -131,7 +135,7 @@ class Chunk(nn.Module):
 
         hidden [B, S, d] (None on the first chunk; S/R positions under sequence parallelism) -> hidden of that shape, each with
         the taps that travel behind it in the last dimension (`states_in` and `states_out` states). The last chunk returns float32
-        [1 + 5 (1+D)]: the loss to differentiate, then ``COLUMNS`` of each depth.
+        [1 + 6 (1+D)]: the loss to differentiate, then ``COLUMNS`` of each depth.
         """
         self.forward_calls += 1
         positions = tokens.shape[1] - 1 - self.ahead
@@ -179,12 +183,16 @@ class Chunk(nn.Module):
             states, wanted=wanted, scale=of_head, queue=self.weight_gradients, main_only=self.detach, soft=self.soft,
             own=self.mtp.projections() if self.mtp is not None else (),
         )
-        columns = F.pad(statistics, (0, 1))
+        columns = F.pad(statistics, (0, len(COLUMNS) - len(STATISTICS)))
         if imitated is not None:
             loss = loss + distance
             columns[1:, COLUMNS.index("loss_sum")] *= self.cross_entropy_weight
             for column in ("loss_sum", "feature_sum"):
                 columns[1:, COLUMNS.index(column)] += distances
+        if self.adversary is not None:
+            game, told = self.adversary(states, wanted, scale)
+            loss = loss + self.adversarial * game
+            columns[: len(told), COLUMNS.index("adversary_sum")] = told
         return torch.cat((loss.view(1), F.pad(columns, (0, 0, 0, 1 + self.depth - len(states))).flatten()))
 
     def _detached(self, trunk: TrunkStates) -> TrunkStates:

@@ -7,7 +7,15 @@ gradients and optimizer are exact (up to ZeRO's padding of a few elements); acti
 from dataclasses import dataclass
 
 from mtp_dist.config.attention import possible
-from mtp_dist.config.heads import embeds_on_last, fused_states, handed_taps, modules, owns_projections, received_taps
+from mtp_dist.config.heads import (
+    embeds_on_last,
+    fused_states,
+    handed_taps,
+    has_adversary,
+    modules,
+    owns_projections,
+    received_taps,
+)
 from mtp_dist.config.layout import chunks, chunks_of_rank, is_v, micro_batches
 from mtp_dist.config.schema import ModelConfig, MTPConfig, ParallelConfig, TrainingRun
 from mtp_dist.parallel.cost import (
@@ -96,6 +104,11 @@ def module_parameters(model: ModelConfig, mtp: MTPConfig, tensor: int = 1) -> in
     return blocks + beside_blocks(model, mtp) + vectors_beside_blocks(model, mtp) + own_projection(model, mtp, tensor)
 
 
+def adversary_parameters(model: ModelConfig, mtp: MTPConfig, tensor: int = 1) -> int:
+    """The discriminator's share on the one of `tensor` ranks that has most."""
+    return -(-model.hidden // tensor) * (model.hidden + 1) if has_adversary(mtp) else 0
+
+
 def own_projection(model: ModelConfig, mtp: MTPConfig, tensor: int = 1) -> int:
     """Elements of one MTP module's own vocabulary projection, where it has one."""
     return vocabulary_rows(model, tensor) * model.hidden if owns_projections(mtp) else 0
@@ -110,7 +123,7 @@ def chunk_parameters(
     return Parameters(
         trunk=layers * block + (model.hidden if last else 0),
         embedding=vocabulary if looks_up else 0,
-        heads=modules(mtp) * module_parameters(model, mtp, tensor) if last else 0,
+        heads=modules(mtp) * module_parameters(model, mtp, tensor) + adversary_parameters(model, mtp, tensor) if last else 0,
         output=vocabulary if last and not model.tie_embeddings else 0,
     )
 
@@ -195,6 +208,9 @@ def chunk_activations(config: TrainingRun, layers: int, *, last: bool, taps: int
         shares = _position_shares(config.parallel)
         module = blocks_of_module(config.mtp) * block + activations_beside_blocks(model, config.mtp) // shares
         elements += depth * module + 3 * (model.hidden // shares) + (1 + depth) * model.hidden
+        if has_adversary(config.mtp):
+            # The depths' states, and two inner ones of each evaluation.
+            elements += depth * model.hidden + 2 * (1 + 2 * depth) * (model.hidden // config.parallel.tensor)
         if config.mtp.kind == "eagle3":
             # The joined states; and step s has the keys and values of s steps and the trunk's at hand, and a mask over them.
             elements += (len(fused_states(model, config.mtp)) + 1) * model.hidden // shares

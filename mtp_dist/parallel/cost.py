@@ -7,7 +7,7 @@ matrix operations are forward, a third give the gradient of the input, a third t
 
 from typing import NamedTuple
 
-from mtp_dist.config.heads import detaches, fused_states, owns_projections, soft_targets
+from mtp_dist.config.heads import detaches, fused_states, has_adversary, owns_projections, soft_targets
 from mtp_dist.config.schema import ModelConfig, MTPConfig, TrainingRun
 
 
@@ -100,7 +100,15 @@ def tail_flops(model: ModelConfig, mtp: MTPConfig, sequence_length: int) -> int:
     """What follows the trunk's last layer: the MTP modules, and 1 + D projections onto the vocabulary."""
     assert model.vocab_size is not None
     blocks = mtp.depth * blocks_of_module(mtp) * block_flops(model, sequence_length)
-    return blocks + beside_flops(model, mtp, sequence_length) + projection_flops(model, mtp)
+    return blocks + beside_flops(model, mtp, sequence_length) + adversary_flops(model, mtp) + projection_flops(model, mtp)
+
+
+def adversary_flops(model: ModelConfig, mtp: MTPConfig) -> int:
+    """The discriminator: it learns from the trunk's state and each depth's, which need no gradient, and then from each depth's,
+    which do, its own weights being constant."""
+    if not has_adversary(mtp):
+        return 0
+    return model.hidden**2 * (4 + 8 * mtp.depth) + model.hidden * (6 + 10 * mtp.depth)
 
 
 def projection_flops(model: ModelConfig, mtp: MTPConfig) -> int:
@@ -126,7 +134,7 @@ def costs(config: TrainingRun) -> Costs:
     unit = 1 / block_flops(model, length)
     # Of attention's products, two are forward and four give the gradient of its inputs; it has no weights.
     block = Work(matrices + attention, matrices + 2 * attention, matrices) * unit
-    join = beside_flops(model, mtp, length) / 3 * unit
+    join = (beside_flops(model, mtp, length) + adversary_flops(model, mtp)) / 3 * unit
     head = projection_flops(model, mtp) * unit
     # The head forms its gradients while it has the logits: in the forward pass.
     tail = block * (blocks_of_module(mtp) * mtp.depth) + Work(join, join, join) + Work(head, 0, 0)

@@ -1,8 +1,9 @@
 """What the optimizer trains, as one ordered list of groups: trunk with decay, trunk without, heads with decay, heads without.
 
-Heads are the parameters named ``mtp.*``. Every rank of a pipeline lists the same groups in the same order, even those of which
-it holds nothing: ZeRO's gradient norm is one collective a group, so a group that is missing on one rank stops them all. An
-empty group is held open by a placeholder, one zero that no module uses, no checkpoint holds and no norm counts.
+Heads are the parameters named ``mtp.*`` and ``adversary.*``. Every rank of a pipeline lists the same groups in the same order,
+even those of which it holds nothing: ZeRO's gradient norm is one collective a group, so a group that is missing on one rank
+stops them all. An empty group is held open by a placeholder, one zero that no module uses, no checkpoint holds and no norm
+counts.
 """
 
 from typing import Any
@@ -17,8 +18,9 @@ TRUNK, HEADS = "trunk", "heads"
 
 
 def role_of(name: str) -> str:
-    """``HEADS`` for a parameter of the MTP modules, else ``TRUNK`` (embedding and output head belong to it)."""
-    return HEADS if name.startswith("mtp.") else TRUNK
+    """``HEADS`` for a parameter of the MTP modules or of their adversary, else ``TRUNK`` (embedding and output head belong to
+    it)."""
+    return HEADS if name.startswith(("mtp.", "adversary.")) else TRUNK
 
 
 def freeze_trunk(chunks: nn.ModuleList) -> None:

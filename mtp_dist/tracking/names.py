@@ -11,6 +11,7 @@ LOSS_TOTAL = "loss/total"
 LOSS_MAIN = "loss/main"
 LOSS_DEPTH = "loss/depth_"
 LOSS_FEATURES_DEPTH = "loss_features/depth_"
+LOSS_ADVERSARY_DEPTH = "loss_adversary/depth_"
 ACCURACY_MAIN = "accuracy/main"
 ACCURACY_DEPTH = "accuracy/depth_"
 ACCURACY_CONDITIONAL_DEPTH = "accuracy_conditional/depth_"
@@ -18,6 +19,7 @@ VALIDATION_LOSS_TOTAL = "validation/loss_total"
 VALIDATION_LOSS_MAIN = "validation/loss_main"
 VALIDATION_LOSS_DEPTH = "validation/loss_depth_"
 VALIDATION_LOSS_FEATURES_DEPTH = "validation/loss_features_depth_"
+VALIDATION_LOSS_ADVERSARY_DEPTH = "validation/loss_adversary_depth_"
 VALIDATION_ACCURACY_MAIN = "validation/accuracy_main"
 VALIDATION_ACCURACY_DEPTH = "validation/accuracy_depth_"
 VALIDATION_ACCURACY_CONDITIONAL_DEPTH = "validation/accuracy_conditional_depth_"
@@ -40,13 +42,15 @@ MEANING = {
     LOSS_MAIN: "Cross-entropy of the next token.",
     LOSS_DEPTH: "Cross-entropy of the token k beyond the next one; eagle: that and the distance below, as they are weighted.",
     LOSS_FEATURES_DEPTH: "eagle: SmoothL1 distance of depth k's states from the trunk's.",
+    LOSS_ADVERSARY_DEPTH: "mtp.adversarial: the discriminator's loss on depth k, 2 ln 2 where it cannot tell.",
     ACCURACY_MAIN: "Share of next tokens whose argmax is right.",
     ACCURACY_DEPTH: "Share of targets of depth k whose argmax is right.",
     ACCURACY_CONDITIONAL_DEPTH: "The same, where the trunk and all shallower depths are right: a forecast of acceptance.",
-    VALIDATION_LOSS_TOTAL: "loss/total on the held-out split.",
+    VALIDATION_LOSS_TOTAL: "loss/total on the held-out split, without the adversarial term.",
     VALIDATION_LOSS_MAIN: "loss/main on the held-out split.",
     VALIDATION_LOSS_DEPTH: "loss/depth_k on the held-out split.",
     VALIDATION_LOSS_FEATURES_DEPTH: "loss_features/depth_k on the held-out split.",
+    VALIDATION_LOSS_ADVERSARY_DEPTH: "loss_adversary/depth_k on the held-out split.",
     VALIDATION_ACCURACY_MAIN: "accuracy/main on the held-out split.",
     VALIDATION_ACCURACY_DEPTH: "accuracy/depth_k on the held-out split.",
     VALIDATION_ACCURACY_CONDITIONAL_DEPTH: "accuracy_conditional/depth_k on the held-out split.",

@@ -70,7 +70,8 @@ def warm_start(config: TrainingRun, mesh: Mesh, engine: Engine) -> str:
     there, here = (modules(run.mtp) for run in (checkpoint.config, config))
 
     def weights(name: str) -> bool:
-        return role_of(name) != HEADS or int(name.split(".")[1]) <= kept
+        # A discriminator starts fresh: it is no part of what is handed on.
+        return role_of(name) != HEADS or (name.startswith("mtp.") and int(name.split(".")[1]) <= kept)
 
     roles = [TRUNK] if config.init.optimizer else []
     if config.init.optimizer and kept == there == here:

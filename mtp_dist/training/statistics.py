@@ -13,7 +13,7 @@ from mtp_dist.tracking import names
 
 @dataclass
 class Totals:
-    """Sums over the global batch. `loss`: the differentiated total; `sums` [1+D, 5] float64: ``COLUMNS``; `counts` [1+D]:
+    """Sums over the global batch. `loss`: the differentiated total; `sums` [1+D, 6] float64: ``COLUMNS``; `counts` [1+D]:
     valid targets."""
 
     loss: float
@@ -24,8 +24,8 @@ class Totals:
         return Totals(self.loss + other.loss, self.sums + other.sums, self.counts + other.counts)
 
     def means(self) -> dict[str, list[float]]:
-        """By depth 0 (main) .. D: loss, the part of it that is ``feature_loss``, accuracy and conditional accuracy; 0 where
-        nothing counts."""
+        """By depth 0 (main) .. D: loss, the part of it that is ``feature_loss``, the discriminator's loss, accuracy and
+        conditional accuracy; 0 where nothing counts."""
 
         def ratio(column: str, by: Tensor) -> list[float]:
             return torch.where(by > 0, self.sums[:, COLUMNS.index(column)] / by.clamp(min=1), 0.0).tolist()
@@ -34,6 +34,7 @@ class Totals:
         return {
             "loss": ratio("loss_sum", counts),
             "features": ratio("feature_sum", counts),
+            "adversary": ratio("adversary_sum", counts),
             "accuracy": ratio("correct", counts),
             "conditional": ratio("prefix_correct", self.sums[:, COLUMNS.index("prefix_valid")]),
         }
@@ -52,6 +53,8 @@ class Totals:
             metrics[names.of_depth(names.LOSS_DEPTH, k)] = means["loss"][k]
             if any(means["features"]):
                 metrics[names.of_depth(names.LOSS_FEATURES_DEPTH, k)] = means["features"][k]
+            if any(means["adversary"]):
+                metrics[names.of_depth(names.LOSS_ADVERSARY_DEPTH, k)] = means["adversary"][k]
             metrics[names.of_depth(names.ACCURACY_DEPTH, k)] = means["accuracy"][k]
             metrics[names.of_depth(names.ACCURACY_CONDITIONAL_DEPTH, k)] = means["conditional"][k]
         return metrics
@@ -67,6 +70,8 @@ class Totals:
             metrics[names.of_depth(names.VALIDATION_LOSS_DEPTH, k)] = means["loss"][k]
             if any(means["features"]):
                 metrics[names.of_depth(names.VALIDATION_LOSS_FEATURES_DEPTH, k)] = means["features"][k]
+            if any(means["adversary"]):
+                metrics[names.of_depth(names.VALIDATION_LOSS_ADVERSARY_DEPTH, k)] = means["adversary"][k]
             metrics[names.of_depth(names.VALIDATION_ACCURACY_DEPTH, k)] = means["accuracy"][k]
             metrics[names.of_depth(names.VALIDATION_ACCURACY_CONDITIONAL_DEPTH, k)] = means["conditional"][k]
         return metrics

@@ -72,7 +72,7 @@ def differences(ranks: list[Any], want: Any) -> dict[str, dict[str, float]]:
             *((f"step {i}", *pair) for i, pair in enumerate(zip(result["means"], want["means"], strict=True))),
             ("held out", result["held_out"], want["held_out"]),
         ]:
-            for kind in ("loss", "features"):
+            for kind in ("loss", "features", "adversary"):
                 for k, (got, right) in enumerate(zip(got_means[kind], right_means[kind], strict=True)):
                     note("loss", f"{name}, {kind}, depth {k}", relative(got, right))
             for kind in ("accuracy", "conditional"):

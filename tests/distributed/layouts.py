@@ -88,6 +88,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
             "notebook": {"kind": "notebook"},
             "medusa_own": {"kind": "medusa", "projection": "own"},
             "stride": {"stride": 3},
+            "koala": {"blocks": 2, "targets": "trunk", "adversarial": 0.5},
             "soft": {"targets": "trunk", "depth": 3},
         }.items()
         for name, where in {
@@ -129,6 +130,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2_zbv_frozen_soft": {"pipeline": 2, "schedule": "zbv", "freeze_trunk": True, "targets": "trunk"},
     "pp2_1f1b_tp2_odd_soft": {"pipeline": 2, "schedule": "1f1b", "tensor": 2, "vocabulary": 97, "targets": "trunk"},
     "one_process_soft_detach": {"targets": "trunk", "detach": True},
+    "pp2_zbv_frozen_koala": {
+        "pipeline": 2, "schedule": "zbv", "freeze_trunk": True, "blocks": 2, "targets": "trunk", "adversarial": 0.5},
+    "pp2_zbv_tp2_koala_medusa": {
+        "pipeline": 2, "schedule": "zbv", "tensor": 2, "kind": "medusa", "blocks": 2, "targets": "trunk", "adversarial": 0.5},
+    "dp2_zero2_full_koala_untied": {
+        "data": 2, "stage": 2, "recompute": "full", "blocks": 2, "targets": "trunk", "adversarial": 0.5, "tie": False},
     "pp2_zbv_tp2_medusa_own": {"pipeline": 2, "schedule": "zbv", "tensor": 2, "kind": "medusa", "projection": "own"},
     "pp2_zbv_medusa_own_untied_frozen": {
         "pipeline": 2, "schedule": "zbv", "kind": "medusa", "projection": "own", "tie": False, "freeze_trunk": True},
@@ -215,6 +222,7 @@ PATHS = {
     "taps": "mtp.taps",
     "branch": "mtp.branch",
     "targets": "mtp.targets",
+    "adversarial": "mtp.adversarial",
     "projection": "mtp.projection",
     "repeat": "mtp.repeat",
     "stride": "mtp.stride",

@@ -40,6 +40,7 @@ RESUMED = [
     "tp2_sequence_notebook",
     "tp2_sequence_soft",
     "pp2_1f1b_medusa_own",
+    "tp2_sequence_koala",
     "pp2_1f1b_frozen_eagle",
     "pp2_zbv_eagle3",
     "pp2_zbv_tp2",

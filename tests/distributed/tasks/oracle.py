@@ -18,6 +18,7 @@ from mtp_dist.training.statistics import Totals
 from tests.distributed.layouts import configuration, global_batch
 
 STEPS = 3
+HEADS = ("mtp.", "adversary.")
 SPLITS = 4
 """Micro-batches of the reference in bfloat16."""
 
@@ -31,13 +32,13 @@ def reference(layout: str | dict[str, Any]) -> dict[str, Any]:
     config = configuration(layout)
     dtype = getattr(torch, config.train.dtype)
     masters, model = _whole_model(config), _whole_model(config).to(dtype)
-    learning = {name: p for name, p in masters.named_parameters() if name.startswith("mtp.") or not config.mtp.freeze_trunk}
+    learning = {name: p for name, p in masters.named_parameters() if name.startswith(HEADS) or not config.mtp.freeze_trunk}
     optimizer = torch.optim.AdamW(
         [
             {
                 "params": [p],
                 "weight_decay": config.optim.weight_decay if p.ndim >= 2 else 0.0,
-                "lr": config.optim.lr * (config.optim.head_lr_ratio if name.startswith("mtp.") else 1.0),
+                "lr": config.optim.lr * (config.optim.head_lr_ratio if name.startswith(HEADS) else 1.0),
             }
             for name, p in learning.items()
         ],
