@@ -29,15 +29,16 @@ def test_every_command_composes_without_overrides(root: str) -> None:
 @pytest.mark.parametrize("root", ROOTS)
 def test_every_option_of_every_group_says_what_its_file_says(root: str) -> None:
     options = {group: groups()[group] for group in config_groups(root)}
-    experiments = options.pop("experiment", [])
+    over_all = {group: options.pop(group) for group in ("experiment", "study") if group in options}
     # One composition for the n-th option of all groups: groups do not meet, and composing one by one is slow.
     for number in range(max(map(len, options.values()), default=0)):
         chosen = {group: names[number % len(names)] for group, names in options.items()}
         config = compose(root, ROOTS[root], [f"{group}={option}" for group, option in chosen.items()])
         for group, option in chosen.items():
             assert_says(getattr(config, group), group, option)
-    for experiment in experiments:
-        assert_says(compose(root, ROOTS[root], [f"experiment={experiment}"]), "experiment", experiment)
+    for group, names in over_all.items():
+        for option in names:
+            assert_says(compose(root, ROOTS[root], [f"{group}={option}"]), group, option)
 
 
 def assert_says(node: object, group: str, option: str) -> None:
