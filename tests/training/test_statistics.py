@@ -1,4 +1,4 @@
-"""Promise: what is reported is what was differentiated: the means of all depths, weighted, are the loss; and a loss on features is
+"""Promise: what is reported is what was differentiated: the means of all depths, weighted, are the loss; a loss on features is
 tracked beside the loss of its depth, in training and validation."""
 
 from typing import Any
