@@ -11,7 +11,7 @@ from mtp_dist.programs.sandbox import Limits, passes
 
 LIMITS = Limits(seconds=3.0, memory_mb=256)
 FORBIDDEN = {
-    "memory": "x = [0] * 10**8",
+    "memory": "x = bytes(10**9)",
     "write beside its folder": "open('../beside', 'w')",
     "write by an absolute path": "open('{outside}/beside', 'w')",
     "write through a link": "import os; os.symlink('{outside}', 'link'); open('link/beside', 'w')",

@@ -110,7 +110,8 @@ def test_every_size_is_valid() -> None:
 def test_heads_are_compared_on_equal_terms() -> None:
     """Each variant has the same trunk and tokens, or (matched) the same tokens and parameters."""
     variants = prepare(composed(["experiment=heads"]))
-    assert {"none", "sequential", "parallel", "medusa"} <= {config.mtp.kind for config in variants.values()} <= set(KINDS)
+    compared = {config.mtp.kind for config in variants.values()}
+    assert {"none", "sequential", "parallel", "medusa", "notebook", "eagle", "eagle3"} <= compared <= set(KINDS)
     assert len({(config.train.steps, config.train.global_batch, config.model.layers) for config in variants.values()}) == 1
     assert {name.endswith("_matched") for name, config in variants.items() if config.parameters is not None} == {True}
 
