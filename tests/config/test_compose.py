@@ -6,7 +6,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from mtp_dist.config.compose import compose, config_groups, differences, load, save, settings, value
+from mtp_dist.config.compose import compose, config_groups, differences, load, save, settings
 from mtp_dist.config.documentation import ROOTS
 from mtp_dist.config.folder import conf_folder, groups
 from mtp_dist.config.schema import Evaluation, Generation, ShardBuild, TrainingRun
@@ -45,15 +45,18 @@ def assert_says(node: object, group: str, option: str) -> None:
     content = OmegaConf.to_container(OmegaConf.load(conf_folder() / group / f"{option}.yaml")) or {}
     assert isinstance(content, dict)
     content.pop("defaults", None)
-    for key, expected in leaves(content):
-        assert value(node, key) == expected, f"{group}={option}: {key}"
+    assert_holds(node, content, f"{group}={option}")
 
 
-def leaves(content: dict, prefix: str = "") -> list[tuple[str, object]]:
-    found: list[tuple[str, object]] = []
-    for key, item in content.items():
-        found += leaves(item, f"{prefix}{key}.") if isinstance(item, dict) else [(f"{prefix}{key}", item)]
-    return found
+def assert_holds(node: object, content: dict, origin: str) -> None:
+    for key, expected in content.items():
+        found = getattr(node, key)
+        if isinstance(expected, dict) and not isinstance(found, dict):
+            assert_holds(found, expected, f"{origin}: {key}")
+        elif isinstance(expected, dict):  # an option adds to what its defaults have
+            assert expected.items() <= found.items(), f"{origin}: {key}"
+        else:
+            assert found == expected, f"{origin}: {key}"
 
 
 def test_no_yaml_lies_outside_the_groups_that_commands_take() -> None:
