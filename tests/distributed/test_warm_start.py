@@ -39,6 +39,8 @@ STARTS: dict[str, tuple[str, int, dict[str, Any], int]] = {
     "eagle3": ("pp2_zbv_eagle3", 3, {"init.heads": "fresh"}, 0),
     "leaps": ("dp2_stride", 2, {"init.heads": "fresh"}, 0),
     "sequential alone": ("pp2_zbv_frozen", 2, {}, 2),
+    "koala alone": ("pp2_zbv_frozen_koala", 2, {"init.heads": "fresh"}, 0),
+    "discriminator": ("tp2_adversary", 2, {"init.optimizer": True}, 2),
     "all": ("tp2", 2, {"init.optimizer": True}, 2),
 }
 
@@ -71,15 +73,15 @@ def test_what_is_taken_has_the_same_bits_and_the_rest_is_fresh(made: Path, run: 
     assert {int(name.split(".")[1]) for name in specs if name.startswith("mtp.")} == set(range(1, count + 1))
     optimizer, whole = init.get("init.optimizer", False), kept == depth == 2
     for name, spec in specs.items():
-        head = name.startswith("mtp.")
-        taken = not head or int(name.split(".")[1]) <= kept
+        head, adversary = name.startswith("mtp."), name.startswith("adversary.")
+        taken = int(name.split(".")[1]) <= kept if head else not adversary
         source = name if taken else spec.copy_of
         expected = old.read(source, "master") if source else initial_value(name, spec, SEED)
         assert new.read(name, "master").equal(expected), name
         if source and spec.std is not None:
             assert not expected.equal(expected.bfloat16().float()), "weights that bfloat16 can hold would prove nothing"
         for part in MOMENTS:
-            if optimizer and (whole or not head):
+            if optimizer and taken and (whole or not head):
                 assert new.read(name, part).equal(old.read(name, part)), (name, part)
             else:
                 assert not new.read(name, part).any(), (name, part)
@@ -96,7 +98,8 @@ def test_it_trains_from_there_as_a_run_of_its_own(made: Path, run: str) -> None:
     moved = {name for name in before.manifest.parameters if not before.read(name, PARTS[0]).equal(after.read(name, PARTS[0]))}
     alone = configuration(STARTS[run][0]).mtp.freeze_trunk
     assert any(name.startswith("mtp.") for name in moved) == (STARTS[run][1] > 0)
-    assert any(not name.startswith("mtp.") for name in moved) == (not alone)
+    assert any(not name.startswith(("mtp.", "adversary.")) for name in moved) == (not alone)
+    assert any(name.startswith("adversary.") for name in moved) == (configuration(STARTS[run][0]).mtp.adversarial > 0)
     assert before.manifest.tracker != at(made, "old", 4).manifest.tracker
 
 
