@@ -67,10 +67,15 @@ def _differences(columns: Sequence[Column], results: Results) -> list[str]:
         cells = []
         for column in columns:
             found = results.difference(variant, column.key)
-            verdict = "" if found is None or found.half is None or found.resolved else ", not resolved at this size"
-            cells.append("" if found is None else found.text(column.digits, sign=True) + verdict)
+            cells.append("" if found is None else found.text(column.digits, sign=True) + _verdict(found))
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _verdict(found: Interval) -> str:
+    if found.half is None or found.resolved:
+        return ""
+    return ", equal" if found.mean == found.half == 0 else ", not resolved at this size"
 
 
 def as_json(results: Results, command: str) -> dict[str, Any]:
