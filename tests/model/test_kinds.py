@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from mtp_dist.config.heads import taps
+from mtp_dist.config.heads import fused_states, taps
+from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.mtp.medusa import MedusaHeads
 from mtp_dist.model.parameter import initialize
@@ -87,6 +88,17 @@ def test_a_fresh_medusa_head_is_the_main_head(projection: str, tie: bool) -> Non
     for head in own:
         assert head.weight is not chunk.output_weight()
         assert head.weight.equal(chunk.output_weight())
+
+
+@pytest.mark.parametrize(
+    ("layers", "states"), [(1, (0, 1)), (2, (0, 1, 2)), (4, (1, 2, 4)), (6, (2, 4, 6)), (7, (2, 3, 4)), (32, (2, 16, 29))]
+)
+def test_eagle3_joins_low_middle_and_high_states(layers: int, states: tuple[int, ...]) -> None:
+    """From 7 layers on those of the released code; those given, where they are."""
+    model = ModelConfig(layers=layers)
+    assert fused_states(model, MTPConfig(kind="eagle3")) == states
+    assert taps(model, MTPConfig(kind="eagle3")) == tuple(state for state in states if state < layers)
+    assert fused_states(model, MTPConfig(kind="eagle3", taps=[0, layers])) == (0, layers)
 
 
 @pytest.mark.parametrize("sizes", [[1, 2], [2, 1], [3, 0], [1, 1, 1, 0], [2, 1, 0]])
