@@ -43,6 +43,8 @@ AXES: dict[str, tuple[Any, ...]] = {
     "blocks": (1, 2),
     "detach": (False, True),
     "targets": ("tokens", "trunk"),
+    "stride": (1, 2),
+    "curriculum": ((), ((0, 1), (256, 3))),  # all three depths from the second step on
 }
 """Names of ``layouts.PATHS`` -> values. The first ones make a valid cell together, from which the search starts."""
 
@@ -75,7 +77,7 @@ def refusal(cell: Cell, most: int = MOST) -> str | None:
         return "one pipeline rank has no schedule"
     if cell["tensor"] == 1 and cell["sequence_parallel"]:
         return "one tensor rank shares no positions"
-    of_heads = ("head_lr_ratio", "repeat", "blocks", "detach", "targets")
+    of_heads = ("head_lr_ratio", "repeat", "blocks", "detach", "targets", "stride", "curriculum")
     if cell["depth"] == 0 and any(cell[axis] != AXES[axis][0] for axis in of_heads):
         return "no heads have no learning rate, no blocks and no losses"
     if cell["depth"] == 1 and cell["repeat"]:
@@ -94,13 +96,15 @@ def refusal(cell: Cell, most: int = MOST) -> str | None:
 def name_of(cell: Cell) -> str:
     """What tests call a cell: its layout, and what differs from the first values of ``AXES``."""
     short = {"pipeline": "pp", "tensor": "tp", "data": "dp", "stage": "zero", "depth": "depth", "vocabulary": "v"}
-    short |= {"recompute": "recompute_", "head_lr_ratio": "rate", "blocks": "blocks"}
+    short |= {"recompute": "recompute_", "head_lr_ratio": "rate", "blocks": "blocks", "stride": "stride"}
     words = []
     for axis, value in cell.items():
         if axis not in LAYOUT and value == AXES[axis][0]:
             continue
         if isinstance(value, bool):
             words.append(("" if value else "no_") + axis.split("_")[0])
+        elif axis == "curriculum":
+            words.append(axis)
         elif value != "none":
             words.append(f"{short.get(axis, '')}{value}")
     return "-".join(words)

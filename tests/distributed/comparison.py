@@ -80,7 +80,10 @@ def differences(ranks: list[Any], want: Any) -> dict[str, dict[str, float]]:
                     note("accuracy", f"{name}, {kind}, depth {k}", abs(got - right))
         for kind, wholes in (("gradient", want["gradients"]), ("weight", want["weights"])):
             for name, (_, start, value) in result[f"{kind}s"].items():
-                note(kind, name, of_largest(value.float() - _slice(wholes[name], start, value.shape), wholes[name]))
+                # A weight that began as zeros is nothing but its change.
+                change = kind == "weight" and not want["initial"][name].any()
+                error = of_largest(value.float() - _slice(wholes[name], start, value.shape), wholes[name])
+                note("master" if change else kind, name, error)
         for name, start, shape, begin, value in result["masters"]:
             whole = want["weights"][name]
             right = _slice(whole, start, shape).flatten()[begin : begin + len(value)]
