@@ -17,7 +17,12 @@ DEPTH = 3
 @pytest.mark.parametrize("computed", [0, 1, 2])
 @pytest.mark.parametrize(
     "kind",
-    [{"kind": "sequential"}, {"kind": "sequential", "detach": True}, {"kind": "sequential", "targets": "trunk"}, *KINDS],
+    [
+        {"kind": "sequential"},
+        {"kind": "sequential", "detach": True},
+        {"kind": "sequential", "targets": "trunk", "adversarial": 0.5},
+        *KINDS,
+    ],
     ids=lambda kind: "-".join(str(part) for part in kind.values()),
 )
 def test_a_depth_that_is_off_costs_nothing(kind: dict[str, Any], computed: int) -> None:
@@ -52,7 +57,8 @@ def test_a_depth_that_is_off_costs_nothing(kind: dict[str, Any], computed: int) 
     for name, p in cut.named_parameters():
         gradient = whole.get_parameter(name).grad
         assert gradient is not None
-        if name.startswith("mtp.") and not used[name.split(".")[1]]:
+        module = name.split(".")[1]
+        if not (used[module] if name.startswith("mtp.") else computed or not name.startswith("adversary.")):
             assert p.grad is None and not gradient.any(), name
         else:
             assert p.grad is not None and close(p.grad, gradient, 1e-6), name
