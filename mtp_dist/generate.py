@@ -36,6 +36,7 @@ class Writer:
     """A loaded model, what turns its tokens into text, and how to decode."""
 
     model: "Chunk"
+    draft_model: "Chunk | None"
     tokenizer: "Tokenizer"
     stops: "StopStrings"
     decode: DecodeConfig
@@ -92,6 +93,7 @@ class Writer:
                 vocabulary=vocabulary_size(self.tokenizer),
                 generators=generators,
                 stops=self.stops,
+                draft_model=self.draft_model,
                 progress=progress,
             )
 
@@ -111,14 +113,17 @@ def run(config: Generation) -> int:
 
     checkpoint = open_checkpoint(config.checkpoint)
     request.validate_heads(config.decode, checkpoint.config.mtp)
+    drafting = _drafting_checkpoint(config.decode, checkpoint)
     tokenizer = text_tokenizer(checkpoint.tokenizer_path)
     encoded = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
     _note_length(encoded, config.decode, checkpoint.config.train.sequence_length)
     if config.decode.threads:
         torch.set_num_threads(config.decode.threads)
-    model = checkpoint.load_model(getattr(torch, config.decode.dtype)).to("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, device = getattr(torch, config.decode.dtype), "cuda" if torch.cuda.is_available() else "cpu"
+    model = checkpoint.load_model(dtype).to(device)
+    draft_model = drafting.load_model(dtype).to(device) if drafting is not None else None
 
-    writer = Writer(model, tokenizer, StopStrings(tokenizer, config.decode.stop), config.decode, config.seed)
+    writer = Writer(model, draft_model, tokenizer, StopStrings(tokenizer, config.decode.stop), config.decode, config.seed)
     size = config.decode.batch
     writer.warm_up(encoded[:size])
     items: list[Continuation] = []
@@ -138,6 +143,23 @@ def run(config: Generation) -> int:
     if config.output:
         _write_json(config, checkpoint, items)
     return 0
+
+
+def _drafting_checkpoint(decode: DecodeConfig, checkpoint: "Checkpoint") -> "Checkpoint | None":
+    """That of decode.draft_model, if it is one for this tokenizer. Raises UserError."""
+    if decode.drafter != "model" or decode.mode == "plain":
+        return None
+    from mtp_dist.checkpoint.reader import open_checkpoint
+    from mtp_dist.data.dataset import file_sha256
+
+    found = open_checkpoint(decode.draft_model, "decode.draft_model")
+    own, other = (file_sha256(each.tokenizer_path) for each in (checkpoint, found))
+    if own != other:
+        raise UserError(
+            f"decode.draft_model={decode.draft_model} has another tokenizer (sha256 {other[:12]}) than the checkpoint "
+            f"({own[:12]}); choose one that was trained on the same dataset"
+        )
+    return found
 
 
 def _note_length(prompts: list[list[int]], decode: DecodeConfig, trained: int) -> None:
@@ -167,8 +189,12 @@ def _description(decode: DecodeConfig, checkpoint: "Checkpoint") -> str:
         parts += [f"top-k {decode.top_k}"] if decode.top_k else []
         parts += [f"top-p {decode.top_p:g}"] if decode.top_p < 1 else []
     if decode.mode != "plain":
+        from mtp_dist.decoding.drafters import draft_length
+
         mtp = checkpoint.config.mtp
-        parts.append(f"drafts of {decode.draft or mtp.depth} by {modules(mtp)} MTP module" + ("s" if modules(mtp) > 1 else ""))
+        heads = f"{modules(mtp)} MTP module" + ("s" if modules(mtp) > 1 else "")
+        drafters = {"heads": heads, "ngram": "lookup in the text", "model": decode.draft_model}
+        parts.append(f"drafts of {draft_length(replace(decode, mode='speculative'), mtp.depth)} by {drafters[decode.drafter]}")
     return ", ".join(parts)
 
 
@@ -202,5 +228,7 @@ if __name__ == "__main__":
             "python -m mtp_dist.generate checkpoint=runs/quickstart prompt_file=prompts.txt decode=sampling output=texts.json",
             "python -m mtp_dist.generate checkpoint=runs/quickstart prompt_file=prompts.jsonl decode.batch=8 'decode.stop=[def]'",
             "python -m mtp_dist.generate checkpoint=runs/quickstart prompt='class ' stream=true",
+            "python -m mtp_dist.generate checkpoint=runs/a prompt='class ' decode.drafter=model decode.draft_model=runs/small",
+            "python -m mtp_dist.generate checkpoint=runs/plain prompt='class ' decode.drafter=ngram decode.draft=8",
         ],
     )

@@ -63,6 +63,8 @@ def prepare(config: Evaluation) -> tuple[list[Problem], dict[str, list[str]] | N
         folder.sound(config.checkpoint)
         if decode.mode == "both":
             raise UserError("decode.mode=both is for generate; choose plain or speculative")
+        if decode.drafter == "model":
+            raise UserError("decode.drafter=model is for generate; choose heads or ngram")
         if asked.samples > 1 and decode.temperature == 0:
             raise UserError(
                 f"programs.samples={asked.samples} with decode.temperature=0 would be the same program each time; choose "

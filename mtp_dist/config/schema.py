@@ -238,7 +238,10 @@ class DecodeConfig:
 
     mode: str = setting("speculative", "plain (one token a forward) | speculative (draft, verify in one forward, accept) | both (compare).")
     max_new_tokens: int = setting(128, "Tokens generated at most for each prompt.")
-    draft: int | None = setting(None, "Gamma, tokens drafted a round; above D the last module is recycled. null: D.")
+    drafter: str = setting("heads", "Who drafts: heads (the model's own) | ngram (what followed the same tokens earlier in the text) | model (a smaller one).")
+    draft: int | None = setting(None, "Gamma, tokens drafted a round; above D the last module is recycled (not parallel, medusa). null: D; other drafters: 4.")
+    draft_model: str = setting("", "drafter=model: a checkpoint folder, or a run folder, of a model with the same tokenizer.")
+    ngram: int = setting(3, "drafter=ngram: the longest run of tokens that is looked up; shorter ones follow.")
     temperature: float = setting(0.0, "0: greedy. Else softmax temperature.")
     top_k: int = setting(0, "Sample among the k most likely tokens. 0: all.")
     top_p: float = setting(1.0, "Sample among the likeliest tokens that hold this probability.")

@@ -5,8 +5,6 @@ of their last one; what is computed from a copy goes to a place that nobody read
 length stay in memory until they are overwritten, and no position ever sees beyond itself.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -52,18 +50,31 @@ class Span:
 
 
 class KeyValues:
-    """Keys and values of one attention layer, [B, K, capacity, c] each; ``lengths``: how many positions each row holds."""
+    """Keys and values of one attention layer, or of several in a row: [B, K, capacity, c] each; ``lengths``: how many positions
+    each row holds."""
 
-    def __init__(self, batch: int, heads: int, capacity: int, head_dim: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        batch: int,
+        heads: int,
+        capacity: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        layers: int = 1,
+    ) -> None:
         # Not empty memory: what is masked out is multiplied by 0, and must be finite. One more place takes the copies.
         self.keys, self.values = (
-            torch.zeros(batch, heads, capacity + 1, head_dim, dtype=dtype, device=device) for _ in range(2)
+            [torch.zeros(batch, heads, capacity + 1, head_dim, dtype=dtype, device=device) for _ in range(layers)]
+            for _ in range(2)
         )
         self.capacity = capacity
         self.lengths = [0] * batch
 
     def at(self, span: Span) -> "Extension":
-        """What a block takes as its ``KeyValueCache`` for one pass over the span, which follows the lengths."""
+        """What a block, or several in a row, take as their ``KeyValueCache`` for one pass over the span, which follows the
+        lengths."""
         return Extension(self, span)
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,32 +88,33 @@ class KeyValues:
 
     def keep(self, rows: list[int]) -> None:
         """Only these rows go on, in this order."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            self.keys[layer], self.values[layer] = keys[rows], values[rows]
         self.lengths = [self.lengths[row] for row in rows]
 
 
-@dataclass(frozen=True)
 class Extension:
-    """One pass's writing to a cache. It is the model's ``KeyValueCache``."""
+    """One pass's writing to a cache, by one layer after the other. It is the model's ``KeyValueCache``."""
 
-    cache: KeyValues
-    span: Span
-
-    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write [B, K, width, c]; returns views of all keys and values [B, K, total, c]. IndexError beyond the capacity."""
-        cache, span = self.cache, self.span
+    def __init__(self, cache: KeyValues, span: Span) -> None:
         assert span.begin == cache.lengths
         if span.total > cache.capacity:
             raise IndexError(f"{span.total} positions do not fit a cache of {cache.capacity}")
+        self.cache, self.span, self.layer = cache, span, 0
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write [B, K, width, c] as the next layer's; returns views of all its keys and values [B, K, total, c]."""
+        keys, values, span = self.cache.keys[self.layer], self.cache.values[self.layer], self.span
         if span.even:
-            cache.keys[:, :, span.begin[0] : span.total] = key
-            cache.values[:, :, span.begin[0] : span.total] = value
+            keys[:, :, span.begin[0] : span.total] = key
+            values[:, :, span.begin[0] : span.total] = value
         else:
-            rows, places = torch.arange(len(key), device=key.device).unsqueeze(1), span.places(cache.capacity)
-            cache.keys[rows, :, places] = key.transpose(1, 2)
-            cache.values[rows, :, places] = value.transpose(1, 2)
-        cache.lengths = list(span.end)
-        return cache.keys[:, :, : span.total], cache.values[:, :, : span.total]
+            rows, places = torch.arange(len(key), device=key.device).unsqueeze(1), span.places(self.cache.capacity)
+            keys[rows, :, places] = key.transpose(1, 2)
+            values[rows, :, places] = value.transpose(1, 2)
+        self.layer += 1
+        self.cache.lengths = list(span.end)
+        return keys[:, :, : span.total], values[:, :, : span.total]
 
 
 class HiddenStates:

@@ -52,9 +52,9 @@ class Chooser:
     def __init__(self, model: DecodingModel, sampling: Sampling, source: Source) -> None:
         self.model, self.sampling, self.source = model, sampling, source
 
-    def choose(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """states [B, d] ready for the head -> (drafts [B], their distributions [B, V]; greedy: None)."""
-        logits = self.model.logits(states)
+    def choose(self, states: Tensor, matrix: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """states [B, d] ready for the head (matrix: its own one) -> (drafts [B], their distributions [B, V]; greedy: None)."""
+        logits = self.model.logits(states, matrix)
         if self.sampling.greedy:
             return logits.argmax(-1), None
         distribution = self.sampling.probabilities(logits)

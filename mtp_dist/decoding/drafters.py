@@ -1,19 +1,50 @@
 """Which drafter the settings ask for, and how many tokens it drafts a round."""
 
 from mtp_dist.config.schema import DecodeConfig
-from mtp_dist.decoding.chain import SequentialDrafter
+from mtp_dist.decoding.chain import ChainDrafter, chain_of
 from mtp_dist.decoding.drafter import Drafter
+from mtp_dist.decoding.lookup import LookupDrafter
 from mtp_dist.decoding.model import DecodingModel
-from mtp_dist.decoding.sampling import Chance, Sampling
+from mtp_dist.decoding.sampling import Sampling, Source
+from mtp_dist.decoding.side_by_side import ParallelDrafter, PointDrafter
+from mtp_dist.decoding.small_model import ModelDrafter
+from mtp_dist.model.chunk import Chunk
+from mtp_dist.model.mtp.medusa import MedusaHeads
+from mtp_dist.model.mtp.notebook import NotebookHeads
+from mtp_dist.model.mtp.parallel import ParallelHeads
+
+WITHOUT_DEPTH = 4
+"""Drafts a round of a drafter that has no depth, unless the settings say."""
 
 
 def draft_length(config: DecodeConfig, depth: int) -> int:
     """γ, drafts verified in one forward: 0 for plain decoding. depth: the model's D."""
     if config.mode == "plain":
         return 0
-    return depth if config.draft is None else config.draft
+    if config.draft is not None:
+        return config.draft
+    return depth if config.drafter == "heads" else WITHOUT_DEPTH
 
 
-def build_drafter(model: DecodingModel, batch: int, config: DecodeConfig, sampling: Sampling, chance: Chance) -> Drafter:
-    """The drafter of a batch that ``config`` asks for."""
-    return SequentialDrafter(model, batch, sampling, chance, most=draft_length(config, model.depth))
+def build_drafter(
+    model: DecodingModel, batch: int, config: DecodeConfig, sampling: Sampling, source: Source, *, other: Chunk | None = None
+) -> Drafter:
+    """The drafter that ``config`` asks for. ``other``: the model that drafts, where it is to be another."""
+    if config.drafter == "ngram":
+        return LookupDrafter(config.ngram)
+    if config.drafter == "model":
+        if other is None:
+            raise ValueError("decode.drafter=model without a model")
+        return ModelDrafter(model.beside(other), batch, sampling, source)
+    return head_drafter(model, batch, sampling, source, most=draft_length(config, model.depth))
+
+
+def head_drafter(model: DecodingModel, batch: int, sampling: Sampling, source: Source, *, most: int) -> Drafter:
+    """The drafter of the model's own heads. ``most``: the largest count that will be asked for."""
+    heads, chain = model.heads, chain_of(model)
+    if chain is not None:
+        return ChainDrafter(model, chain, batch, sampling, source, most=most)
+    if isinstance(heads, ParallelHeads):
+        return ParallelDrafter(model, heads, batch, sampling, source, most=most)
+    assert isinstance(heads, MedusaHeads | NotebookHeads)
+    return PointDrafter(model, heads, sampling, source)

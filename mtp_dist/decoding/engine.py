@@ -81,14 +81,16 @@ def generate_batch(
     vocabulary: int | None = None,
     generators: Sequence[torch.Generator | None] | None = None,
     stops: StopStrings | None = None,
+    draft_model: Chunk | None = None,
     progress: Callable[[int, list[int]], object] | None = None,
 ) -> list[Generated]:
     """Continue prompts of one or more tokens, together, each by at most ``config.max_new_tokens``.
 
     ``config.mode`` is plain or speculative. ``end`` is the end-of-document token: it ends a text if ``config.stop_at_eos``, and
     separates documents for attention. ``vocabulary``: see ``DecodingModel``. ``generators``: one a prompt, for sampling; None
-    takes torch's own. ``progress`` is called after each forward with a prompt's number and its new tokens. For what is timed see
-    ``Statistics``; a text's seconds are its share of the time of the passes that it took part in.
+    takes torch's own. ``draft_model``: needed where ``config.drafter`` is model. ``progress`` is called after each forward with a
+    prompt's number and its new tokens. For what is timed see ``Statistics``; a text's seconds are its share of the time of the
+    passes that it took part in.
     """
     if not prompts or not all(prompts):
         raise ValueError("a prompt has no token")
@@ -96,7 +98,7 @@ def generate_batch(
     capacity = max(map(len, prompts)) + config.max_new_tokens + most + 1
     decoder = DecodingModel(model, capacity, end=end, vocabulary=vocabulary)
     sampling, chance = Sampling.of(config), Chance(generators or [None] * len(prompts))
-    drafter = build_drafter(decoder, len(prompts), config, sampling, chance) if most else None
+    drafter = build_drafter(decoder, len(prompts), config, sampling, chance, other=draft_model) if most else None
     batch = Batch(decoder, prompts, sampling, drafter, chance)
     stop = end if config.stop_at_eos else None
     everyone = [Growing(number) for number in range(len(prompts))]

@@ -5,15 +5,20 @@ of the batch are. As in training, attention stays inside a document where the mo
 belongs to the document it ends.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mtp_dist.decoding.cache import HiddenStates, KeyValues, Span
+from mtp_dist.model.attention import Mask
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.mtp.heads import Heads
-from mtp_dist.model.trunk import rotation
+from mtp_dist.model.trunk import Attention, KeyValueCache, rotation
+
+Step = Callable[[Tensor, Tensor, Tensor, Mask, KeyValueCache | None], tuple[Tensor, Tensor]]
+"""A module of a chain: (h^{k-1}, Emb(t[i+k]), turn, mask, cache) -> (state for the head, state for depth k+1)."""
 
 
 class TrunkPass(NamedTuple):
@@ -36,12 +41,19 @@ class DecodingModel:
         assert chunk.last
         assert chunk.embedding is not None
         assert chunk.model.head_dim is not None
-        self.chunk, self.capacity = chunk, capacity
+        self.chunk, self.capacity, self.end_of_document = chunk, capacity, end
         self.embedding = chunk.embedding
         self.end = end if chunk.model.document_mask else None
         self.output = chunk.output_weight()[:vocabulary]
         self.dtype, self.device = self.output.dtype, self.output.device
         self.turn = rotation(torch.arange(capacity, device=self.device), chunk.model.head_dim, chunk.model.rope_theta)
+
+    def beside(self, chunk: Chunk) -> "DecodingModel":
+        """Another model for the same texts. Raises ValueError where it lacks tokens of this one's."""
+        other = DecodingModel(chunk, self.capacity, end=self.end_of_document, vocabulary=len(self.output))
+        if len(other.output) < len(self.output):
+            raise ValueError(f"a model of {len(other.output)} tokens cannot draft for one of {len(self.output)}")
+        return other
 
     @property
     def heads(self) -> Heads | None:
@@ -53,11 +65,14 @@ class DecodingModel:
         """D."""
         return self.chunk.depth
 
-    def cache(self, batch: int) -> KeyValues:
-        """An empty cache for one block."""
+    def cache(self, batch: int, module: nn.Module | None = None) -> KeyValues:
+        """An empty cache for one block, or for all attention layers of a module."""
         config = self.chunk.model
         assert config.head_dim is not None
-        return KeyValues(batch, config.kv_heads, self.capacity, config.head_dim, dtype=self.dtype, device=self.device)
+        layers = 1 if module is None else sum(isinstance(part, Attention) for part in module.modules())
+        return KeyValues(
+            batch, config.kv_heads, self.capacity, config.head_dim, dtype=self.dtype, device=self.device, layers=layers
+        )
 
     def caches(self, batch: int) -> list[KeyValues]:
         """Empty caches for the trunk, one a layer."""
@@ -87,7 +102,7 @@ class DecodingModel:
         return TrunkPass(hidden, self.chunk.norm(hidden), tapped)
 
     def module(
-        self, module: nn.Module, depth: int, hidden: Tensor, tokens: Tensor, cache: KeyValues, span: Span
+        self, module: Step, depth: int, hidden: Tensor, tokens: Tensor, cache: KeyValues, span: Span
     ) -> tuple[Tensor, Tensor]:
         """Run an MTP module that reads tokens as depth k over a span that follows its cache.
 
@@ -97,9 +112,9 @@ class DecodingModel:
         embedded = self.embedding(span.read(tokens, ahead=depth))
         return module(hidden, embedded, self.turned(span), self.visible(tokens, span), cache.at(span))
 
-    def logits(self, states: Tensor) -> Tensor:
-        """states [.., d] ready for the head -> [.., V], float32 or wider."""
-        logits = states @ self.output.T
+    def logits(self, states: Tensor, matrix: Tensor | None = None) -> Tensor:
+        """states [.., d] ready for the head -> [.., V], float32 or wider. matrix [>= V, d]: of another head than the main one."""
+        logits = states @ (self.output if matrix is None else matrix[: len(self.output)]).T
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def turned(self, span: Span) -> Tensor:

@@ -13,6 +13,9 @@ from mtp_dist.config.schema import DecodeConfig, Generation, MTPConfig
 from mtp_dist.errors import UserError
 
 MODES = ("plain", "speculative", "both")
+DRAFTERS = ("heads", "ngram", "model")
+DRAFTING = ("sequential", "parallel", "medusa", "notebook", "eagle", "eagle3")
+BLIND = ("parallel", "medusa")
 DTYPES = ("float32", "bfloat16", "float64")
 
 
@@ -36,7 +39,13 @@ def validate_decoding(decode: DecodeConfig) -> None:
     one_of("decode.mode", decode.mode, MODES)
     one_of("decode.dtype", decode.dtype, DTYPES)
     at_least("decode.max_new_tokens", decode.max_new_tokens, 1)
+    one_of("decode.drafter", decode.drafter, DRAFTERS)
     at_least("decode.draft", decode.draft, 1)
+    at_least("decode.ngram", decode.ngram, 1)
+    if decode.drafter == "model":
+        given("decode.draft_model", decode.draft_model, "RUN_FOLDER")
+    elif decode.draft_model:
+        raise UserError(f"decode.draft_model={decode.draft_model} is not read by decode.drafter={decode.drafter}; choose model")
     finite("decode.temperature", decode.temperature)
     at_least("decode.temperature", decode.temperature, 0)
     at_least("decode.top_k", decode.top_k, 0)
@@ -50,19 +59,25 @@ def validate_decoding(decode: DecodeConfig) -> None:
 
 
 def validate_heads(decode: DecodeConfig, mtp: MTPConfig) -> None:
-    """Raise UserError where speculative decoding is asked of a model that has no MTP heads."""
-    if decode.mode != "plain" and mtp.depth == 0:
-        raise UserError(f"decode.mode={decode.mode} drafts with MTP heads, and this model has none; choose decode.mode=plain")
-    if decode.mode != "plain" and mtp.stride > 1:
+    """Raise UserError where drafts are asked of heads that the model has not, or that cannot make them."""
+    if decode.mode == "plain" or decode.drafter != "heads":
+        return
+    if mtp.depth == 0:
+        raise UserError(
+            f"decode.mode={decode.mode} drafts with MTP heads, and this model has none; choose decode.mode=plain, "
+            "decode.drafter=ngram or decode.drafter=model"
+        )
+    if mtp.stride > 1:
         raise UserError(
             f"decode.mode={decode.mode} needs a draft of each next token, and heads of mtp.stride={mtp.stride} leap over some; "
-            "choose decode.mode=plain"
+            "choose decode.mode=plain, decode.drafter=ngram or decode.drafter=model"
         )
-    if decode.mode != "plain" and (mtp.kind != "sequential" or mtp.blocks > 1):
-        kind = mtp.kind if mtp.blocks == 1 else f"{mtp.kind} with mtp.blocks={mtp.blocks}"
+    if mtp.kind not in DRAFTING:
+        raise UserError(f"decode.drafter=heads knows no mtp.kind={mtp.kind} yet; choose decode.drafter=ngram or model")
+    if mtp.kind in BLIND and decode.draft is not None and decode.draft > mtp.depth:
         raise UserError(
-            f"decode.mode={decode.mode} has no drafter for mtp.kind={kind} yet (only for sequential with one block a module); "
-            "choose decode.mode=plain"
+            f"decode.draft={decode.draft} is more than the model's mtp.depth={mtp.depth}: heads of mtp.kind={mtp.kind} stand side"
+            f" by side and cannot be recycled; choose at most {mtp.depth}"
         )
 
 

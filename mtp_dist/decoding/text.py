@@ -7,12 +7,14 @@ from torch import Tensor
 
 
 class Texts:
-    """tokens int64 [B, capacity]: row b's known tokens t[0] .. t[known[b]-1]; what stands behind them is drafts or nothing.
+    """tokens int64 [B, capacity]: row b's known tokens t[0] .. t[known[b]-1], those of ``rows``; what stands behind them is
+    drafts or nothing.
 
     Whoever drafts writes behind the known tokens, where the trunk's verifying pass reads; ``extend`` makes tokens known.
     """
 
     def __init__(self, texts: Sequence[Sequence[int]], capacity: int, device: torch.device) -> None:
+        self.rows = [list(text) for text in texts]
         self.known = [len(text) for text in texts]
         if max(self.known) > capacity:
             raise IndexError(f"{max(self.known)} tokens do not fit {capacity}")
@@ -21,11 +23,6 @@ class Texts:
 
     def __len__(self) -> int:
         return len(self.known)
-
-    def row(self, number: int) -> list[int]:
-        """A row's known tokens."""
-        found: list[int] = self.tokens[number, : self.known[number]].tolist()
-        return found
 
     def draft(self, place: int, tokens: Tensor) -> None:
         """Write int64 [B] as draft number ``place``, counted from 0, behind the known tokens of each row."""
@@ -44,11 +41,29 @@ class Texts:
         values = torch.tensor([token for tokens in new for token in tokens], dtype=torch.int64, device=self.tokens.device)
         self.tokens[rows, columns] = values
         self.known = [known + len(tokens) for known, tokens in zip(self.known, new, strict=True)]
+        for row, tokens in zip(self.rows, new, strict=True):
+            row.extend(tokens)
 
     def keep(self, rows: list[int]) -> None:
         """Only these rows go on, in this order."""
         self.tokens = self.tokens[rows]
+        self.rows = [self.rows[row] for row in rows]
         self.known = [self.known[row] for row in rows]
+
+
+class Snapshot:
+    """Known tokens and the drafts behind them, as they once were."""
+
+    def __init__(self, texts: Texts, drafts: int) -> None:
+        self.tokens, self.lengths = texts.tokens.clone(), [known + drafts for known in texts.known]
+
+    def right(self, texts: Texts) -> list[int]:
+        """How many tokens of each row, from the first on, turned out right so far."""
+        return shared(self.tokens, texts.tokens, [min(ends) for ends in zip(self.lengths, texts.known, strict=True)])
+
+    def keep(self, rows: list[int]) -> None:
+        """Only these rows go on, in this order."""
+        self.tokens, self.lengths = self.tokens[rows], [self.lengths[row] for row in rows]
 
 
 def shared(a: Tensor, b: Tensor, most: list[int]) -> list[int]:

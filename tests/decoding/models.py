@@ -20,9 +20,11 @@ def random_model(
     document_mask: bool = True,
     std: float = 0.3,
     layers: int = 2,
+    kind: str = "sequential",
     **mtp: object,
 ) -> Chunk:
-    """Two layers of width 32. The large initial values make texts that do not repeat themselves at once."""
+    """Two layers of width 32. The large initial values make texts that do not repeat themselves at once; heads that would start
+    as copies of the main one get random values, too."""
     model = ModelConfig(
         vocab_size=vocabulary,
         layers=layers,
@@ -35,10 +37,15 @@ def random_model(
         tie_embeddings=tie,
         document_mask=document_mask,
     )
-    heads = MTPConfig(kind="sequential" if depth else "none", depth=depth, **mtp)  # type: ignore[arg-type]
+    heads = MTPConfig(kind=kind if depth else "none", depth=depth, **mtp)  # type: ignore[arg-type]
     with torch.device("meta"):
         chunk = Chunk(model, heads, range(layers))
     initialize(chunk, seed)
+    if kind == "medusa":
+        assert chunk.mtp is not None
+        generator = torch.Generator().manual_seed(seed)
+        for p in chunk.mtp.parameters():
+            p.data.normal_(0, std, generator=generator)
     return chunk.to(dtype).eval()
 
 

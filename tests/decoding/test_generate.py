@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
 from mtp_dist.checkpoint.manifest import CONFIG, MANIFEST, TOKENIZER, FragmentRecord, Manifest, ParameterRecord, file_record
 from mtp_dist.config import compose
@@ -23,13 +24,13 @@ from tests.decoding.models import random_model, taught
 SENTENCE = "fox jumped gray "
 
 
-def save(folder: Path, chunk: Chunk, mtp: MTPConfig) -> Path:
+def save(folder: Path, chunk: Chunk, mtp: MTPConfig, tokenizer: Tokenizer | None = None) -> Path:
     """A checkpoint of a byte-level model, as a one-process run leaves it, without the optimizer's moments."""
     folder.mkdir(parents=True)
     file = "rank_00000.safetensors"
     save_file({f"{name}.master": p.detach().flatten() for name, p in chunk.named_parameters()}, folder / file)
     compose.save(TrainingRun(model=chunk.model, mtp=mtp), folder / CONFIG)
-    byte_tokenizer().save(str(folder / TOKENIZER))
+    (tokenizer or byte_tokenizer()).save(str(folder / TOKENIZER))
     parameters = {
         name: ParameterRecord(list(p.shape), [FragmentRecord(file, name, [0] * p.dim(), list(p.shape), 0, p.numel())])
         for name, p in chunk.named_parameters()
@@ -51,6 +52,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def headless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("plain") / "step_1", random_model(0, vocabulary=257), MTPConfig(kind="none", depth=0))
+
+
+@pytest.fixture(scope="module")
+def strange(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with another tokenizer."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["fox"])
+    folder = tmp_path_factory.mktemp("strange") / "step_1"
+    return save(folder, random_model(0, vocabulary=258), MTPConfig(kind="none", depth=0), tokenizer)
 
 
 def command(*arguments: str) -> int:
@@ -149,6 +159,11 @@ def test_a_text_can_be_watched_while_it_grows(checkpoint: Path, capsys: pytest.C
         (["checkpoint={run}", "prompt=a", "decode.mode=fast"], "decode.mode=fast is not one of plain, speculative or both"),
         (["checkpoint={run}", "prompt=a", "decode.dtype=int8"], "decode.dtype=int8 is not one of"),
         (["checkpoint={run}", "prompt=a", "output={tmp}/no/out.json"], "cannot be written"),
+        (["checkpoint={run}", "prompt=a", "decode.drafter=oracle"], "decode.drafter=oracle is not one of heads, ngram or model"),
+        (["checkpoint={run}", "prompt=a", "decode.drafter=ngram", "decode.ngram=0"], "decode.ngram=0 must be at least 1"),
+        (["checkpoint={run}", "prompt=a", "decode.drafter=model"], "decode.draft_model is empty"),
+        (["checkpoint={run}", "prompt=a", "decode.draft_model={run}"], "is not read by decode.drafter=heads"),
+        (["checkpoint={run}", "prompt=a", "decode.drafter=model", "decode.draft_model={other}"], "has another tokenizer"),
         (["checkpoint={headless}", "prompt=a", "decode.mode=both"], "this model has none; choose decode.mode=plain"),
     ],
 )
@@ -157,6 +172,7 @@ def test_bad_input_is_one_line_before_any_weight_is_read(
     message: str,
     checkpoint: Path,
     headless: Path,
+    strange: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -165,6 +181,7 @@ def test_bad_input_is_one_line_before_any_weight_is_read(
     (tmp_path / "empty.txt").write_text("\n---\n\n")
     (tmp_path / "lines.jsonl").write_text('"one"\n{"prompt": "two"}\n')
     places = {"run": checkpoint, "tmp": tmp_path, "headless": headless, "empty": tmp_path / "empty.txt"}
+    places["other"] = strange
     places["lines"] = tmp_path / "lines.jsonl"
     assert command(*(argument.format(**places) for argument in arguments)) == 2
     captured = capsys.readouterr()
@@ -176,6 +193,20 @@ def test_bad_input_is_one_line_before_any_weight_is_read(
 def test_a_model_without_heads_decodes_plainly(headless: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(f"checkpoint={headless}", "prompt=a", "decode.mode=plain", "decode.max_new_tokens=3") == 0
     assert re.search(r"tokens per forward +1\.00\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("drafter", ["ngram", "model"])
+def test_a_model_without_heads_is_helped_by_others(
+    drafter: str, checkpoint: Path, headless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, drafts = tmp_path / "out.json", [f"decode.draft_model={checkpoint}"] if drafter == "model" else []
+    arguments = ["prompt=fox jumped gray fox j", f"decode.drafter={drafter}", *drafts, "decode.mode=both", f"output={output}"]
+    assert command(f"checkpoint={headless}", *arguments, "decode.max_new_tokens=20") == 0
+    (prompt,) = json.loads(output.read_text())["prompts"]
+    assert prompt["identical"] is True
+    assert sum(prompt["speculative"]["statistics"]["drafted"]) > 0
+    shown = {"ngram": "drafts of 4 by lookup in the text", "model": f"drafts of 4 by {checkpoint}"}
+    assert shown[drafter] in capsys.readouterr().out
 
 
 def test_settings_are_checked_without_loading_torch() -> None:

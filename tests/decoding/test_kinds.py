@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from mtp_dist.config.heads import KINDS
 from mtp_dist.config.schema import DecodeConfig, ModelConfig, MTPConfig
 from mtp_dist.decoding.engine import generate
-from mtp_dist.decoding.request import validate_heads
+from mtp_dist.decoding.request import DRAFTING, validate_heads
 from mtp_dist.errors import UserError
 from mtp_dist.interop.hugging_face import require_expressible
 from mtp_dist.model.chunk import Chunk
@@ -46,14 +47,29 @@ def test_leaping_heads_neither_draft_nor_export() -> None:
 
 
 @pytest.mark.parametrize("heads", OTHERS, ids=lambda heads: heads["kind"])
-def test_drafting_and_exporting_are_refused(heads: dict[str, Any]) -> None:
-    mtp = MTPConfig(depth=2, **heads)
-    validate_heads(DecodeConfig(mode="plain"), mtp)
-    with pytest.raises(UserError, match=r"choose decode\.mode=plain") as refused:
-        validate_heads(DecodeConfig(mode="speculative"), mtp)
-    assert f"mtp.kind={mtp.kind}" in str(refused.value)
+def test_exporting_is_refused(heads: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="choose heads=false"):
-        require_expressible(ModelConfig(), mtp)
+        require_expressible(ModelConfig(), MTPConfig(depth=2, **heads))
     with pytest.raises(UserError, match=r"mtp\.repeat=true"):
         require_expressible(ModelConfig(), MTPConfig(repeat=True))
-    validate_heads(DecodeConfig(mode="speculative"), MTPConfig(repeat=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_drafts_or_is_refused_in_one_line(kind: str) -> None:
+    mtp = MTPConfig(kind=kind, depth=0 if kind == "none" else 2)
+    validate_heads(DecodeConfig(mode="plain"), mtp)
+    validate_heads(DecodeConfig(drafter="ngram", draft=9), mtp)
+    if kind == "none":
+        with pytest.raises(UserError, match=r"this model has none; choose decode\.mode=plain"):
+            validate_heads(DecodeConfig(), mtp)
+    elif kind not in DRAFTING:
+        with pytest.raises(UserError, match=rf"mtp\.kind={kind} yet; choose decode\.drafter=ngram"):
+            validate_heads(DecodeConfig(), mtp)
+    else:
+        validate_heads(DecodeConfig(draft=2), mtp)
+
+
+def test_heads_side_by_side_are_not_recycled() -> None:
+    with pytest.raises(UserError, match=r"decode\.draft=3 is more than the model's mtp\.depth=2: .* choose at most 2"):
+        validate_heads(DecodeConfig(draft=3), MTPConfig(kind="medusa", depth=2))
+    validate_heads(DecodeConfig(draft=3), MTPConfig(kind="eagle", depth=2))

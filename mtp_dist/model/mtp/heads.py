@@ -59,10 +59,9 @@ class Blocks(nn.ModuleDict):
     """Several blocks in a row, keyed "1" .. "K"."""
 
     def forward(self, x: Tensor, turn: Tensor, mask: Mask, cache: KeyValueCache | None = None) -> Tensor:
-        """As ``Block``; a cache holds one layer's keys and values, so there can be none."""
-        assert cache is None
+        """As ``Block``; each block in turn extends the cache."""
         for block in self.values():
-            x = block(x, turn, mask)
+            x = block(x, turn, mask, cache)
         return x
 
 
