@@ -47,6 +47,8 @@ def _choice_points(config: Study) -> None:
         raise UserError(
             f"choice_points.choice={task.choice} must be from mtp.depth={depth} to train.sequence_length - 1 = {length - 1}"
         )
+    if (stride := config.mtp.stride) > 1:
+        raise UserError(f"mtp.stride={stride} leaps over tokens, and experiment=choice_points counts each; choose mtp.stride=1")
     if depth > MOST_DEPTH:
         raise UserError(f"mtp.depth={depth} is more than experiment=choice_points has rows for; choose {MOST_DEPTH} or less")
     config.model.vocab_size = task.choice + 1 + task.branches * (length + MOST_DEPTH - task.choice)

@@ -11,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from mtp_dist.config.heads import lookahead
 from mtp_dist.config.schema import InductionTask, Study
 from mtp_dist.data.batch import Batch
 from mtp_dist.model.chunk import Chunk
@@ -64,7 +65,7 @@ def accuracy(model: Chunk, tokens: Tensor, known: Tensor) -> float:
 def measure(config: Study, mesh: Mesh) -> Outcome:
     task, steps = config.induction, config.train.steps
     assert steps is not None
-    width = config.train.sequence_length + 1 + config.mtp.depth
+    width = config.train.sequence_length + 1 + lookahead(config.mtp)
     generator = torch.Generator().manual_seed(config.seed)
     held_out, known = rows(task, task.test_rows, width, torch.Generator().manual_seed(config.seed + 1_000_000))
     found: list[list[float]] = []

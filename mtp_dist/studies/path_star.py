@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from mtp_dist.config.heads import lookahead
 from mtp_dist.config.schema import PathStarTask, Study
 from mtp_dist.data.batch import Batch
 from mtp_dist.data.packing import PADDING
@@ -62,7 +63,7 @@ def solved(task: PathStarTask, question: list[int]) -> list[int]:
 def measure(config: Study, mesh: Mesh) -> Outcome:
     task, steps = config.path_star, config.train.steps
     assert steps is not None
-    width = config.train.sequence_length + 1 + config.mtp.depth
+    width = config.train.sequence_length + 1 + lookahead(config.mtp)
     generator = torch.Generator().manual_seed(config.seed)
     held_out = graphs(task, task.test_rows, width, torch.Generator().manual_seed(config.seed + 1_000_000))
     found: list[list[float]] = []

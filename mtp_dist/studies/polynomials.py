@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
+from mtp_dist.config.heads import lookahead
 from mtp_dist.config.schema import PolynomialTask, Study
 from mtp_dist.data.batch import Batch
 from mtp_dist.model.chunk import Chunk
@@ -79,7 +80,7 @@ def rows(task: PolynomialTask, count: int, width: int, draw: random.Random, oper
 
 def measure(config: Study, mesh: Mesh) -> Outcome:
     task = config.polynomials
-    width = config.train.sequence_length + 1 + config.mtp.depth
+    width = config.train.sequence_length + 1 + lookahead(config.mtp)
     draw = random.Random(config.seed)
     trained = train(config, mesh, lambda step: rows(task, config.train.global_batch, width, draw))
     chunk = trained.workload.pipeline.chunks[0]

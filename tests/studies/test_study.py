@@ -126,6 +126,7 @@ def test_heads_are_compared_on_equal_terms() -> None:
         (["experiment=path_star", "seeds=[1,1]"], "seeds="),
         (["experiment=path_star", "path_star.nodes=8"], "path_star.nodes=8"),
         (["experiment=choice_points", "choice_points.choice=7"], "choice_points.choice=7"),
+        (["experiment=choice_points", "mtp.stride=2"], "mtp.stride=2 leaps over tokens"),
         (["experiment=induction", "induction.mentions=40"], "induction.mentions=40"),
         (["experiment=polynomials", "polynomials.modulus=8"], "polynomials.modulus=8 is not a prime"),
         (["experiment=choice_points", "parallel.data=2"], "one process"),
