@@ -37,6 +37,7 @@ EACH_STEP = (
     "optim/gradient_norm",
     "optim/skipped_steps",
     "mtp/loss_weight",
+    "mtp/depth",
     "data/tokens_seen",
     "data/epoch",
     "speed/tokens_per_second",
@@ -148,6 +149,7 @@ def test_the_numbers_mean_what_they_say(stopped: Stopped) -> None:
         step = record["step"]
         weight = 0.3 if (step - 1) * tokens < 100 * tokens else 0.1
         assert record["mtp/loss_weight"] == weight
+        assert record["mtp/depth"] == 2
         depths = (record["loss/depth_1"] + record["loss/depth_2"]) / 2
         assert record["loss/total"] == pytest.approx(record["loss/main"] + weight * depths, rel=1e-5)
         assert record["data/tokens_seen"] == step * tokens
