@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # torch takes seconds to load: wrong settings are answered be
 
     from mtp_dist.checkpoint.reader import Checkpoint
     from mtp_dist.decoding.comparison import Continuation
+    from mtp_dist.decoding.draft_lengths import DraftLengths
     from mtp_dist.decoding.engine import Generated
     from mtp_dist.decoding.stopping import StopStrings, TextStream
     from mtp_dist.model.chunk import Chunk
@@ -37,6 +38,7 @@ class Writer:
 
     model: "Chunk"
     draft_model: "Chunk | None"
+    lengths: "DraftLengths | None"
     tokenizer: "Tokenizer"
     stops: "StopStrings"
     decode: DecodeConfig
@@ -94,6 +96,7 @@ class Writer:
                 generators=generators,
                 stops=self.stops,
                 draft_model=self.draft_model,
+                lengths=self.lengths if decode.mode == "speculative" else None,
                 progress=progress,
             )
 
@@ -109,6 +112,8 @@ def run(config: Generation) -> int:
     from mtp_dist.checkpoint.reader import open_checkpoint
     from mtp_dist.data.tokenizer import text_tokenizer
     from mtp_dist.decoding.comparison import summary
+    from mtp_dist.decoding.draft_lengths import DraftLengths
+    from mtp_dist.decoding.drafters import draft_length
     from mtp_dist.decoding.stopping import StopStrings, TextStream
 
     checkpoint = open_checkpoint(config.checkpoint)
@@ -123,7 +128,10 @@ def run(config: Generation) -> int:
     model = checkpoint.load_model(dtype).to(device)
     draft_model = drafting.load_model(dtype).to(device) if drafting is not None else None
 
-    writer = Writer(model, draft_model, tokenizer, StopStrings(tokenizer, config.decode.stop), config.decode, config.seed)
+    most = draft_length(replace(config.decode, mode="speculative"), model.depth)
+    lengths = DraftLengths(most) if config.decode.auto and config.decode.mode != "plain" else None
+    stops = StopStrings(tokenizer, config.decode.stop)
+    writer = Writer(model, draft_model, lengths, tokenizer, stops, config.decode, config.seed)
     size = config.decode.batch
     writer.warm_up(encoded[:size])
     items: list[Continuation] = []
@@ -194,7 +202,8 @@ def _description(decode: DecodeConfig, checkpoint: "Checkpoint") -> str:
         mtp = checkpoint.config.mtp
         heads = f"{modules(mtp)} MTP module" + ("s" if modules(mtp) > 1 else "")
         drafters = {"heads": heads, "ngram": "lookup in the text", "model": decode.draft_model}
-        parts.append(f"drafts of {draft_length(replace(decode, mode='speculative'), mtp.depth)} by {drafters[decode.drafter]}")
+        most = draft_length(replace(decode, mode="speculative"), mtp.depth)
+        parts.append(f"drafts of {'0 to ' if decode.auto else ''}{most} by {drafters[decode.drafter]}")
     return ", ".join(parts)
 
 

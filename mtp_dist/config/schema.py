@@ -240,6 +240,7 @@ class DecodeConfig:
     max_new_tokens: int = setting(128, "Tokens generated at most for each prompt.")
     drafter: str = setting("heads", "Who drafts: heads (the model's own) | ngram (what followed the same tokens earlier in the text) | model (a smaller one).")
     draft: int | None = setting(None, "Gamma, tokens drafted a round; above D the last module is recycled (not parallel, medusa). null: D; other drafters: 4.")
+    auto: bool = setting(False, "Choose gamma anew each round, from 0 (plain) to `draft`, by measured costs and acceptance. Sampled texts then differ from run to run, their distribution does not.")
     draft_model: str = setting("", "drafter=model: a checkpoint folder, or a run folder, of a model with the same tokenizer.")
     ngram: int = setting(3, "drafter=ngram: the longest run of tokens that is looked up; shorter ones follow.")
     temperature: float = setting(0.0, "0: greedy. Else softmax temperature.")

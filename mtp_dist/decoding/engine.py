@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mtp_dist.config.schema import DecodeConfig
+from mtp_dist.decoding.draft_lengths import DraftLengths
 from mtp_dist.decoding.drafter import Drafter, Proposal
 from mtp_dist.decoding.drafters import build_drafter, draft_length
 from mtp_dist.decoding.model import DecodingModel
@@ -82,15 +83,16 @@ def generate_batch(
     generators: Sequence[torch.Generator | None] | None = None,
     stops: StopStrings | None = None,
     draft_model: Chunk | None = None,
+    lengths: DraftLengths | None = None,
     progress: Callable[[int, list[int]], object] | None = None,
 ) -> list[Generated]:
     """Continue prompts of one or more tokens, together, each by at most ``config.max_new_tokens``.
 
     ``config.mode`` is plain or speculative. ``end`` is the end-of-document token: it ends a text if ``config.stop_at_eos``, and
     separates documents for attention. ``vocabulary``: see ``DecodingModel``. ``generators``: one a prompt, for sampling; None
-    takes torch's own. ``draft_model``: needed where ``config.drafter`` is model. ``progress`` is called after each forward with a
-    prompt's number and its new tokens. For what is timed see ``Statistics``; a text's seconds are its share of the time of the
-    passes that it took part in.
+    takes torch's own. ``draft_model``: needed where ``config.drafter`` is model. ``lengths``: what earlier calls with
+    ``config.auto`` learnt. ``progress`` is called after each forward with a prompt's number and its new tokens. For what is timed
+    see ``Statistics``; a text's seconds are its share of the time of the passes that it took part in.
     """
     if not prompts or not all(prompts):
         raise ValueError("a prompt has no token")
@@ -100,6 +102,8 @@ def generate_batch(
     sampling, chance = Sampling.of(config), Chance(generators or [None] * len(prompts))
     drafter = build_drafter(decoder, len(prompts), config, sampling, chance, other=draft_model) if most else None
     batch = Batch(decoder, prompts, sampling, drafter, chance)
+    if config.auto and lengths is None:
+        lengths = DraftLengths(most)
     stop = end if config.stop_at_eos else None
     everyone = [Growing(number) for number in range(len(prompts))]
     statistics = [Statistics(prompt_tokens=len(prompt)) for prompt in prompts]
@@ -120,7 +124,14 @@ def generate_batch(
             batch.keep(going)
             growing = [growing[place] for place in going]
         left = config.max_new_tokens - min(len(text.tokens) for text in growing)
-        rounds = batch.advance(min(most, left - 1))
+        count = min(most, left - 1)
+        if config.auto and most and lengths is not None:
+            count = lengths.choose(count)
+            begun = time.perf_counter()
+            rounds = batch.advance(count)
+            lengths.learn(count, [len(new.tokens) - 1 for new in rounds], time.perf_counter() - begun)
+        else:
+            rounds = batch.advance(count)
     return [Generated(text.tokens, statistics[text.number], text.ending) for text in everyone]
 
 

@@ -126,6 +126,18 @@ def test_a_batch_of_json_lines_with_a_stop_string(checkpoint: Path, tmp_path: Pa
     assert texts[0] == texts[1]
 
 
+def test_draft_lengths_chosen_by_measurement(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out.json"
+    arguments = ["prompt=fox jump", "decode.mode=both", "decode.auto=true", "decode.draft=3", f"output={output}"]
+    assert command(f"checkpoint={checkpoint}", *arguments, "decode.max_new_tokens=60") == 0
+    (prompt,) = json.loads(output.read_text())["prompts"]
+    assert prompt["identical"] is True
+    drafted = prompt["speculative"]["statistics"]["drafted"]
+    assert len(drafted) <= 3
+    assert drafted == sorted(drafted, reverse=True)
+    assert "drafts of 0 to 3 by 2 MTP modules" in capsys.readouterr().out
+
+
 def test_a_text_can_be_watched_while_it_grows(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [f"checkpoint={checkpoint}", "prompt=fox jump", "decode.max_new_tokens=30", "decode.stop=[gray fox j]"]
     shown = []
