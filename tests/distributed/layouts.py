@@ -195,7 +195,7 @@ ESSENTIAL = frozenset({
     "dp2_zero3_frozen", "pp2_1f1b_frozen", "pp2_1f1b_head_rate", "pp2_1f1b_repeat", "tp2_sequence_blocks2_detach",
     "pp2_zbv_heads_alone_parallel", "dp2_medusa", "pp2_zbv_medusa", "pp2_1f1b_medusa_own", "tp2_sequence_notebook",
     "pp2_1f1b_frozen_eagle", "dp2_zero3_eagle", "pp2_zbv_eagle3", "tp2_sequence_eagle3", "tp2_sequence_soft",
-    "tp2_sequence_koala", "pp2_zbv_curriculum",
+    "tp2_sequence_koala", "pp2_zbv_curriculum", "tp2_sequence_stride",
 })  # fmt: skip
 """Layouts that every test run trains; the others are for a full one. Of each schedule, stage and kind of head there is one."""
 
