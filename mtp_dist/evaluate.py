@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtp_dist import humaneval
+from mtp_dist import decode_report, humaneval
 from mtp_dist.checkpoint import folder
 from mtp_dist.checkpoint.manifest import CONFIG, TOKENIZER
 from mtp_dist.config import versions
@@ -44,6 +44,7 @@ EXAMPLES = (
     f"python -m {MODULE} checkpoint=runs/quickstart",
     f"python -m {MODULE} checkpoint=runs/quickstart/checkpoints/step_00000200 parallel=v2 dtype=float32",
     f"python -m {MODULE} checkpoint=runs/quickstart data=datasets/other sequences=1000 output=other.json",
+    f"python -m {MODULE} checkpoint=runs/quickstart task=decode file=prompts.jsonl decode.draft=4",
     f"python -m {MODULE} checkpoint=runs/code task=humaneval file=HumanEval.jsonl.gz programs.allow=true decode=sampling "
     "programs.samples=20 programs.k=[1,10]",
 )
@@ -51,7 +52,7 @@ EXAMPLES = (
 MICRO_BATCHES_A_RANK = 4
 NOT_HELD_OUT = ("launch", "output", "task", "file", "seed", "programs", "decode")
 """Settings that change nothing in the held-out loss."""
-TASKS = ("held_out", "humaneval")
+TASKS = ("held_out", "humaneval", "decode")
 
 
 def prepare(config: Evaluation) -> Evaluation:
@@ -124,6 +125,8 @@ def launch(config: Evaluation) -> int:
     one_of("task", config.task, TASKS)
     if config.task == "humaneval":
         return humaneval.run(config)
+    if config.task == "decode":
+        return decode_report.run(config)
     ready = prepare(config)
     path = settings_file(ready)
     if ready.launch.node_rank == 0:

@@ -101,37 +101,43 @@ class Writer:
             )
 
 
+def open_writer(config: Generation, prompts: list[str]) -> "tuple[Checkpoint, Writer, list[list[int]]]":
+    """The checkpoint, its model ready to write, and the prompts as tokens. Raises UserError before any weight is read."""
+    import torch
+
+    from mtp_dist.checkpoint.reader import open_checkpoint
+    from mtp_dist.data.tokenizer import text_tokenizer
+    from mtp_dist.decoding.draft_lengths import DraftLengths
+    from mtp_dist.decoding.drafters import draft_length
+    from mtp_dist.decoding.stopping import StopStrings
+
+    decode, checkpoint = config.decode, open_checkpoint(config.checkpoint)
+    request.validate_heads(decode, checkpoint.config.mtp)
+    drafting = _drafting_checkpoint(decode, checkpoint)
+    tokenizer = text_tokenizer(checkpoint.tokenizer_path)
+    encoded = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
+    _note_length(encoded, decode, checkpoint.config.train.sequence_length)
+    if decode.threads:
+        torch.set_num_threads(decode.threads)
+    dtype, device = getattr(torch, decode.dtype), "cuda" if torch.cuda.is_available() else "cpu"
+    model = checkpoint.load_model(dtype).to(device)
+    draft_model = drafting.load_model(dtype).to(device) if drafting is not None else None
+    most = draft_length(replace(decode, mode="speculative"), model.depth)
+    lengths = DraftLengths(most) if decode.auto and decode.mode != "plain" else None
+    stops = StopStrings(tokenizer, decode.stop)
+    return checkpoint, Writer(model, draft_model, lengths, tokenizer, stops, decode, config.seed), encoded
+
+
 def run(config: Generation) -> int:
     """The command. Raises UserError before any weight is read where the settings, the prompts or the checkpoint do not fit."""
     versions.check()
     request.validate(config)
     prompts = request.read_prompts(config)
 
-    import torch
-
-    from mtp_dist.checkpoint.reader import open_checkpoint
-    from mtp_dist.data.tokenizer import text_tokenizer
     from mtp_dist.decoding.comparison import summary
-    from mtp_dist.decoding.draft_lengths import DraftLengths
-    from mtp_dist.decoding.drafters import draft_length
-    from mtp_dist.decoding.stopping import StopStrings, TextStream
+    from mtp_dist.decoding.stopping import TextStream
 
-    checkpoint = open_checkpoint(config.checkpoint)
-    request.validate_heads(config.decode, checkpoint.config.mtp)
-    drafting = _drafting_checkpoint(config.decode, checkpoint)
-    tokenizer = text_tokenizer(checkpoint.tokenizer_path)
-    encoded = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
-    _note_length(encoded, config.decode, checkpoint.config.train.sequence_length)
-    if config.decode.threads:
-        torch.set_num_threads(config.decode.threads)
-    dtype, device = getattr(torch, config.decode.dtype), "cuda" if torch.cuda.is_available() else "cpu"
-    model = checkpoint.load_model(dtype).to(device)
-    draft_model = drafting.load_model(dtype).to(device) if drafting is not None else None
-
-    most = draft_length(replace(config.decode, mode="speculative"), model.depth)
-    lengths = DraftLengths(most) if config.decode.auto and config.decode.mode != "plain" else None
-    stops = StopStrings(tokenizer, config.decode.stop)
-    writer = Writer(model, draft_model, lengths, tokenizer, stops, config.decode, config.seed)
+    checkpoint, writer, encoded = open_writer(config, prompts)
     size = config.decode.batch
     writer.warm_up(encoded[:size])
     items: list[Continuation] = []
@@ -139,7 +145,7 @@ def run(config: Generation) -> int:
         together, shown = slice(first, first + size), None
         if config.stream:
             print(f"--- {_title(first, len(prompts))}\n{prompts[first]}", end="", flush=True)
-            shown = TextStream(tokenizer, writer.stops)
+            shown = TextStream(writer.tokenizer, writer.stops)
         for item in writer.write(prompts[together], encoded[together], first, shown):
             items.append(item)
             if shown is None:

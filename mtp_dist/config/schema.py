@@ -304,18 +304,18 @@ class Generation:
 class Evaluation:
     """`python -m mtp_dist.evaluate`. Model, heads and data come from the checkpoint; the layout may be another one."""
 
-    task: str = setting("held_out", "held_out (loss and accuracy of each depth on a dataset) | humaneval (pass@k: programs that the model writes pass their tests).")
-    file: str = setting("", "task=humaneval: the problems, JSON lines as of HumanEval, also gzipped.")
-    seed: int = setting(0, "task=humaneval: seed of sampling.")
+    task: str = setting("held_out", "held_out (loss and accuracy of each depth on a dataset) | humaneval (pass@k: programs that the model writes pass their tests) | decode (a report on speculative decoding).")
+    file: str = setting("", "task=humaneval: the problems, JSON lines as of HumanEval, also gzipped. task=decode: prompts, as prompt_file of generate.")
+    seed: int = setting(0, "task=humaneval and task=decode: seed of sampling.")
     checkpoint: str = setting("", "A checkpoint folder, or a run folder (its newest checkpoint).")
     data: str = setting("", "Dataset folder. Empty: the one that the checkpoint was trained on.")
     split: str = setting("validation", "Which split of the dataset.")
     sequences: int = setting(64, "Rows read, evenly spaced over the split.")
     micro_batch: int = setting(4, "Sequences in one forward pass of one replica.")
-    output: str = setting("", "Also write the results as JSON to this file.")
+    output: str = setting("", "Also write the results as JSON to this file. task=decode: folder of the report.")
     dtype: str | None = setting(None, "float32 | bfloat16. null: the checkpoint's.")
     programs: ProgramConfig = group(ProgramConfig, "Programs of task=humaneval.")
-    decode: DecodeConfig = group(DecodeConfig, "Decoding, for task=humaneval.")
+    decode: DecodeConfig = group(DecodeConfig, "Decoding, for task=humaneval and task=decode.")
     parallel: ParallelConfig = group(ParallelConfig, "The layout.")
     launch: LaunchConfig = group(LaunchConfig, "Processes.")
 

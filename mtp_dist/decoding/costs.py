@@ -1,0 +1,110 @@
+"""What decoding costs on this machine: a pass over n tokens beside a pass over one, and a draft.
+
+v(n) = t(n) / t(1), the verify cost curve, and c, the cost of one draft in units of t(1). With E tokens a forward, γ drafts a
+round should make decoding E / (v(γ+1) + γ c) times as fast as one token a forward.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from mtp_dist.config.schema import DecodeConfig
+from mtp_dist.decoding.drafter import Drafter, Proposal
+from mtp_dist.decoding.drafters import build_drafter
+from mtp_dist.decoding.engine import Batch
+from mtp_dist.decoding.model import DecodingModel, TrunkPass
+from mtp_dist.decoding.sampling import Chance, Sampling
+from mtp_dist.decoding.text import Texts
+from mtp_dist.model.chunk import Chunk
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Medians in seconds. verify[n-1]: a pass of the trunk and the output head over n tokens of each row; draft: one draft of
+    each row, what the drafter does with the states of the pass included."""
+
+    verify: list[float]
+    draft: float
+
+    @property
+    def curve(self) -> list[float]:
+        """v(1), v(2), .."""
+        return [seconds / self.verify[0] for seconds in self.verify]
+
+    @property
+    def draft_cost(self) -> float:
+        """c."""
+        return self.draft / self.verify[0]
+
+    def speedup(self, tokens_per_forward: float, drafts: int) -> float:
+        """What is expected of E tokens a forward with γ drafts each."""
+        return tokens_per_forward / (self.curve[drafts] + drafts * self.draft_cost)
+
+
+class Timed:
+    """A drafter, and the seconds of each of its rounds."""
+
+    def __init__(self, drafter: Drafter, device: torch.device) -> None:
+        self.drafter, self.device = drafter, device
+        self.seconds: list[float] = []
+
+    def prefill(self, texts: Texts, trunk: TrunkPass) -> None:
+        self.drafter.prefill(texts, trunk)
+
+    def observe(self, texts: Texts, trunk: TrunkPass) -> None:
+        begun = clock(self.device)
+        self.drafter.observe(texts, trunk)
+        self.seconds[-1] += clock(self.device) - begun
+
+    def propose(self, texts: Texts, count: int) -> Proposal:
+        begun = clock(self.device)
+        found = self.drafter.propose(texts, count)
+        self.seconds.append(clock(self.device) - begun)
+        return found
+
+    def keep(self, rows: list[int]) -> None:
+        self.drafter.keep(rows)
+
+
+@torch.inference_mode()
+def measure(
+    model: Chunk,
+    prompts: Sequence[list[int]],
+    config: DecodeConfig,
+    drafts: int,
+    *,
+    vocabulary: int | None = None,
+    draft_model: Chunk | None = None,
+    rounds: int = 9,
+) -> Costs:
+    """Costs behind these prompts, decoded together, with ``drafts`` >= 1 of each in a round."""
+    capacity = max(map(len, prompts)) + (rounds + 1) * (drafts + 1) + 1
+    decoder = DecodingModel(model, capacity, vocabulary=vocabulary)
+    sampling, chance = Sampling.of(config), Chance([None] * len(prompts))
+    drafter = Timed(build_drafter(decoder, len(prompts), config, sampling, chance, other=draft_model), decoder.device)
+    batch = Batch(decoder, prompts, sampling, drafter, chance)
+    batch.start()
+    for _ in range(rounds + 1):
+        batch.advance(drafts)
+    known, texts = [len(prompt) for prompt in prompts], batch.texts
+    passes: list[list[float]] = [[] for _ in range(drafts + 1)]
+    for _ in range(rounds + 1):
+        # In turn, so that a slow moment of the machine is not one length's alone.
+        for width, seconds in enumerate(passes, start=1):
+            for cache in batch.caches:
+                cache.crop(known)
+            begun = clock(decoder.device)
+            decoder.logits(decoder.trunk(texts.tokens, batch.caches, [length + width for length in known]).after_norm)
+            seconds.append(clock(decoder.device) - begun)
+    # The first round starts threads and kernels.
+    return Costs([median(seconds[1:]) for seconds in passes], median(drafter.seconds[1:]) / drafts)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,36 @@
+"""The plot of a decoding report: acceptance of each depth, tokens of a forward, and the cost of a pass over several tokens."""
+
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mtp_dist.tracking.plots import DEPTH_COLORS, MAIN_COLOR
+
+
+def draw(result: dict[str, Any]) -> Figure:
+    """result: ``decode_report.report``."""
+    fast, curve = result["speculative"], result["verify_cost"]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    depths = range(1, len(fast["acceptance"]) + 1)
+    for name, label, color in (
+        ("acceptance", "of all drafts", DEPTH_COLORS[0]),
+        ("conditional_acceptance", "of those reached", DEPTH_COLORS[1]),
+    ):
+        shares = [float("nan") if share is None else share for share in fast[name]]
+        left.plot(depths, shares, marker="o", color=color, label=label)
+    left.set(title="drafts accepted", xlabel="depth", ylim=(0, 1.02))
+    left.legend(frameon=False)
+    counts = fast["histogram"][1:]
+    middle.bar(range(1, len(counts) + 1), counts, color=DEPTH_COLORS[2])
+    middle.set(title="tokens of a forward", xlabel="tokens", ylabel="forwards")
+    right.plot(range(1, len(curve) + 1), curve, marker="o", color=MAIN_COLOR)
+    right.set(title=f"cost of a pass, v(n); a draft: {result['draft_cost']:.2f}", xlabel="n, tokens", ylim=(0, 1.1 * max(curve)))
+    for axes in (left, middle, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
