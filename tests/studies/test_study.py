@@ -72,7 +72,7 @@ def test_what_is_learned_leaves_the_gradient_to_the_hard_terms(tiny: Path) -> No
 def test_equal_parameters_are_equal(tiny: Path) -> None:
     found = numbers(tiny, "heads")
     assert set(found) == {"none_matched", "sequential_matched", "parallel_matched"}
-    assert all(abs(run["parameters"] - 0.8) < 0.01 * 0.8 for values in found.values() for run in values)
+    assert all(abs(run["parameters"] - 0.3) < 0.01 * 0.3 for values in found.values() for run in values)
     assert set(found["sequential_matched"][0]) - set(found["none_matched"][0]) == {"accepted_1", "accepted_2", "accepted_3"}
     assert found["none_matched"][0]["gain"] == 1 <= found["sequential_matched"][0]["gain"]
 
@@ -124,7 +124,7 @@ def test_heads_are_compared_on_equal_terms() -> None:
         (["experiment=path_star", "size=huge"], "size=huge is not one of laptop or paper"),
         (["experiment=path_star", "only=[nobody]"], "only=nobody"),
         (["experiment=path_star", "seeds=[1,1]"], "seeds="),
-        (["experiment=path_star", "path_star.nodes=8"], "path_star.nodes=8"),
+        (["experiment=path_star", "path_star.nodes=4"], "path_star.nodes=4"),
         (["experiment=choice_points", "choice_points.choice=7"], "choice_points.choice=7"),
         (["experiment=choice_points", "mtp.stride=2"], "mtp.stride=2 leaps over tokens"),
         (["experiment=induction", "induction.mentions=40"], "induction.mentions=40"),
