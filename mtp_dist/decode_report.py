@@ -102,6 +102,7 @@ def markdown(result: dict[str, Any]) -> str:
     """The report for people."""
     decode, plain, fast = result["decode"], result["plain"], result["speculative"]
     how = "greedy" if decode["temperature"] == 0 else f"temperature {decode['temperature']:g}"
+    how += ", typical acceptance (lossy)" if decode["verify"] == "typical" else ""
     chosen = f"0 to {result['gamma']}, chosen each round" if decode["auto"] else str(result["gamma"])
     lines = [
         f"# Decoding with drafts: step {result['step']}",

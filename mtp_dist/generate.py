@@ -209,6 +209,7 @@ def _description(decode: DecodeConfig, checkpoint: "Checkpoint") -> str:
         heads = f"{modules(mtp)} MTP module" + ("s" if modules(mtp) > 1 else "")
         drafters = {"heads": heads, "ngram": "lookup in the text", "model": decode.draft_model}
         most = draft_length(replace(decode, mode="speculative"), mtp.depth)
+        parts += ["typical acceptance (lossy)"] if decode.verify == "typical" else []
         parts.append(f"drafts of {'0 to ' if decode.auto else ''}{most} by {drafters[decode.drafter]}")
     return ", ".join(parts)
 

@@ -19,7 +19,7 @@ from mtp_dist.decoding.sampling import Chance, Sampling, Source
 from mtp_dist.decoding.statistics import Statistics
 from mtp_dist.decoding.stopping import StopStrings
 from mtp_dist.decoding.text import Texts
-from mtp_dist.decoding.verification import Verdict, verify_greedy, verify_sampled
+from mtp_dist.decoding.verification import Verdict, verify_greedy, verify_sampled, verify_typical
 from mtp_dist.model.chunk import Chunk
 
 
@@ -228,6 +228,8 @@ def verify(proposal: Proposal, logits: torch.Tensor, sampling: Sampling, source:
     counts = None if proposal.counts is None else torch.tensor(proposal.counts, device=logits.device)
     if sampling.greedy:
         return verify_greedy(proposal.tokens, logits, counts)
+    if sampling.typical is not None:
+        return verify_typical(proposal.tokens, sampling.probabilities(logits), *sampling.typical, source, counts)
     return verify_sampled(proposal.tokens, sampling.probabilities(logits), proposal.probabilities, source, counts)
 
 

@@ -52,6 +52,12 @@ def validate_decoding(decode: DecodeConfig) -> None:
     above("decode.top_p", decode.top_p, 0)
     if decode.top_p > 1:
         raise UserError(f"decode.top_p={decode.top_p} must be at most 1; 1 samples from all tokens")
+    one_of("decode.verify", decode.verify, ("lossless", "typical"))
+    between("decode.typical_epsilon", decode.typical_epsilon, 0, 1)
+    finite("decode.typical_delta", decode.typical_delta)
+    at_least("decode.typical_delta", decode.typical_delta, 0)
+    if decode.verify == "typical" and decode.temperature == 0:
+        raise UserError("decode.verify=typical compares probabilities, and decode.temperature=0 has none; choose decode=sampling")
     at_least("decode.batch", decode.batch, 1)
     if "" in decode.stop:
         raise UserError("decode.stop holds an empty string, which would end every text at once; leave it out")

@@ -11,15 +11,18 @@ from mtp_dist.config.schema import DecodeConfig
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a distribution is made of logits. Temperature 0 is greedy decoding and has no distribution."""
+    """How a distribution is made of logits. Temperature 0 is greedy decoding and has no distribution. typical: epsilon and delta
+    of the lossy rule ``verify_typical``; None: drafts are verified without loss."""
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    typical: tuple[float, float] | None = None
 
     @staticmethod
     def of(config: DecodeConfig) -> "Sampling":
-        return Sampling(config.temperature, config.top_k, config.top_p)
+        typical = (config.typical_epsilon, config.typical_delta) if config.verify == "typical" else None
+        return Sampling(config.temperature, config.top_k, config.top_p, typical)
 
     @property
     def greedy(self) -> bool:

@@ -1,4 +1,5 @@
-"""Which drafted tokens are accepted, and what follows them. Lossless: the text is distributed as if by the trunk alone.
+"""Which drafted tokens are accepted, and what follows them. Lossless but for one rule that says so: the text is distributed as if
+by the trunk alone.
 
 Pure functions of the trunk's distributions p, the drafter's q and the drafts; every drafter shares them.
 Sources: speculative decoding, arXiv 2211.17192 (algorithm 1) and 2302.01318 (algorithm 2).
@@ -44,6 +45,21 @@ def verify_sampled(drafts: Tensor, p: Tensor, q: Tensor | None, source: Source, 
     after = torch.cat((residual(p[:, :-1], q).where(here.unsqueeze(-1), p[:, :-1]), p[:, -1:]), dim=1)
     count = leading(accepted)
     return Verdict(count, draw(after[torch.arange(len(count), device=p.device), count], source))
+
+
+def verify_typical(
+    drafts: Tensor, p: Tensor, epsilon: float, delta: float, source: Source, counts: Tensor | None = None
+) -> Verdict:
+    """Typical acceptance (Medusa, arXiv 2401.10774, section 2.3.1). LOSSY: texts are no longer distributed as the trunk's.
+
+    drafts int64 [B, γ], the trunk's p [B, γ+1, V], counts: as above. A draft is accepted if p of it is greater than min(epsilon,
+    delta exp(-H)), H the entropy of p in nats. The token after the accepted ones is drawn from p.
+    """
+    entropy = torch.special.entr(p[:, :-1]).sum(-1)
+    bound = (delta * (-entropy).exp()).clamp(max=epsilon)
+    likely = p[:, :-1].gather(-1, drafts.unsqueeze(-1)).squeeze(-1) > bound
+    count = leading(likely & made(drafts, counts))
+    return Verdict(count, draw(p[torch.arange(len(count), device=p.device), count], source))
 
 
 def made(drafts: Tensor, counts: Tensor | None) -> Tensor:

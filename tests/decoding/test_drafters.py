@@ -101,6 +101,11 @@ def test_the_same_test_finds_a_verifier_that_accepts_everything(name: str, monke
     assert deviation(name, temperature=1.0) > 1
 
 
+def test_typical_acceptance_is_lossy_and_never_the_default() -> None:
+    assert DecodeConfig().verify == "lossless"
+    assert deviation("sequential", temperature=1.0, verify="typical") > 1
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_model_never_rejects_its_own_drafts(temperature: float) -> None:
     """So its caches, rolled back and caught up with in a ragged batch, say what the trunk's say."""

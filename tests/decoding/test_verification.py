@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mtp_dist.decoding import verification
 from mtp_dist.decoding.sampling import draw, probabilities
-from mtp_dist.decoding.verification import verify_greedy, verify_sampled
+from mtp_dist.decoding.verification import verify_greedy, verify_sampled, verify_typical
 from tests.decoding.chi_square import excess
 
 V, GAMMA, ROWS = 4, 2, 100_000
@@ -82,6 +82,19 @@ def test_the_same_test_finds_a_broken_verifier(fault: str, monkeypatch: pytest.M
     name, function = BROKEN[fault]
     monkeypatch.setattr(verification, name, function)
     assert deviation(tables(1, PLAIN), tables(2, PLAIN), seed=3) > 1
+
+
+def test_typical_acceptance_by_hand() -> None:
+    sure, even = [0.9, 0.06, 0.04, 0.0], [0.25, 0.25, 0.25, 0.25]
+    p = torch.tensor([[sure, even, even]] * 3, dtype=torch.float64)
+    drafts = torch.tensor([[0, 1], [1, 1], [2, 1]])
+    # Bounds: min(0.05, 0.3 exp(-0.39)) = 0.05 where the trunk is sure, min(0.05, 0.3 / 4) = 0.05 where it is not.
+    assert verify_typical(drafts, p, 0.05, 0.3, None).accepted.tolist() == [2, 2, 0]
+    # 0.2 and 0.3 / 4; then 0.5 and 1.2 / 4.
+    assert verify_typical(drafts, p, 0.2, 0.3, None).accepted.tolist() == [2, 0, 0]
+    assert verify_typical(drafts, p, 0.5, 1.2, None).accepted.tolist() == [1, 0, 0]
+    assert verify_typical(drafts, p, 0.05, 0.3, None, torch.tensor([1, 0, 2])).accepted.tolist() == [1, 0, 0]
+    assert verify_typical(drafts[:1], torch.eye(4).double()[[0, 1, 3]].unsqueeze(0), 0.1, 0.3, None).token.tolist() == [3]
 
 
 def test_drafts_from_the_trunks_own_distribution_are_never_rejected() -> None:
