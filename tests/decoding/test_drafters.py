@@ -12,7 +12,10 @@ from mtp_dist.decoding import verification
 from mtp_dist.decoding.drafters import draft_length
 from mtp_dist.decoding.engine import generate_batch
 from mtp_dist.decoding.lookup import Followers
+from mtp_dist.decoding.model import DecodingModel, TrunkPass
 from mtp_dist.decoding.sampling import Sampling
+from mtp_dist.decoding.small_model import ModelDrafter
+from mtp_dist.decoding.text import Texts
 from mtp_dist.model.chunk import Chunk
 from tests.decoding.chi_square import excess
 from tests.decoding.models import random_model, taught
@@ -115,6 +118,33 @@ def test_a_model_never_rejects_its_own_drafts(temperature: float) -> None:
     for result in generate_batch(chunk, prompts, config, end=4, draft_model=chunk):
         assert result.statistics.accepted == result.statistics.drafted
         assert sum(result.statistics.accepted) > 0
+
+
+@torch.no_grad()
+def test_a_models_drafts_equal_those_from_rebuilt_caches() -> None:
+    """After drafts of which each row accepts others, and a row that leaves: a stale cache would cost acceptance alone."""
+    model = DecodingModel(random_model(1, dtype=torch.float64, seed=3), 48, end=4)
+    unused = TrunkPass(torch.empty(0), torch.empty(0), {})
+
+    def start(prompts: list[list[int]]) -> tuple[Texts, ModelDrafter]:
+        texts, drafter = Texts(prompts, 48, model.device), ModelDrafter(model, len(prompts), Sampling(), None)
+        drafter.prefill(texts, unused)
+        return texts, drafter
+
+    texts, drafter = start([[1, 2, 3], [5], [7, 7, 1, 4, 9, 2]])
+    drafts: list[list[int]] = [[], [], []]
+    for token, accepted in enumerate([[0, 0, 0], [0, 3, 1], [2, 0, 3], [0, 1, 0], [3, 3, 0]]):
+        texts.extend([[*row[:count], token] for row, count in zip(drafts, accepted, strict=False)])
+        drafter.observe(texts, unused)
+        drafts = drafter.propose(texts, 3).tokens.tolist()
+        for row, found in zip(texts.rows, drafts, strict=True):
+            alone, fresh = start([row[:-1]])
+            alone.extend([row[-1:]])
+            assert fresh.propose(alone, 3).tokens.tolist() == [found]
+        if token == 2:
+            texts.keep([0, 2])
+            drafter.keep([0, 2])
+            drafts = [drafts[0], drafts[2]]
 
 
 def test_a_model_that_lacks_tokens_cannot_draft() -> None:
