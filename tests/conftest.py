@@ -5,12 +5,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from mtp_dist.config.schema import ShardBuild
 from mtp_dist.data.building import build
 
-# Before torch is loaded: models here are tiny, and threads would spend their time waiting for each other.
+# Models here are tiny, and on a busy machine threads spend their time waiting for each other: one, here and in processes below.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")
