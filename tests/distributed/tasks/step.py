@@ -43,7 +43,7 @@ def _reduced_gradients(workload: Workload) -> dict[str, Tensor]:
     if workload.engine.shards_gradients:
         return {name: deepspeed.utils.safe_get_full_grad(p) for name, p in workload.engine.trained.items()}
     for name, p in workload.engine.trained.items():
-        gradient = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        gradient = torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad.clone()
         if workload.mesh.tensor.shares_positions and p.spec.split is None:
             workload.mesh.tensor.all_reduce(gradient)
         if p is workload.engine.replica_of_first:
