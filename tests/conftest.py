@@ -1,7 +1,8 @@
-"""One tiny dataset for every test that trains."""
+"""One tiny dataset for every test that trains; and no process that outlives the module it ran for."""
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from mtp_dist.config.schema import ShardBuild
 from mtp_dist.data.building import build
+from tests.distributed.pool import end_pools
 
 # Models here are tiny, and on a busy machine threads spend their time waiting for each other: one, here and in processes below.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,3 +28,10 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.tokenizer.kind = "bytes"
     build(config)
     return folder / "dataset"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pools() -> Iterator[None]:
+    """Waiting ranks cost the tests after them time."""
+    yield
+    end_pools()

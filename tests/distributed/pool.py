@@ -1,8 +1,8 @@
-"""Runs jobs in real processes: one pool a world size for the whole test session.
+"""Runs jobs in real processes: one pool a world size at a time.
 
 Importing torch and deepspeed costs seconds a process, a tiny layout costs milliseconds; so ranks are forked from one process that
-has imported everything (``preloaded``), and stay for later jobs. Not for too many: every group of a job leaves a thread behind,
-which may go on polling connections that its peers have closed.
+has imported everything (``preloaded``), and stay for later jobs. Not for too many, nor longer than a module of tests: every group
+of a job leaves a thread behind, which may go on polling connections that its peers have closed.
 """
 
 import atexit
@@ -53,6 +53,12 @@ def rendezvous(world: int) -> tuple[dist.TCPStore, dict[str, str]]:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     return store, place | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+
+
+def end_pools() -> None:
+    """End every pool; a later job starts its own."""
+    while _pools:
+        _pools.popitem()[1].kill()
 
 
 class Pool:
