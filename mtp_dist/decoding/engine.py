@@ -5,7 +5,7 @@ decoding is the same loop without drafts, so that a comparison of the two compar
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -48,11 +48,23 @@ class Round:
 
 @dataclass
 class Growing:
-    """A text of the batch: its number, its tokens so far."""
+    """A text of the batch: its number, how long it may become, its tokens so far, and of those how many the latest forward gave.
+
+    Whoever follows it may end it between two forwards by giving it an ``ending`` of his own; it then leaves the batch.
+    """
 
     number: int
+    limit: int
+    stops: StopStrings | None
+    statistics: Statistics
     tokens: list[int] = field(default_factory=list)
+    new: int = 0
     ending: str = ""
+
+    @property
+    def latest(self) -> list[int]:
+        """The tokens of the latest forward."""
+        return self.tokens[len(self.tokens) - self.new :]
 
 
 def generate(
@@ -72,7 +84,6 @@ def generate(
     )[0]
 
 
-@torch.inference_mode()
 def generate_batch(
     model: Chunk,
     prompts: Sequence[list[int]],
@@ -86,18 +97,63 @@ def generate_batch(
     lengths: DraftLengths | None = None,
     progress: Callable[[int, list[int]], object] | None = None,
 ) -> list[Generated]:
-    """Continue prompts of one or more tokens, together, each by at most ``config.max_new_tokens``.
+    """Continue prompts of one or more tokens, together, each by at most ``config.max_new_tokens``; see ``grow``.
+
+    ``progress`` is called after each forward with a prompt's number and its new tokens.
+    """
+    results: dict[int, Generated] = {}
+    for texts in grow(
+        model,
+        prompts,
+        config,
+        end=end,
+        vocabulary=vocabulary,
+        generators=generators,
+        stops=[stops] * len(prompts),
+        draft_model=draft_model,
+        lengths=lengths,
+    ):
+        for text in texts:
+            if progress is not None:
+                progress(text.number, text.latest)
+            if text.ending:
+                results[text.number] = Generated(text.tokens, text.statistics, text.ending)
+    return [results[number] for number in range(len(prompts))]
+
+
+@torch.inference_mode()
+def grow(
+    model: Chunk,
+    prompts: Sequence[list[int]],
+    config: DecodeConfig,
+    *,
+    end: int | None = None,
+    vocabulary: int | None = None,
+    generators: Sequence[torch.Generator | None] | None = None,
+    limits: Sequence[int] | None = None,
+    stops: Sequence[StopStrings | None] | None = None,
+    draft_model: Chunk | None = None,
+    lengths: DraftLengths | None = None,
+) -> Iterator[list[Growing]]:
+    """Continue prompts of one or more tokens, together. Yields after each forward the texts that took part in it, with their new
+    tokens; one that has ended is among them for the last time.
 
     ``config.mode`` is plain or speculative. ``end`` is the end-of-document token: it ends a text if ``config.stop_at_eos``, and
     separates documents for attention. ``vocabulary``: see ``DecodingModel``. ``generators``: one a prompt, for sampling; None
-    takes torch's own. ``draft_model``: needed where ``config.drafter`` is model. ``lengths``: what earlier calls with
-    ``config.auto`` learnt. ``progress`` is called after each forward with a prompt's number and its new tokens. For what is timed
-    see ``Statistics``; a text's seconds are its share of the time of the passes that it took part in.
+    takes torch's own. ``limits``: tokens of each text at most, instead of ``config.max_new_tokens``. ``stops``: strings that end
+    each text. ``draft_model``: needed where ``config.drafter`` is model. ``lengths``: what earlier calls with ``config.auto``
+    learnt. For what is timed see ``Statistics``; a text's seconds are its share of the time of the passes that it took part in.
     """
     if not prompts or not all(prompts):
         raise ValueError("a prompt has no token")
+    growing = [
+        Growing(number, limit, strings, Statistics(prompt_tokens=len(prompt)))
+        for number, (prompt, limit, strings) in enumerate(
+            zip(prompts, limits or [config.max_new_tokens] * len(prompts), stops or [None] * len(prompts), strict=True)
+        )
+    ]
     most = draft_length(config, model.depth)
-    capacity = max(map(len, prompts)) + config.max_new_tokens + most + 1
+    capacity = max(len(prompt) + text.limit for prompt, text in zip(prompts, growing, strict=True)) + most + 1
     decoder = DecodingModel(model, capacity, end=end, vocabulary=vocabulary)
     sampling, chance = Sampling.of(config), Chance(generators or [None] * len(prompts))
     drafter = build_drafter(decoder, len(prompts), config, sampling, chance, other=draft_model) if most else None
@@ -105,26 +161,23 @@ def generate_batch(
     if config.auto and lengths is None:
         lengths = DraftLengths(most)
     stop = end if config.stop_at_eos else None
-    everyone = [Growing(number) for number in range(len(prompts))]
-    statistics = [Statistics(prompt_tokens=len(prompt)) for prompt in prompts]
 
     started = time.perf_counter()
-    growing, rounds = everyone, batch.start()
+    rounds = batch.start()
     while True:
         elapsed, started = _lap(started)
         for text, new in zip(growing, rounds, strict=True):
-            kept = _take(text, new, config.max_new_tokens, stop, stops)
-            _count(statistics[text.number], new, kept, elapsed / len(growing), first=len(text.tokens) == kept)
-            if progress is not None:
-                progress(text.number, text.tokens[-kept:])
+            first = not text.tokens
+            _take(text, new, stop)
+            _count(text.statistics, new, text.new, elapsed / len(growing), first=first)
+        yield growing
         going = [place for place, text in enumerate(growing) if not text.ending]
         if not going:
-            break
+            return
         if len(going) < len(growing):
             batch.keep(going)
             growing = [growing[place] for place in going]
-        left = config.max_new_tokens - min(len(text.tokens) for text in growing)
-        count = min(most, left - 1)
+        count = min(most, max(text.limit - len(text.tokens) for text in growing) - 1)
         if config.auto and most and lengths is not None:
             count = lengths.choose(count)
             begun = time.perf_counter()
@@ -132,7 +185,6 @@ def generate_batch(
             lengths.learn(count, [len(new.tokens) - 1 for new in rounds], time.perf_counter() - begun)
         else:
             rounds = batch.advance(count)
-    return [Generated(text.tokens, statistics[text.number], text.ending) for text in everyone]
 
 
 def _lap(started: float) -> tuple[float, float]:
@@ -140,19 +192,18 @@ def _lap(started: float) -> tuple[float, float]:
     return now - started, now
 
 
-def _take(text: Growing, new: Round, limit: int, stop: int | None, stops: StopStrings | None) -> int:
-    """Append what belongs to the text of a round's tokens, and say how many that is; note why the text ends there, if it does."""
+def _take(text: Growing, new: Round, stop: int | None) -> None:
+    """Append what belongs to the text of a round's tokens; note why the text ends there, if it does."""
     seen = len(text.tokens)
-    tokens = text.tokens + until(new.tokens, stop)[: limit - seen]
+    tokens = text.tokens + until(new.tokens, stop)[: text.limit - seen]
     if stop is not None and tokens[-1] == stop:
         text.ending = "end_of_document"
-    elif len(tokens) == limit:
+    elif len(tokens) == text.limit:
         text.ending = "length"
-    cut = stops.within(tokens, seen) if stops is not None else None
+    cut = text.stops.within(tokens, seen) if text.stops is not None else None
     if cut is not None:
         tokens, text.ending = tokens[:cut], "stop_string"
-    text.tokens = tokens
-    return len(tokens) - seen
+    text.tokens, text.new = tokens, len(tokens) - seen
 
 
 def _count(statistics: Statistics, new: Round, kept: int, seconds: float, *, first: bool) -> None:

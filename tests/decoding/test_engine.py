@@ -12,7 +12,7 @@ from mtp_dist.config.schema import DecodeConfig
 from mtp_dist.decoding import verification
 from mtp_dist.decoding.drafter import Proposal
 from mtp_dist.decoding.drafters import draft_length
-from mtp_dist.decoding.engine import Batch, Generated, generate, generate_batch
+from mtp_dist.decoding.engine import Batch, Generated, Growing, generate, generate_batch, grow
 from mtp_dist.decoding.model import DecodingModel, TrunkPass
 from mtp_dist.decoding.sampling import Chance, Sampling
 from mtp_dist.decoding.statistics import Statistics
@@ -222,6 +222,26 @@ def test_a_seeded_text_does_not_depend_on_its_batch() -> None:
     assert len({len(result.tokens) for result in alone}) > 1
     # One row's draft length shrinks near its own limit, and with it what it draws; up to there texts are the same.
     assert [result.tokens[:15] for result in together] == [result.tokens[:15] for result in alone]
+
+
+def test_a_text_that_is_ended_from_outside_leaves_the_others_alone() -> None:
+    """Rows with limits of their own; one is not wanted any more after its fifth token and is seen no more."""
+    chunk, limits = half_taught(), [24, 3, 24, 9, 1, 16]
+    config = DecodeConfig(mode="speculative", draft=3)
+    texts: dict[int, Growing] = {}
+    heard: dict[int, list[int]] = {row: [] for row in range(len(PROMPTS))}
+    dropped_after = 0
+    for growing in grow(chunk, PROMPTS, config, limits=limits):
+        for text in growing:
+            texts[text.number] = text
+            heard[text.number] += text.latest
+            if text.number == 2 and len(text.tokens) >= 5:
+                text.ending, dropped_after = "not wanted", len(text.tokens)
+    assert 5 <= dropped_after == len(texts[2].tokens) < 24
+    for row, prompt in enumerate(PROMPTS):
+        alone = decode(chunk, prompt, "plain", max_new_tokens=limits[row]).tokens
+        assert texts[row].tokens == heard[row] == alone[: dropped_after if row == 2 else None]
+        assert texts[row].ending == ("not wanted" if row == 2 else "length")
 
 
 def exact_texts(chunk: Chunk, prompt: list[int], sampling: Sampling, length: int, vocabulary: int) -> Tensor:
