@@ -56,9 +56,9 @@ class Chooser:
         """states [B, d] ready for the head (matrix: its own one) -> (drafts [B], their distributions [B, V]; greedy: None)."""
         logits = self.model.logits(states, matrix)
         if self.sampling.greedy:
-            return logits.argmax(-1), None
+            return self.model.same(logits.argmax(-1)), None
         distribution = self.sampling.probabilities(logits)
-        return draw(distribution, self.source), distribution
+        return self.model.same(draw(distribution, self.source)), distribution
 
 
 def proposal(texts: Texts, distributions: list[Tensor | None]) -> Proposal:

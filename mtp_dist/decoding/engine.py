@@ -179,7 +179,7 @@ def grow(
             growing = [growing[place] for place in going]
         count = min(most, max(text.limit - len(text.tokens) for text in growing) - 1)
         if config.auto and most and lengths is not None:
-            count = lengths.choose(count)
+            count = decoder.agreed(lengths.choose(count))
             begun = time.perf_counter()
             rounds = batch.advance(count)
             lengths.learn(count, [len(new.tokens) - 1 for new in rounds], time.perf_counter() - begun)
@@ -239,8 +239,8 @@ class Batch:
             self.drafter.prefill(self.texts, trunk)
         span = self.model.span([0] * len(self.texts), self.texts.known)
         nothing = Proposal(self.texts.drafts(0), None)
-        verdict = verify(nothing, self.model.logits(span.last(trunk.after_norm)).unsqueeze(1), self.sampling, self.chance)
-        return self._extend([[token] for token in verdict.token.tolist()], [0] * len(self.texts))
+        found = self.model.decide(span.last(trunk.after_norm), lambda logits: self._judge(nothing, logits.unsqueeze(1)))
+        return self._extend(found, [0] * len(self.texts))
 
     def advance(self, drafts: int) -> list[Round]:
         """A round: at most ``drafts`` drafts of each text, verified in one pass through the trunk."""
@@ -249,11 +249,8 @@ class Batch:
             proposal = self.drafter.propose(texts, drafts)
         width = proposal.tokens.shape[1]
         trunk = self.model.trunk(texts.tokens, self.caches, [known + width for known in texts.known])
-        verdict = verify(proposal, self.model.logits(trunk.after_norm), self.sampling, self.chance)
-        found = torch.cat((verdict.accepted.unsqueeze(1), verdict.token.unsqueeze(1), proposal.tokens), dim=1).tolist()
-        rounds = self._extend(
-            [[*drafted[:accepted], token] for accepted, token, *drafted in found], proposal.counts or [width] * len(texts)
-        )
+        found = self.model.decide(trunk.after_norm, lambda logits: self._judge(proposal, logits))
+        rounds = self._extend(found, proposal.counts or [width] * len(texts))
         for cache in self.caches:
             cache.crop([known - 1 for known in texts.known])
         if self.drafter is not None:
@@ -268,6 +265,12 @@ class Batch:
             cache.keep(rows)
         if self.drafter is not None:
             self.drafter.keep(rows)
+
+    def _judge(self, proposal: Proposal, logits: torch.Tensor) -> list[list[int]]:
+        """logits [B, γ+1, V] of the last known token and the drafts -> each text's new tokens."""
+        verdict = verify(proposal, logits, self.sampling, self.chance)
+        found = torch.cat((verdict.accepted.unsqueeze(1), verdict.token.unsqueeze(1), proposal.tokens), dim=1).tolist()
+        return [[*drafted[:accepted], token] for accepted, token, *drafted in found]
 
     def _extend(self, new: list[list[int]], drafted: list[int]) -> list[Round]:
         self.texts.extend(new)

@@ -5,8 +5,8 @@ of the batch are. As in training, attention stays inside a document where the mo
 belongs to the document it ends.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from mtp_dist.decoding.cache import HiddenStates, KeyValues, Span
 from mtp_dist.model.attention import Mask
 from mtp_dist.model.chunk import Chunk
+from mtp_dist.model.embedding import Embedding
 from mtp_dist.model.mtp.heads import Heads
 from mtp_dist.model.trunk import Attention, KeyValueCache, rotation
+
+T = TypeVar("T")
 
 Step = Callable[[Tensor, Tensor, Tensor, Mask, KeyValueCache | None], tuple[Tensor, Tensor]]
 """A module of a chain: (h^{k-1}, Emb(t[i+k]), turn, mask, cache) -> (state for the head, state for depth k+1)."""
@@ -36,24 +39,45 @@ class DecodingModel:
     hold one. ``vocabulary``: entries of the tokenizer; the rows that pad the model's own vocabulary beyond it are never drawn.
     """
 
-    def __init__(self, chunk: Chunk, capacity: int, *, end: int | None = None, vocabulary: int | None = None) -> None:
-        assert chunk.first
-        assert chunk.last
-        assert chunk.embedding is not None
-        assert chunk.model.head_dim is not None
-        self.chunk, self.capacity, self.end_of_document = chunk, capacity, end
-        self.embedding = chunk.embedding
-        self.end = end if chunk.model.document_mask else None
-        self.output = chunk.output_weight()[:vocabulary]
-        self.dtype, self.device = self.output.dtype, self.output.device
-        self.turn = rotation(torch.arange(capacity, device=self.device), chunk.model.head_dim, chunk.model.rope_theta)
+    def __init__(
+        self, chunks: Chunk | Sequence[Chunk], capacity: int, *, end: int | None = None, vocabulary: int | None = None
+    ) -> None:
+        self.chunks = [chunks] if isinstance(chunks, Chunk) else list(chunks)
+        self.chunk, self.capacity, self.end_of_document = self.chunks[-1], capacity, end
+        config = self.chunk.model
+        assert config.head_dim is not None
+        assert config.vocab_size is not None
+        self.end = end if config.document_mask else None
+        self.vocabulary = config.vocab_size if vocabulary is None else min(vocabulary, config.vocab_size)
+        weight = next(self.chunk.parameters())
+        self.dtype, self.device = weight.dtype, weight.device
+        self.turn = rotation(torch.arange(capacity, device=self.device), config.head_dim, config.rope_theta)
 
     def beside(self, chunk: Chunk) -> "DecodingModel":
-        """Another model for the same texts. Raises ValueError where it lacks tokens of this one's."""
-        other = DecodingModel(chunk, self.capacity, end=self.end_of_document, vocabulary=len(self.output))
-        if len(other.output) < len(self.output):
-            raise ValueError(f"a model of {len(other.output)} tokens cannot draft for one of {len(self.output)}")
+        """Another model, whole in this process, for the same texts. Raises ValueError where it lacks tokens of this one's."""
+        other = DecodingModel(chunk, self.capacity, end=self.end_of_document, vocabulary=self.vocabulary)
+        if other.vocabulary < self.vocabulary:
+            raise ValueError(f"a model of {other.vocabulary} tokens cannot draft for one of {self.vocabulary}")
         return other
+
+    def decide(self, states: Tensor, rule: Callable[[Tensor], T]) -> T:
+        """What ``rule`` makes of the logits of the trunk's states [.., d]: numbers, no tensors. One process decides for all."""
+        return rule(self.logits(states))
+
+    def agreed(self, value: T) -> T:
+        """A value as the process that decides has it."""
+        return value
+
+    def same(self, tokens: Tensor) -> Tensor:
+        """Drafts as the process that decides has drawn them, on each that drafts with it."""
+        return tokens
+
+    @property
+    def embedding(self) -> Embedding:
+        """The one of the trunk and of the drafts, where this process has it."""
+        found = self.chunk.embedding or self.chunks[0].embedding
+        assert found is not None
+        return found
 
     @property
     def heads(self) -> Heads | None:
@@ -70,13 +94,12 @@ class DecodingModel:
         config = self.chunk.model
         assert config.head_dim is not None
         layers = 1 if module is None else sum(isinstance(part, Attention) for part in module.modules())
-        return KeyValues(
-            batch, config.kv_heads, self.capacity, config.head_dim, dtype=self.dtype, device=self.device, layers=layers
-        )
+        heads = config.kv_heads // self.chunk.group.size
+        return KeyValues(batch, heads, self.capacity, config.head_dim, dtype=self.dtype, device=self.device, layers=layers)
 
     def caches(self, batch: int) -> list[KeyValues]:
-        """Empty caches for the trunk, one a layer."""
-        return [self.cache(batch) for _ in self.chunk.layers]
+        """Empty caches for the trunk, one a layer of this process; where it has none, one that counts positions only."""
+        return [self.cache(batch) for chunk in self.chunks for _ in chunk.layers] or [self.cache(batch, nn.Identity())]
 
     def hidden_states(self, batch: int) -> HiddenStates:
         """Room for one hidden state a position."""
@@ -92,14 +115,30 @@ class DecodingModel:
         Runs the positions from there to ends[b] (default: all), and returns their states; see ``Span`` for rows that run fewer.
         """
         span = self.span(caches[0].lengths, ends or [tokens.shape[1]] * len(tokens))
-        turn, mask, tapped = self.turned(span), self.visible(tokens, span), {}
-        hidden = self.embedding(span.read(tokens))
-        for (number, block), cache in zip(self.chunk.layers.items(), caches, strict=True):
-            if int(number) in self.chunk.taps:
-                tapped[int(number)] = hidden
-            hidden = block(hidden, turn, mask, cache.at(span))
-        assert self.chunk.norm is not None
-        return TrunkPass(hidden, self.chunk.norm(hidden), tapped)
+        turn, mask, waiting = self.turned(span), self.visible(tokens, span), iter(caches)
+        carried = None
+        for place, chunk in enumerate(self.chunks):
+            carried = self.embedding(span.read(tokens)) if chunk.first else self.received(place, carried, span)
+            hidden, *earlier = carried.chunk(chunk.states_in, dim=-1)
+            tapped = dict(zip(chunk.received, earlier, strict=True))
+            for number, block in chunk.layers.items():
+                if int(number) in chunk.taps:
+                    tapped[int(number)] = hidden
+                hidden = block(hidden, turn, mask, next(waiting).at(span))
+            if not chunk.last:
+                carried = torch.cat((hidden, *(tapped[tap] for tap in chunk.handed)), dim=-1)
+                self.hand_on(place, carried)
+        caches[0].lengths = list(span.end)  # also where this process has no layer
+        return TrunkPass(hidden, hidden if self.chunk.norm is None else self.chunk.norm(hidden), tapped)
+
+    def received(self, place: int, carried: Tensor | None, span: Span) -> Tensor:
+        """What chunk number ``place`` of this process reads: the states [B, width, ..] of the chunk before it. ``carried``: what
+        this process has handed on last."""
+        raise NotImplementedError("a model in one process is one chunk")
+
+    def hand_on(self, place: int, states: Tensor) -> None:
+        """Chunk number ``place`` of this process has made these states for the next one."""
+        raise NotImplementedError("a model in one process is one chunk")
 
     def module(
         self, module: Step, depth: int, hidden: Tensor, tokens: Tensor, cache: KeyValues, span: Span
@@ -114,7 +153,7 @@ class DecodingModel:
 
     def logits(self, states: Tensor, matrix: Tensor | None = None) -> Tensor:
         """states [.., d] ready for the head -> [.., V], float32 or wider. matrix [>= V, d]: of another head than the main one."""
-        logits = states @ (self.output if matrix is None else matrix[: len(self.output)]).T
+        logits = states @ (self.chunk.output_weight() if matrix is None else matrix)[: self.vocabulary].T
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def turned(self, span: Span) -> Tensor:
