@@ -16,7 +16,7 @@ from tests.distributed.layouts import configuration
 def cells(**wanted: Any) -> list[Any]:
     """The cells that have these settings."""
     return [
-        name if is_ordinary(name) else pytest.param(name, marks=pytest.mark.full)
+        pytest.param(name, id=name, marks=() if is_ordinary(name) else pytest.mark.full)
         for name, settings in CELLS.items()
         if wanted.items() <= settings.items()
     ]

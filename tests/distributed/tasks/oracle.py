@@ -33,6 +33,9 @@ def reference(layout: str | dict[str, Any]) -> dict[str, Any]:
     dtype = getattr(torch, config.train.dtype)
     masters, model = _whole_model(config), _whole_model(config).to(dtype)
     learning = {name: p for name, p in masters.named_parameters() if name.startswith(HEADS) or not config.mtp.freeze_trunk}
+    for name, p in model.named_parameters():
+        # What needs no gradient may round elsewhere: on a CPU bfloat16 attention is computed in float32 where one is needed.
+        p.requires_grad_(name in learning)
     optimizer = torch.optim.AdamW(
         [
             {
