@@ -109,6 +109,7 @@ def open_writer(config: Generation, prompts: list[str]) -> "tuple[Checkpoint, Wr
     from mtp_dist.data.tokenizer import text_tokenizer
     from mtp_dist.decoding.draft_lengths import DraftLengths
     from mtp_dist.decoding.drafters import draft_length
+    from mtp_dist.decoding.preparation import prepare
     from mtp_dist.decoding.stopping import StopStrings
 
     decode, checkpoint = config.decode, open_checkpoint(config.checkpoint)
@@ -120,8 +121,8 @@ def open_writer(config: Generation, prompts: list[str]) -> "tuple[Checkpoint, Wr
     if decode.threads:
         torch.set_num_threads(decode.threads)
     dtype, device = getattr(torch, decode.dtype), "cuda" if torch.cuda.is_available() else "cpu"
-    model = checkpoint.load_model(dtype).to(device)
-    draft_model = drafting.load_model(dtype).to(device) if drafting is not None else None
+    model = prepare(checkpoint.load_model(dtype).to(device), decode)
+    draft_model = prepare(drafting.load_model(dtype).to(device), decode) if drafting is not None else None
     most = draft_length(replace(decode, mode="speculative"), model.depth)
     lengths = DraftLengths(most) if decode.auto and decode.mode != "plain" else None
     stops = StopStrings(tokenizer, decode.stop)

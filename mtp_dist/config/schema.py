@@ -253,6 +253,8 @@ class DecodeConfig:
     stop: list[str] = setting([], "Strings that end a text; it is cut before the first of them.")
     batch: int = setting(1, "Prompts decoded together.")
     dtype: str = setting("float32", "float32 | bfloat16 | float64.")
+    int8: bool = setting(False, "Weights of linear layers in 8 bits, one scale an output, activations in `dtype`: less memory to read a token, a slightly different model.")
+    compile: bool = setting(False, "torch.compile of the blocks around attention; needs a C++ compiler on CPU, Triton on CUDA. The first passes then take seconds.")
     threads: int = setting(0, "CPU threads. 0: torch's own choice.")
 
 

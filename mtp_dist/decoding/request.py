@@ -62,6 +62,8 @@ def validate_decoding(decode: DecodeConfig) -> None:
     if "" in decode.stop:
         raise UserError("decode.stop holds an empty string, which would end every text at once; leave it out")
     at_least("decode.threads", decode.threads, 0)
+    if decode.int8 and decode.dtype == "float64":
+        raise UserError("decode.int8=true has no kernel for decode.dtype=float64; choose bfloat16 or float32")
 
 
 def validate_heads(decode: DecodeConfig, mtp: MTPConfig) -> None:

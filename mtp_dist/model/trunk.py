@@ -73,15 +73,20 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, turn: Tensor, mask: Mask, cache: KeyValueCache | None = None) -> Tensor:
         """x [B, n, inputs] (a share of the positions under sequence parallelism) -> [B, n, d]. mask: a tensor is broadcast to
         [B, H, n, total]; None is plainly causal, or with a cache: every new position sees everything."""
-        x = self.group.enter(x)
-        query, key, value = (
-            layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.query, self.key, self.value)
-        )
+        query, key, value = self.project(x)
         query, key = rotate(query, turn), rotate(key, turn)
         if cache is not None:
             key, value = cache.extend(key, value)
         attended = attend(query, key, value, mask, causal=cache is None)
         return self.output(attended.transpose(1, 2).flatten(2))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, n, inputs] -> query [B, H, n, c], key and value [B, K, n, c], not yet rotated."""
+        x = self.group.enter(x)
+        query, key, value = (
+            layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        return query, key, value
 
 
 class FeedForward(nn.Module):
