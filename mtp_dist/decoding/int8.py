@@ -45,8 +45,8 @@ class Int8Linear(nn.Module):
 
 
 def quantize(model: nn.Module) -> None:
-    """Replace every ``Linear`` below ``model``, one at a time, so that little memory is needed beside it. Embedding, output matrix
-    and norms stay."""
+    """Replace every ``Linear`` below ``model``, one at a time, so that little memory is needed beside it. Embedding, output
+    matrix and norms stay."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, Linear):
