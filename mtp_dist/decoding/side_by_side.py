@@ -108,5 +108,6 @@ class PointDrafter:
 
     def _show(self, trunk: TrunkPass, ends: list[int]) -> None:
         states = trunk.after_norm if self.normed else trunk.before_norm
-        self.state = self.model.span(self.positions, ends).last(states)
+        span = self.model.span(self.positions, ends)
+        self.state = span.last(states[:, : span.width])  # behind them stand rejected drafts
         self.positions = ends

@@ -110,7 +110,9 @@ class Followed:
         rows = []
         for number, (first, behind) in enumerate(zip(begin, end, strict=True)):
             passed = self.model.trunk(texts.tokens[number : number + 1, :behind], self.model.caches(1))
-            rows.append([part[0, first:] for part in (*passed[:2], *passed.taps.values())])
+            parts = [part[0, first:] for part in (*passed[:2], *passed.taps.values())]
+            # A rejected draft's state follows in the longest row, too.
+            rows.append([torch.cat((part, torch.full_like(part[:1], float("nan")))) for part in parts])
         before, after, *taps = (pad_sequence(p, batch_first=True, padding_value=float("nan")) for p in zip(*rows, strict=True))
         return TrunkPass(before, after, dict(zip(passed.taps, taps, strict=True)))
 
