@@ -3,7 +3,9 @@
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 
 KINDS = ("none", "sequential", "parallel", "medusa", "notebook", "eagle", "eagle3")
-CONTRACT = ("kind", "depth", "concat", "h0", "recycle", "repeat", "blocks", "branch", "projection", "taps", "stride")
+CONTRACT = (
+    "kind", "depth", "concat", "h0", "recycle", "repeat", "blocks", "branch", "projection", "draft_vocabulary", "taps", "stride",
+)  # fmt: skip
 """Settings that say which parameters the heads have and how a decoder must use them; every checkpoint records them."""
 
 

@@ -45,7 +45,7 @@ class ModelConfig:
 class MTPConfig:
     """The Multi-Token Prediction heads, and how their losses join the main one.
 
-    `concat`, `h0`, `recycle`, `repeat`, `blocks`, `branch`, `projection`, `taps` and `stride` are the contract: recorded in every checkpoint, a wrong choice shows only as lower acceptance.
+    `concat`, `h0`, `recycle`, `repeat`, `blocks`, `branch`, `projection`, `draft_vocabulary`, `taps` and `stride` are the contract: recorded in every checkpoint, a wrong choice shows only as lower acceptance.
     """
 
     kind: str = setting("sequential", "none | sequential (DeepSeek-V3, arXiv 2412.19437 eq. 21-25) | parallel (Gloeckle, 2404.19737) | medusa (2401.10774) | eagle (2401.15077) | eagle3 (2503.01840) | notebook (position by position, as an explanatory notebook has it).")
@@ -68,6 +68,7 @@ class MTPConfig:
     projection: str = setting("shared", "medusa: shared (all depths use the main head's matrix) | own (each has a vocabulary projection of its own, a copy of the main head's at the start).")
     adversarial: float = setting(0.0, "Weight of an adversarial term (KOALA, arXiv 2408.08146, from its abstract alone): a small discriminator tells the trunk's states from the heads', which learn to be taken for them. Needs targets=trunk and projection=shared. 0: none.")
     match_parameters: bool = setting(False, "parallel: as many blocks as the heads have are taken out of the trunk. Resolved settings show the smaller model.layers, and false here.")
+    draft_vocabulary: int | None = setting(None, "eagle, eagle3: the depths draft among the first so many token ids only; the projection of a draft then costs that share of the vocabulary. A tokenizer's ids rise by merge, so the first are near the most frequent (FR-Spec, arXiv 2502.14856, and EAGLE-3 count tokens instead). A target beyond has no loss and counts as wrong. null: all.")
     taps: list[int] = setting([], "eagle3: trunk states that it joins, ascending: i enters layer i, model.layers is the output before the final norm. Empty: 2, layers / 2 and layers - 3 as in the released code, or the ends of thirds of fewer than 7 layers.")
     cross_entropy_weight: float = setting(0.1, "eagle: weight of the cross-entropy in L_k, beside the SmoothL1 distance from the trunk's states, which has 1.")
     detach: bool = setting(False, "The MTP losses train the MTP modules only: no gradient of theirs reaches trunk, embedding or output head, which learn from the main loss. eagle: always so.")

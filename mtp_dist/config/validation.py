@@ -47,6 +47,7 @@ def validate_training(config: TrainingRun, vocabulary: int | None) -> None:
     validate_launch(config.launch, config.parallel)
     _validate_mtp(config.mtp, config.train.sequence_length)
     _validate_taps(config.mtp, config.model)
+    _validate_draft_vocabulary(config.mtp, vocabulary or config.model.vocab_size)
     _validate_zero(config)
     _validate_attention(config)
     _validate_optimizer(config)
@@ -260,6 +261,17 @@ def _validate_taps(mtp: MTPConfig, model: ModelConfig) -> None:
             )
     if sorted(set(mtp.taps)) != mtp.taps:
         raise UserError(f"mtp.taps={mtp.taps} must ascend; choose mtp.taps={sorted(set(mtp.taps))}")
+
+
+def _validate_draft_vocabulary(mtp: MTPConfig, vocabulary: int | None) -> None:
+    if mtp.draft_vocabulary is None:
+        return
+    shown = f"mtp.draft_vocabulary={mtp.draft_vocabulary}"
+    if not one_module(mtp):
+        raise UserError(f"{shown} is for mtp.kind=eagle and eagle3, not {mtp.kind}; choose mtp.draft_vocabulary=null")
+    at_least("mtp.draft_vocabulary", mtp.draft_vocabulary, 1)
+    if vocabulary is not None and mtp.draft_vocabulary > vocabulary:
+        raise UserError(f"{shown} is more than the {vocabulary} tokens of the vocabulary; choose {vocabulary} or fewer, or null")
 
 
 def _validate_weight_points(points: list[list[float]]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_dist.decoding.model import DecodingModel, TrunkPass
@@ -52,12 +53,17 @@ class Chooser:
     def __init__(self, model: DecodingModel, sampling: Sampling, source: Source) -> None:
         self.model, self.sampling, self.source = model, sampling, source
 
-    def choose(self, states: Tensor, matrix: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """states [B, d] ready for the head (matrix: its own one) -> (drafts [B], their distributions [B, V]; greedy: None)."""
-        logits = self.model.logits(states, matrix)
+    def choose(
+        self, states: Tensor, matrix: Tensor | None = None, *, kept: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """states [B, d] ready for the head (matrix: its own one; kept: among the first so many tokens) -> (drafts [B], their
+        distributions [B, V], 0 for the other tokens; greedy: None)."""
+        if kept is not None and self.model.chunk.group.size == 1:
+            matrix = self.model.chunk.output_weight()[:kept]  # the others are not computed
+        logits = self.model.logits(states, matrix)[..., :kept]
         if self.sampling.greedy:
             return self.model.same(logits.argmax(-1)), None
-        distribution = self.sampling.probabilities(logits)
+        distribution = F.pad(self.sampling.probabilities(logits), (0, self.model.vocabulary - logits.shape[-1]))
         return self.model.same(draw(distribution, self.source)), distribution
 
 

@@ -68,6 +68,7 @@ class Chunk(nn.Module):
         self.stride, self.ahead = mtp.stride, lookahead(mtp)
         self.detach, self.reads_tokens, self.inside = detaches(mtp), reads_tokens(mtp), learns_inside(mtp)
         self.soft, self.cross_entropy_weight = soft_targets(mtp), mtp.cross_entropy_weight
+        self.draft_vocabulary = mtp.draft_vocabulary
         needs_embedding = first or (last and embeds_on_last(model, mtp))
         self.embedding: Embedding | None = None
         if needs_embedding:
@@ -181,7 +182,7 @@ class Chunk(nn.Module):
         states = [self.group.enter(state) for state in states]
         loss, statistics = self.head(
             states, wanted=wanted, scale=of_head, queue=self.weight_gradients, main_only=self.detach, soft=self.soft,
-            own=self.mtp.projections() if self.mtp is not None else (),
+            kept=self.draft_vocabulary, own=self.mtp.projections() if self.mtp is not None else (),
         )
         columns = F.pad(statistics, (0, len(COLUMNS) - len(STATISTICS)))
         if imitated is not None:

@@ -7,10 +7,15 @@ have been through ``TensorGroup.enter``: what comes back for them is this slice'
 
 A target is a token, or with a ``Teacher`` the whole distribution that the trunk's main head gives k positions further on
 (self-distillation): what a draft of depth k will be held against. Its logits, too, exist a chunk at a time.
+
+The depths may know a part of the vocabulary only, the first `kept` tokens: their softmax is over those, a teacher's, too. A
+target beyond them (a teacher's likeliest token beyond them) has no loss and is not right, but stays among those that means are
+taken of, so an accuracy is still that of a decoder. Tensor ranks then have unequal shares of the work: those that hold the last
+rows, none.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,15 +60,19 @@ def head_loss(
     *,
     main_only: bool = False,
     teacher: Teacher | None = None,
+    kept: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """states: 1+D tensors [B, S, d]; weight [V/R, d] (where R > 1: of ``parameter``); wanted: ``targets`` [B, S, 1+D]; scale
     float32 [B, 1+D].
     main_only: of the losses only the first, the main head's, gives the weight a gradient; the states get all of theirs.
     teacher: then `wanted` only says which targets count, and must leave out (`inside`) those beyond the last position.
+    kept: tokens that the depths >= 1 know, from the first on; None: all.
 
     Returns (float32 scalar: sum over valid targets of scale[b, k] * cross-entropy, float32 [1+D, 4]: ``STATISTICS``).
     """
-    total, sums, right = depth_losses(states, weight, wanted, scale, group, queue, main_only=main_only, teacher=teacher)
+    total, sums, right = depth_losses(
+        states, weight, wanted, scale, group, queue, main_only=main_only, teacher=teacher, kept=kept
+    )
     return total, statistics(sums, right, wanted, soft=teacher is not None)
 
 
@@ -77,6 +86,7 @@ def depth_losses(
     *,
     main_only: bool = False,
     teacher: Teacher | None = None,
+    kept: int | None = None,
     first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``head_loss``, for depths that share a matrix: n states of depths `first`, `first` + 1 ..., with their n columns of
@@ -88,7 +98,8 @@ def depth_losses(
     learn = torch.is_grad_enabled()
     if teacher is not None:
         teacher = Teacher(teacher.state.detach(), teacher.weight)
-    options = _Options(_Share.of(weight, group), queue, learn, main_only, teacher, first)
+    share = _Share.of(weight, group)
+    options = _Options(share, share if kept is None else share.of_first(kept), queue, learn, main_only, teacher, first)
     return _HeadLoss.apply(weight, wanted, scale, options, *states)
 
 
@@ -105,11 +116,13 @@ def statistics(sums: Tensor, right: Tensor, wanted: Tensor, *, soft: bool) -> Te
 
 @dataclass(frozen=True)
 class _Share:
-    """This rank's rows of the vocabulary: from `first` on. `most`: rows of the rank with most; ranks must cut positions alike."""
+    """This rank's rows of the vocabulary: from `first` on. `most`: rows of the rank with most; ranks must cut positions alike.
+    `kept`: tokens that count, None for all."""
 
     group: TensorGroup
     first: int
     most: int
+    kept: int | None = None
 
     @staticmethod
     def of(weight: nn.Parameter, group: TensorGroup) -> "_Share":
@@ -118,10 +131,24 @@ class _Share:
         spec = spec_of(weight)
         return _Share(group, spec.start[0], spec.largest_share)
 
+    def of_first(self, kept: int) -> "_Share":
+        return replace(self, most=min(self.most, kept), kept=kept)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """Those of the matrix [V/R, d] that count; one at least, which ``hide`` takes back."""
+        return weight if self.kept is None else weight[: max(1, self.kept - self.first)]
+
+    def hide(self, logits: Tensor) -> Tensor:
+        """A rank without a row that counts says something impossible, yet finite: 0 times it must be 0."""
+        return logits.fill_(-1e30) if self.kept is not None and self.kept <= self.first else logits
+
 
 @dataclass(frozen=True)
 class _Options:
+    """`share` is the main head's, `drafts` that of the depths."""
+
     share: _Share
+    drafts: _Share
     queue: WeightGradients | None
     learn: bool
     main_only: bool
@@ -134,7 +161,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, weight: nn.Parameter, wanted: Tensor, scale: Tensor, options: _Options, *states: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        share, teacher = options.share, options.teacher
+        teacher = options.teacher
         learn_weight = options.learn and ctx.needs_input_grad[0]
         # One by one: under a frozen trunk the main head's state needs none, the MTP modules' states do.
         learn_states = [options.learn and needed for needed in ctx.needs_input_grad[4:]]
@@ -150,33 +177,36 @@ class _HeadLoss(torch.autograd.Function):
         all_right = torch.empty(rows, len(states), dtype=torch.bool, device=weight.device)
         for column, state in enumerate(states):
             k = options.first + column
+            share = options.drafts if k > 0 else options.share
+            matrix = share.rows(weight)
             taught = teacher.state.reshape(rows, width) if teacher is not None and k > 0 else None
             # A teacher's logits are in flight beside the head's own.
-            step = max(1, LOGITS_IN_FLIGHT // share.most // (1 if taught is None else 2))
+            step = max(1, LOGITS_IN_FLIGHT // (share.most if taught is None else share.most + options.share.most))
             teaches_weight = learn_weight and not (options.main_only and k > 0)
             hidden, target = state.reshape(rows, width), wanted[..., column].flatten()
             for begin in range(0, rows, step):
                 part = slice(begin, min(rows, begin + step))
                 valid = target[part] != IGNORE
-                weights = row_scale[part, column] * valid
+                known = valid if taught is not None or share.kept is None else valid & (target[part] < share.kept)
+                weights = row_scale[part, column] * known
                 asked = weights if teaches_weight or learn_states[column] else None
                 if taught is None:
-                    loss, right, slope = _chunk(hidden[part], weight, target[part], asked, share)
+                    loss, right, slope = _chunk(hidden[part], matrix, target[part], asked, share)
                 else:
                     assert teacher is not None
                     # Past the end of a row stands another one: such targets do not count.
                     ahead = torch.arange(part.start + k, part.stop + k, device=weight.device).clamp(max=rows - 1)
-                    loss, right, slope = _soft_chunk(hidden[part], weight, taught[ahead], teacher.weight, asked, share)
-                loss = torch.where(valid, loss, 0.0)
+                    loss, right, slope = _soft_chunk(hidden[part], matrix, taught[ahead], teacher.weight, asked, share)
+                loss = torch.where(known, loss, 0.0)
                 all_right[part, column] = right & valid
                 total += (loss * weights).sum()
                 sums[column] += loss.sum()
                 if slope is None:
                     continue
                 if learn_states[column]:
-                    torch.mm(slope, weight, out=ctx.state_gradients[column].view(rows, width)[part])
+                    torch.mm(slope, matrix, out=ctx.state_gradients[column].view(rows, width)[part])
                 if teaches_weight:
-                    ctx.weight_gradient += slope.T @ hidden[part]
+                    ctx.weight_gradient[: len(matrix)] += slope.T @ hidden[part]
         ctx.weight, ctx.queue = weight, options.queue
         all_right = all_right.view(*wanted.shape[:2], -1)
         ctx.mark_non_differentiable(sums, all_right)
@@ -201,9 +231,9 @@ class _HeadLoss(torch.autograd.Function):
 def _chunk(
     hidden: Tensor, weight: Tensor, target: Tensor, weights: Tensor | None, share: _Share
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """hidden [n, d], target [n] -> (cross-entropy float32 [n], top-1 right bool [n], d(weighted loss)/d(logits) [n, V/R] or
-    None)."""
-    logits = (hidden @ weight.T).float()
+    """hidden [n, d], weight [v, d] (``_Share.rows``), target [n] -> (cross-entropy float32 [n], top-1 right bool [n], d(weighted
+    loss)/d(logits) [n, v] or None)."""
+    logits = share.hide((hidden @ weight.T).float())
     group, rows = share.group, logits.shape[1]
     local = target - share.first
     here = (local >= 0) & (local < rows)
@@ -224,20 +254,25 @@ def _soft_chunk(
     hidden: Tensor, weight: Tensor, taught: Tensor, teacher: Tensor, weights: Tensor | None, share: _Share
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As ``_chunk``, with softmax(teacher taught) for targets: taught [n, d], teacher [V/R, d]. Right: both have the same
-    likeliest token."""
-    logits, target = (hidden @ weight.T).float(), (taught @ teacher.T).float()
+    likeliest token, of all that the teacher knows."""
+    logits, target = share.hide((hidden @ weight.T).float()), (taught @ teacher.T).float()
     # Both at once: a collective for each would be as long.
     both = [torch.stack(pair) for pair in zip(logits.max(dim=1), target.max(dim=1), strict=True)]
     top, best = _largest(both, share)
     logits.sub_(top[0].unsqueeze(1))
-    target.sub_(top[1].unsqueeze(1)).exp_()
+    target = share.hide(target[:, : logits.shape[1]]).sub_(top[1].unsqueeze(1)).exp_()
     expected = torch.linalg.vecdot(target, logits)
     exponential = logits.exp_()
     sums = share.group.all_reduce(torch.stack((exponential.sum(1), target.sum(1), expected)))
-    loss = sums[0].log() - sums[2] / sums[1]
+    # Nothing is left of a distribution that is far beyond the kept tokens.
+    ours, theirs = sums[0], sums[1].clamp(min=1e-30)
+    loss = ours.log() - sums[2] / theirs
+    if share.kept is not None:
+        known = best[1] < share.kept
+        loss, weights = torch.where(known, loss, 0.0), None if weights is None else weights * known
     if weights is None:
         return loss, best[0] == best[1], None
-    slope = exponential.mul_((weights / sums[0]).unsqueeze(1)).sub_(target.mul_((weights / sums[1]).unsqueeze(1)))
+    slope = exponential.mul_((weights / ours).unsqueeze(1)).sub_(target.mul_((weights / theirs).unsqueeze(1)))
     return loss, best[0] == best[1], slope.to(hidden.dtype)
 
 

@@ -42,14 +42,15 @@ class OutputHead(nn.Module):
         queue: WeightGradients | None,
         main_only: bool = False,
         soft: bool = False,
+        kept: int | None = None,
         own: Sequence["OwnProjection"] = (),
     ) -> tuple[Tensor, Tensor]:
-        """As ``head_loss``; soft: the first state and this head's matrix teach the depths; own: the depths' own matrices, which
-        learn from their losses whatever `main_only` says."""
+        """As ``head_loss``; soft: the first state and this head's matrix teach the depths; kept: tokens that the depths
+        know; own: the depths' own matrices, which learn from their losses whatever `main_only` says."""
         matrix = self.matrix()
         teacher = Teacher(states[0], matrix) if soft else None
         if not own:
-            return head_loss(states, matrix, wanted, scale, self.group, queue, main_only=main_only, teacher=teacher)
+            return head_loss(states, matrix, wanted, scale, self.group, queue, main_only=main_only, teacher=teacher, kept=kept)
         found = [depth_losses(states[:1], matrix, wanted[..., :1], scale[:, :1], self.group, queue)]
         for k, (state, projection) in enumerate(zip(states[1:], own, strict=False), start=1):
             column = slice(k, k + 1)

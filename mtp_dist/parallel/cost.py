@@ -113,13 +113,13 @@ def adversary_flops(model: ModelConfig, mtp: MTPConfig) -> int:
 
 def projection_flops(model: ModelConfig, mtp: MTPConfig) -> int:
     """1 + D projections onto the vocabulary; detached depths form no gradient of the main head's matrix, and under a frozen trunk
-    there is none, nor one of the main head's state; matrices of their own always have one. Soft
-    targets are another projection at each depth, forward only."""
+    there is none, nor one of the main head's state; matrices of their own always have one. Depths may know a part of the
+    vocabulary. Soft targets are another projection at each depth, forward only."""
     assert model.vocab_size is not None
-    main = 2 if mtp.freeze_trunk else 6
+    main, drafted = 2 if mtp.freeze_trunk else 6, mtp.draft_vocabulary or model.vocab_size
     depth = 4 if (mtp.freeze_trunk or detaches(mtp)) and not owns_projections(mtp) else 6
     teacher = 2 if soft_targets(mtp) else 0
-    return (main + (depth + teacher) * mtp.depth) * model.vocab_size * model.hidden
+    return (main * model.vocab_size + (depth * drafted + teacher * model.vocab_size) * mtp.depth) * model.hidden
 
 
 def costs(config: TrainingRun) -> Costs:

@@ -23,6 +23,7 @@ from tests.decoding.test_engine import PATTERN, exact_texts
 
 # A vocabulary of three: drafts are right by chance, and wrong as often.
 TINY: dict[str, Any] = {"vocabulary": 3, "layers": 1, "std": 0.35, "tie": False}
+TINY_OF = {"eagle of few tokens": {"draft_vocabulary": 2}}
 DRAFTERS: dict[str, dict[str, Any]] = {
     "sequential": {},
     "two blocks": {"blocks": 2},
@@ -31,6 +32,7 @@ DRAFTERS: dict[str, dict[str, Any]] = {
     "notebook": {"kind": "notebook"},
     "eagle": {"kind": "eagle"},
     "eagle3": {"kind": "eagle3"},
+    "eagle of few tokens": {"kind": "eagle", "draft_vocabulary": 9},
     "ngram": {},
     "model": {},
 }
@@ -39,7 +41,7 @@ TEXTS = [[7, 8, 9], [1], [3, 4, 5, 3, 2, 7, 8], [20, 13, 1, 2]]
 
 @cache
 def tiny(name: str, seed: int = 11) -> Chunk:
-    return random_model(2, seed=seed, dtype=torch.float64, **{**TINY, **DRAFTERS[name]})
+    return random_model(2, seed=seed, dtype=torch.float64, **{**TINY, **DRAFTERS[name], **TINY_OF.get(name, {})})
 
 
 def settings(name: str, **others: Any) -> DecodeConfig:

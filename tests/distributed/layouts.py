@@ -200,6 +200,21 @@ ESSENTIAL = frozenset({
 """Layouts that every test run trains; the others are for a full one. Of each schedule, stage and kind of head there is one."""
 
 
+LAYOUTS |= {
+    f"{name}_draft_vocabulary": where | {"draft_vocabulary": 30}  # of 96, so that the second tensor rank has none of it
+    for name, where in {
+        "one_process_eagle3": {"kind": "eagle3", "depth": 3},
+        "pp2_zbv_eagle": {"pipeline": 2, "schedule": "zbv", "kind": "eagle", "targets": "trunk"},
+        "pp2_1f1b_untied_eagle3": {"pipeline": 2, "schedule": "1f1b", "kind": "eagle3", "tie": False},
+        "tp2_sequence_eagle3": {"tensor": 2, "sequence_parallel": True, "kind": "eagle3", "targets": "trunk"},
+        "tp2_odd_eagle": {"tensor": 2, "vocabulary": 97, "kind": "eagle"},
+        "dp2_eagle3": {"data": 2, "kind": "eagle3"},
+        "dp2_zero3_eagle": {"data": 2, "stage": 3, "kind": "eagle", "targets": "trunk"},
+        "pp2_zbv_tp2_frozen_eagle": {
+            "pipeline": 2, "schedule": "zbv", "tensor": 2, "kind": "eagle", "freeze_trunk": True, "recompute": "full"},
+    }.items()
+}
+
 PATHS = {
     "pipeline": "parallel.pipeline",
     "tensor": "parallel.tensor",
@@ -225,6 +240,7 @@ PATHS = {
     "targets": "mtp.targets",
     "adversarial": "mtp.adversarial",
     "projection": "mtp.projection",
+    "draft_vocabulary": "mtp.draft_vocabulary",
     "repeat": "mtp.repeat",
     "stride": "mtp.stride",
     "curriculum": "mtp.curriculum",

@@ -41,6 +41,9 @@ KINDS: list[dict[str, Any]] = [
     {"kind": "eagle", "blocks": 2, "cross_entropy_weight": 1.5},
     {"kind": "eagle3"},
     {"kind": "eagle3", "taps": [1, 2], "concat": "hidden_first", "targets": "trunk"},
+    {"kind": "eagle", "draft_vocabulary": 7, "targets": "trunk"},
+    {"kind": "eagle3", "draft_vocabulary": 7},
+    {"kind": "eagle3", "draft_vocabulary": 5, "targets": "trunk"},
 ]
 
 
