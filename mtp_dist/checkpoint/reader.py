@@ -4,6 +4,7 @@ part.
 No rank reads more than the slices that it needs, and the boxes (tensor-parallel slices of the layout that saved) that they touch.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable
 from functools import cached_property
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 from mtp_dist.checkpoint import folder as folders
 from mtp_dist.checkpoint.manifest import CONFIG, TOKENIZER, FragmentRecord, Manifest, damage, read_manifest
 from mtp_dist.config import compose
-from mtp_dist.config.schema import TrainingRun
+from mtp_dist.config.schema import ParallelConfig, TrainingRun
 from mtp_dist.errors import UserError
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.parameter import replace, spec_of
 from mtp_dist.parallel.engine import PARTS, Engine
+from mtp_dist.parallel.mesh import Mesh
 from mtp_dist.parallel.parameter_groups import HEADS, TRUNK, role_of
+from mtp_dist.parallel.stages import build_chunks
 
 
 def _every(name: str) -> bool:
@@ -117,6 +120,12 @@ class Checkpoint:
             model = Chunk(self.config.model, self.config.mtp, range(self.config.model.layers))
         self.load_weights([model], dtype)
         return model.eval().requires_grad_(False)
+
+    def load_part(self, parallel: ParallelConfig, mesh: Mesh, dtype: torch.dtype) -> nn.ModuleList:
+        """This rank's chunks of the model under a layout, ascending, in evaluation mode on the mesh's device."""
+        chunks = build_chunks(dataclasses.replace(self.config, parallel=parallel), mesh)
+        self.load_weights(chunks, dtype)
+        return chunks.eval().requires_grad_(False).to(mesh.device)
 
     def load_engine(
         self, engine: Engine, *, weights: Callable[[str], bool] = _every, moments: Collection[str] = (TRUNK, HEADS)

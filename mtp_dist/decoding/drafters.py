@@ -3,6 +3,7 @@
 from mtp_dist.config.schema import DecodeConfig
 from mtp_dist.decoding.chain import ChainDrafter, chain_of
 from mtp_dist.decoding.drafter import Drafter
+from mtp_dist.decoding.layout import Announced, LayoutModel
 from mtp_dist.decoding.lookup import LookupDrafter
 from mtp_dist.decoding.model import DecodingModel
 from mtp_dist.decoding.sampling import Sampling, Source
@@ -29,7 +30,17 @@ def draft_length(config: DecodeConfig, depth: int) -> int:
 def build_drafter(
     model: DecodingModel, batch: int, config: DecodeConfig, sampling: Sampling, source: Source, *, other: Chunk | None = None
 ) -> Drafter:
-    """The drafter that ``config`` asks for. ``other``: the model that drafts, where it is to be another."""
+    """The drafter that ``config`` asks for. ``other``: the model that drafts, where it is to be another; of ranks that decode
+    together only the one that decides needs it."""
+    if isinstance(model, LayoutModel):
+        drafts = model.chunk.last if config.drafter == "heads" else model.leads
+        return Announced(model, _own_drafter(model, batch, config, sampling, source, other) if drafts else None)
+    return _own_drafter(model, batch, config, sampling, source, other)
+
+
+def _own_drafter(
+    model: DecodingModel, batch: int, config: DecodeConfig, sampling: Sampling, source: Source, other: Chunk | None
+) -> Drafter:
     if config.drafter == "ngram":
         return LookupDrafter(config.ngram)
     if config.drafter == "model":

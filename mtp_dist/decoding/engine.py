@@ -14,6 +14,7 @@ from mtp_dist.config.schema import DecodeConfig
 from mtp_dist.decoding.draft_lengths import DraftLengths
 from mtp_dist.decoding.drafter import Drafter, Proposal
 from mtp_dist.decoding.drafters import build_drafter, draft_length
+from mtp_dist.decoding.layout import ModelPart, open_model
 from mtp_dist.decoding.model import DecodingModel
 from mtp_dist.decoding.sampling import Chance, Sampling, Source
 from mtp_dist.decoding.statistics import Statistics
@@ -85,7 +86,7 @@ def generate(
 
 
 def generate_batch(
-    model: Chunk,
+    model: Chunk | ModelPart,
     prompts: Sequence[list[int]],
     config: DecodeConfig,
     *,
@@ -123,7 +124,7 @@ def generate_batch(
 
 @torch.inference_mode()
 def grow(
-    model: Chunk,
+    model: Chunk | ModelPart,
     prompts: Sequence[list[int]],
     config: DecodeConfig,
     *,
@@ -154,7 +155,7 @@ def grow(
     ]
     most = draft_length(config, model.depth)
     capacity = max(len(prompt) + text.limit for prompt, text in zip(prompts, growing, strict=True)) + most + 1
-    decoder = DecodingModel(model, capacity, end=end, vocabulary=vocabulary)
+    decoder = open_model(model, capacity, end=end, vocabulary=vocabulary)
     sampling, chance = Sampling.of(config), Chance(generators or [None] * len(prompts))
     drafter = build_drafter(decoder, len(prompts), config, sampling, chance, other=draft_model) if most else None
     batch = Batch(decoder, prompts, sampling, drafter, chance)

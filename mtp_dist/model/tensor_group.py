@@ -51,6 +51,14 @@ class TensorGroup:
         """[B, S or S/R, ..] -> [B, S, ..], no gradient."""
         return _all_gather(x, self) if self.shares_positions else x
 
+    def stacked(self, x: Tensor) -> Tensor:
+        """x of every rank, of the same shape on each -> [R, ..], no gradient."""
+        if self.size == 1:
+            return x.unsqueeze(0)
+        whole = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
+        dist.all_gather_into_tensor(whole, x.contiguous(), group=self.process_group)
+        return whole.unflatten(0, (self.size, -1))
+
     def own_positions(self, length: int) -> slice:
         """Which of `length` positions this rank holds outside split matrices."""
         share = length // self.size
@@ -62,9 +70,7 @@ ALONE = TensorGroup()
 
 def _all_gather(x: Tensor, group: TensorGroup) -> Tensor:
     """[B, s, ..] of each rank -> [B, R s, ..]."""
-    whole = x.new_empty((group.size * x.shape[0], *x.shape[1:]))
-    dist.all_gather_into_tensor(whole, x.contiguous(), group=group.process_group)
-    return whole.unflatten(0, (group.size, -1)).movedim(0, 1).flatten(1, 2)
+    return group.stacked(x).movedim(0, 1).flatten(1, 2)
 
 
 def _reduce_scatter(x: Tensor, group: TensorGroup) -> Tensor:

@@ -54,7 +54,26 @@ class Mesh:
 
     def pipeline_peer(self, pipeline_rank: int) -> int:
         """Global rank of another pipeline rank of the same replica and tensor rank."""
-        return self.grid._topo.get_rank(pipe=pipeline_rank, data=self.data_rank, model=self.tensor.rank)
+        return self.rank_of(pipeline_rank, self.tensor.rank)
+
+    def rank_of(self, pipeline_rank: int, tensor_rank: int) -> int:
+        """Global rank of a place in the same replica."""
+        return self.grid._topo.get_rank(pipe=pipeline_rank, data=self.data_rank, model=tensor_rank)
+
+    def replica_control(self) -> dist.ProcessGroup:
+        """As ``control``, of this replica's ranks alone. Collective over the world."""
+        parallel, topology = self.parallel, self.grid._topo
+        if parallel.data == 1:
+            return self.control
+        own = _own_group(
+            (
+                [topology.get_rank(pipe=p, data=d, model=t) for p in range(parallel.pipeline) for t in range(parallel.tensor)]
+                for d in range(parallel.data)
+            ),
+            backend="gloo",
+        )
+        assert own is not None
+        return own
 
 
 def import_deepspeed() -> Any:
@@ -142,11 +161,11 @@ def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
     )
 
 
-def _own_group(groups: Any) -> dist.ProcessGroup | None:
+def _own_group(groups: Any, backend: str | None = None) -> dist.ProcessGroup | None:
     """Create every group (all ranks must take part), return the one that this rank is in."""
     own = None
     for ranks in groups:
-        made = dist.new_group(ranks)
+        made = dist.new_group(ranks, backend=backend)
         own = made if dist.get_rank() in ranks else own
     return own
 

@@ -1,6 +1,7 @@
 """What pools run under a layout, by name."""
 
 from tests.distributed.tasks.checkpoints import damage, load_under, make_folder, save_under, write_later_format
+from tests.distributed.tasks.decoding import decode
 from tests.distributed.tasks.oracle import reference
 from tests.distributed.tasks.poison import nonfinite
 from tests.distributed.tasks.runs import background_save, copy, evaluate, relay, start_from, train, trouble
@@ -11,6 +12,7 @@ __all__ = [
     "compiled",
     "copy",
     "damage",
+    "decode",
     "drift",
     "evaluate",
     "load_under",

@@ -1,0 +1,44 @@
+"""A model that the ranks of a layout decode together."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtp_dist.checkpoint.reader import Checkpoint
+from mtp_dist.config.schema import DecodeConfig, ParallelConfig
+from mtp_dist.decoding.engine import generate_batch
+from mtp_dist.decoding.layout import ModelPart
+from mtp_dist.parallel.mesh import build_mesh
+
+
+def decode(
+    checkpoint: str, parallel: dict[str, Any], cases: list[dict[str, Any]], prompts: list[list[int]], vocabulary: int
+) -> dict[str, Any]:
+    """tokens: of each case, a text for each prompt that it names, and how its drafts fared; held: parameters that this rank has,
+    with their shapes."""
+    opened = Checkpoint(Path(checkpoint))
+    layout = ParallelConfig(**parallel)
+    mesh = build_mesh(layout, torch.device("cpu"))
+    part = ModelPart.of(opened.load_part(layout, mesh, torch.float32), mesh)
+    found = [run(part, case, prompts, vocabulary) for case in cases]
+    held = {name: tuple(p.shape) for chunk in part.chunks for name, p in chunk.named_parameters()}
+    return {"texts": found, "held": held}
+
+
+def run(model: Any, case: dict[str, Any], prompts: list[list[int]], vocabulary: int) -> list[tuple[Any, ...]]:
+    """(tokens, why it ended, drafts made, drafts accepted) of each text. A case: rows, draft_model, and settings of decoding."""
+    settings = dict(case)
+    rows, other = settings.pop("rows"), settings.pop("draft_model", None)
+    config = DecodeConfig(**settings)
+    generators = [torch.Generator().manual_seed(100 + row) for row in rows]
+    texts = generate_batch(
+        model,
+        [prompts[row] for row in rows],
+        config,
+        end=8,
+        vocabulary=vocabulary,
+        generators=generators,
+        draft_model=None if other is None else Checkpoint(Path(other)).load_model(),
+    )
+    return [(text.tokens, text.ending, text.statistics.drafted, text.statistics.accepted) for text in texts]
