@@ -32,7 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "medusa": {"kind": "medusa", "projection": "own"},
     "notebook": {"kind": "notebook"},
     "eagle": {"kind": "eagle"},
-    "eagle3": {"kind": "eagle3"},
+    "eagle3": {"kind": "eagle3", "draft_vocabulary": 17},
 }
 STEPS = {"other": 25}
 """Steps that a model is taught, where not 60: one that drafts for others."""
