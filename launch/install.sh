@@ -2,7 +2,8 @@
 # Makes the virtual environment and installs this package into it. Source it and call `install_project [extra]`, or run it:
 #
 #   bash launch/install.sh          what training needs
-#   bash launch/install.sh dev      also what tests and linters need
+#   bash launch/install.sh serve    also what the HTTP server needs
+#   bash launch/install.sh dev      also what tests and linters need, and the server
 #
 # A second call does nothing until pyproject.toml changes; an interrupted one is taken up again. Everything lands in the checkout.
 # On return $VENV_PYTHON is the environment's interpreter. Settings, as environment variables:

@@ -103,6 +103,14 @@ class Writer:
 
 def open_writer(config: Generation, prompts: list[str]) -> "tuple[Checkpoint, Writer, list[list[int]]]":
     """The checkpoint, its model ready to write, and the prompts as tokens. Raises UserError before any weight is read."""
+    checkpoint, writer = load_writer(config.checkpoint, config.decode, config.seed)
+    encoded = [writer.tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
+    _note_length(encoded, config.decode, checkpoint.config.train.sequence_length)
+    return checkpoint, writer, encoded
+
+
+def load_writer(path: str, decode: DecodeConfig, seed: int) -> "tuple[Checkpoint, Writer]":
+    """The checkpoint of a setting, and its model ready to write. Raises UserError before any weight is read."""
     import torch
 
     from mtp_dist.checkpoint.reader import open_checkpoint
@@ -112,12 +120,10 @@ def open_writer(config: Generation, prompts: list[str]) -> "tuple[Checkpoint, Wr
     from mtp_dist.decoding.preparation import prepare
     from mtp_dist.decoding.stopping import StopStrings
 
-    decode, checkpoint = config.decode, open_checkpoint(config.checkpoint)
+    checkpoint = open_checkpoint(path)
     request.validate_heads(decode, checkpoint.config.mtp)
     drafting = _drafting_checkpoint(decode, checkpoint)
     tokenizer = text_tokenizer(checkpoint.tokenizer_path)
-    encoded = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
-    _note_length(encoded, decode, checkpoint.config.train.sequence_length)
     if decode.threads:
         torch.set_num_threads(decode.threads)
     dtype, device = getattr(torch, decode.dtype), "cuda" if torch.cuda.is_available() else "cpu"
@@ -126,7 +132,7 @@ def open_writer(config: Generation, prompts: list[str]) -> "tuple[Checkpoint, Wr
     most = draft_length(replace(decode, mode="speculative"), model.depth)
     lengths = DraftLengths(most) if decode.auto and decode.mode != "plain" else None
     stops = StopStrings(tokenizer, decode.stop)
-    return checkpoint, Writer(model, draft_model, lengths, tokenizer, stops, decode, config.seed), encoded
+    return checkpoint, Writer(model, draft_model, lengths, tokenizer, stops, decode, seed)
 
 
 def run(config: Generation) -> int:

@@ -21,6 +21,7 @@ ROOTS: dict[str, type] = {
     "plan": schema.Plan,
     "evaluate": schema.Evaluation,
     "generate": schema.Generation,
+    "serve": schema.Serving,
     "export": schema.Export,
     "inspect": schema.Inspection,
     "build_shards": schema.ShardBuild,

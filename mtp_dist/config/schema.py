@@ -1,7 +1,7 @@
 """Every setting of the project: its type, its default and what it means, in one place.
 
 One dataclass for each group of ``conf/``; the root classes (``TrainingRun``, ``Generation``, ``Evaluation``, ``Export``,
-``Inspection``, ``ShardBuild``, ``Report``, ``Plan``, ``Study``) name the groups that an entry point takes. ``docs/configuration.md`` is generated from this file,
+``Inspection``, ``Serving``, ``ShardBuild``, ``Report``, ``Plan``, ``Study``) name the groups that an entry point takes. ``docs/configuration.md`` is generated from this file,
 ``validation.py`` holds the rules that need more than one field.
 """
 
@@ -304,6 +304,22 @@ class Generation:
     seed: int = setting(0, "Seed of sampling.")
     output: str = setting("", "Also write the results as JSON to this file.")
     decode: DecodeConfig = group(DecodeConfig, "Decoding.")
+
+
+@dataclass
+class Serving:
+    """`python -m mtp_dist.serve`: OpenAI's completions over HTTP."""
+
+    checkpoint: str = setting("", "A checkpoint folder, or a run folder (its newest checkpoint).")
+    host: str = setting("127.0.0.1", "Address to listen at. Any but a loopback address is open to the network; there is no password.")
+    port: int = setting(8000, "Port. 0: a free one, which the first line of output names.")
+    name: str = setting("", "The model's name in requests. Empty: the run folder's.")
+    longest: int | None = setting(None, "Tokens of a prompt and its continuation together. null: the checkpoint's train.sequence_length.")
+    waiting: int = setting(64, "Texts that may wait for the model, and most texts of a request; more are refused. `decode.batch` are decoded together.")
+    seconds: float = setting(120.0, "A request that takes longer is ended.")
+    body_kib: int = setting(256, "Size of a request's body, in KiB.")
+    patience: float = setting(10.0, "Seconds that running requests have once the server is asked to stop.")
+    decode: DecodeConfig = group(DecodeConfig, "Decoding; `temperature`, `top_k`, `top_p`, `max_new_tokens` and `stop` hold for requests that name none.")
 
 
 @dataclass
