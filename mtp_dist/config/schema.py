@@ -444,6 +444,9 @@ class TextTask:
 
     limit_mb: float = setting(4.0, "So many MiB of source text. 0: all.")
     sequences: int = setting(128, "Held-out rows that are tested.")
+    prompts: int = setting(16, "experiment=heads: held-out prompts that each trained model continues, plainly and with its own drafts.")
+    prompt_tokens: int = setting(24, "experiment=heads: length of a prompt.")
+    new_tokens: int = setting(40, "experiment=heads: length of a continuation.")
 
 
 @dataclass

@@ -33,6 +33,8 @@ def settled(config: Study) -> Study:
     """A copy with vocabulary, row length and attention as a made-up task needs them. Raises UserError for a task that cannot
     be."""
     full = copy.deepcopy(config)
+    if full.experiment == "heads":
+        _heads(full)
     if full.experiment in _TASKS:
         full.model.document_mask = False  # documents mark the targets that count: see studies/answers.py
         _TASKS[full.experiment](full)
@@ -97,6 +99,13 @@ def _polynomials(config: Study) -> None:
     config.model.vocab_size = task.modulus + OPERATORS + 1
     longest = task.beyond + (task.beyond + 1) * task.coefficients + 1
     config.train.sequence_length = longest + task.coefficients - 1
+
+
+def _heads(config: Study) -> None:
+    for name in ("prompts", "prompt_tokens", "new_tokens"):
+        at_least(f"text.{name}", getattr(config.text, name), 1)
+    if config.mtp.stride > 1:
+        raise UserError(f"mtp.stride={config.mtp.stride} leaps over tokens, and experiment=heads drafts each; choose 1")
 
 
 _TASKS = {"choice_points": _choice_points, "path_star": _path_star, "induction": _induction, "polynomials": _polynomials}

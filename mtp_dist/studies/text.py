@@ -17,7 +17,7 @@ from mtp_dist.parallel.budget import flops_per_token
 from mtp_dist.parallel.mesh import Mesh
 from mtp_dist.studies.experiment import Outcome
 from mtp_dist.studies.matching import parameters
-from mtp_dist.studies.training import train
+from mtp_dist.studies.training import Trained, train
 from mtp_dist.training.held_out import HeldOut
 
 TEXT_EXPERIMENTS = ("heads", "schedules")
@@ -44,14 +44,13 @@ def vocabulary(config: Study) -> int | None:
 
 
 def trained_on_text(config: Study, mesh: Mesh) -> Outcome:
-    """Train on the text, then measure on its held-out rows. Numbers:
-
-    `loss` (nats a token) and `bits` (a byte of text) of the main head; `accepted_k`: share of right targets at depth k where the
-    main head and all shallower depths are right, a forecast of a greedy decoder's acceptance; `gain`: tokens a forward pass that
-    this makes, 1 + the mean number of drafts that are right; `gain_bytes`: the same in bytes of text; `parameters` in all;
-    `flops` of forward and backward a token; `seconds`: median of the optimizer steps.
-    """
+    """Train on the text, then measure on its held-out rows."""
     data = dataset(config)
+    return tested_on_text(learned(data, config, mesh), data, config)
+
+
+def learned(data: Dataset, config: Study, mesh: Mesh) -> Trained:
+    """Train on the text."""
     stream = Stream(
         data,
         "train",
@@ -66,6 +65,17 @@ def trained_on_text(config: Study, mesh: Mesh) -> Outcome:
     )
     trained = train(config, mesh, lambda step: stream.next()[0])
     stream.close()
+    return trained
+
+
+def tested_on_text(trained: Trained, data: Dataset, config: Study) -> Outcome:
+    """Measure on held-out rows. Numbers:
+
+    `loss` (nats a token) and `bits` (a byte of text) of the main head; `accepted_k`: share of right targets at depth k where the
+    main head and all shallower depths are right, a forecast of a greedy decoder's acceptance; `gain`: tokens a forward pass that
+    this makes, 1 + the mean number of drafts that are right; `gain_bytes`: the same in bytes of text; `parameters` in all;
+    `flops` of forward and backward a token; `seconds`: median of the optimizer steps.
+    """
     totals = HeldOut(trained.workload, data, "validation", config.text.sequences).run(config.train.micro_batch, 1)
     means, size = totals.means(), bytes_per_token(data, config)
     accepted = means["conditional"][1:]

@@ -73,7 +73,11 @@ def test_equal_parameters_are_equal(tiny: Path) -> None:
     found = numbers(tiny, "heads")
     assert set(found) == {"none_matched", "sequential_matched", "parallel_matched"}
     assert all(abs(run["parameters"] - 0.3) < 0.01 * 0.3 for values in found.values() for run in values)
-    assert set(found["sequential_matched"][0]) - set(found["none_matched"][0]) == {"accepted_1", "accepted_2", "accepted_3"}
+    drafting = set(found["sequential_matched"][0]) - set(found["none_matched"][0])
+    assert {"accepted_1", "accepted_2", "accepted_3", "kept_1", "forward_tokens", "speedup", "same"} <= drafting
+    for run in found["sequential_matched"] + found["parallel_matched"]:
+        assert run["same"] == 1 <= run["forward_tokens"]
+        assert 0 <= run["kept_1"] <= 1
     assert found["none_matched"][0]["gain"] == 1 <= found["sequential_matched"][0]["gain"]
 
 
@@ -127,6 +131,8 @@ def test_heads_are_compared_on_equal_terms() -> None:
         (["experiment=path_star", "path_star.nodes=4"], "path_star.nodes=4"),
         (["experiment=choice_points", "choice_points.choice=7"], "choice_points.choice=7"),
         (["experiment=choice_points", "mtp.stride=2"], "mtp.stride=2 leaps over tokens"),
+        (["experiment=heads", "mtp.stride=2"], "mtp.stride=2 leaps over tokens"),
+        (["experiment=heads", "text.prompts=0"], "text.prompts=0"),
         (["experiment=induction", "induction.mentions=40"], "induction.mentions=40"),
         (["experiment=polynomials", "polynomials.modulus=8"], "polynomials.modulus=8 is not a prime"),
         (["experiment=choice_points", "parallel.data=2"], "one process"),

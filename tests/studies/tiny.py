@@ -41,7 +41,7 @@ TINY = {
     "path_star": ["train.steps=3", "path_star.test_rows=8", "only=[none,parallel]"],
     "induction": ["train.steps=3", "induction.test_rows=8", "only=[none,sequential]"],
     "polynomials": ["train.steps=3", "polynomials.test_rows=8", "only=[none,parallel]"],
-    "heads": [*TEXT, "only=[none_matched,sequential_matched,parallel_matched]"],
+    "heads": [*TEXT, "text.prompts=2", "text.new_tokens=6", "only=[none_matched,sequential_matched,parallel_matched]"],
     "schedules": [*TEXT, "only=[none,bytes_none]"],
 }
 
