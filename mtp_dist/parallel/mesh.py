@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -83,6 +84,8 @@ def import_deepspeed() -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # New names of collectives, which torch 2.11 has not yet; DeepSpeed calls them by the old ones, too.
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
