@@ -1,6 +1,8 @@
 """Promise: a benchmark compares the same computation on both sides. Nothing is timed here."""
 
+import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.decode import Contestant, compete
 from benchmarks.head_memory import inputs, own_loss, whole_loss
+from benchmarks.held_out_prompts import RUN, held_out_prompts
 from benchmarks.notebook_loop import Setup
-from benchmarks.timing import median_interval, take_turns
+from benchmarks.timing import median_interval, take_turns, total_ratio
+from mtp_dist.config.schema import ShardBuild
+from mtp_dist.data.building import build
+from mtp_dist.data.reading import SampleReader
+from mtp_dist.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,3 +76,48 @@ def test_interval_holds_the_median_and_turns_alternate() -> None:
     times = take_turns({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, rounds=2, warm_up=0)
     assert called == ["a", "b", "b", "a"]
     assert [len(values) for values in times.values()] == [2, 2]
+
+
+def test_held_out_prompts_share_no_run_with_training(tmp_path: Path) -> None:
+    """Half of the texts hold a passage of 32 letters that others hold, too; the prompt itself may lie elsewhere."""
+    source = random.Random(0)
+
+    def letters(count: int) -> str:
+        return "".join(source.choices("abcdefghijklmnop", k=count))
+
+    passage = letters(RUN)
+    texts = [letters(60) + (passage if number % 2 else letters(RUN - 1)) + letters(40) for number in range(60)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = ShardBuild(source="jsonl", input=[str(tmp_path / "texts.jsonl")], out=str(tmp_path / "data"), validation_share=0.3)
+    config.tokenizer.kind = "bytes"
+    data = build(config)[0]
+    split = data.split("validation")
+    held_out = [bytes(sample.tokens[:-1].tolist()).decode() for sample in SampleReader(split).read(0, split.documents)]
+    unknown = [text for text in held_out if passage not in text]
+    assert 0 < len(unknown) < len(held_out)
+    prompts = [bytes(prompt).decode() for prompt in held_out_prompts(data, len(unknown), 50)]
+    assert sorted(text for text in unknown for prompt in prompts if prompt in text) == sorted(unknown)
+    with pytest.raises(UserError, match="validation_share"):
+        held_out_prompts(data, len(unknown) + 1, 50)
+
+
+def test_decoding_contestants_meet_every_prompt_in_turn() -> None:
+    calls: list[tuple[str, int]] = []
+
+    def contestant(name: str) -> Contestant:
+        def write(prompts: list[list[int]]) -> tuple[list[list[int]], None]:
+            calls.append((name, prompts[0][0]))
+            return [[7] * 3 for _ in prompts], None
+
+        return Contestant(write)
+
+    both = {"a": contestant("a"), "b": contestant("b")}
+    compete(both, [[[1], [2]], [[3]]], 2, lambda _: None)
+    assert calls == [("a", 1), ("b", 1), ("a", 1), ("b", 1), ("b", 3), ("a", 3), ("b", 1), ("a", 1), ("a", 3), ("b", 3)]
+    assert [(len(each.seconds), each.tokens, len(each.texts)) for each in both.values()] == [(4, 18, 3)] * 2
+
+
+def test_total_ratio() -> None:
+    assert total_ratio([2.0, 4.0], [1.0, 2.0]) == (2.0, 2.0, 2.0)
+    middle, low, high = total_ratio([1.0, 5.0], [1.0, 1.0])
+    assert (middle, low, high) == (3.0, 1.0, 5.0)
