@@ -1,22 +1,28 @@
 """Text from a checkpoint: ``python -m mtp_dist.generate checkpoint=runs/quickstart prompt='def main('``.
 
 ``decode.mode=both`` decodes each prompt plainly and speculatively, and compares. Texts and a table go to the standard output,
-notes and progress to the standard error.
+notes and progress to the standard error. One process holds the whole model, unless ``parallel.`` asks for a layout; see
+``generation_job``.
 """
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mtp_dist.checkpoint import folder
+from mtp_dist.checkpoint.manifest import TOKENIZER
 from mtp_dist.config import versions
 from mtp_dist.config.command import application
 from mtp_dist.config.heads import modules
+from mtp_dist.config.layout import world_size
 from mtp_dist.config.schema import DecodeConfig, Generation
+from mtp_dist.config.validation import validate_launch
 from mtp_dist.decoding import request
 from mtp_dist.errors import UserError
+from mtp_dist.freezing import under_launcher
 
 if TYPE_CHECKING:  # torch takes seconds to load: wrong settings are answered before
     from tokenizers import Tokenizer
@@ -25,24 +31,36 @@ if TYPE_CHECKING:  # torch takes seconds to load: wrong settings are answered be
     from mtp_dist.decoding.comparison import Continuation
     from mtp_dist.decoding.draft_lengths import DraftLengths
     from mtp_dist.decoding.engine import Generated
+    from mtp_dist.decoding.layout import ModelPart
     from mtp_dist.decoding.stopping import StopStrings, TextStream
     from mtp_dist.model.chunk import Chunk
 
 MODES = {"plain": ["plain"], "speculative": ["speculative"], "both": ["plain", "speculative"]}
 WARM_UP_TOKENS = 8
+EXAMPLES = (
+    "python -m mtp_dist.generate checkpoint=runs/quickstart prompt='def main('",
+    "python -m mtp_dist.generate checkpoint=runs/quickstart prompt='import os' decode.mode=both decode.draft=3",
+    "python -m mtp_dist.generate checkpoint=runs/quickstart prompt_file=prompts.txt decode=sampling output=texts.json",
+    "python -m mtp_dist.generate checkpoint=runs/quickstart prompt_file=prompts.jsonl decode.batch=8 'decode.stop=[def]'",
+    "python -m mtp_dist.generate checkpoint=runs/quickstart prompt='class ' stream=true",
+    "python -m mtp_dist.generate checkpoint=runs/a prompt='class ' decode.drafter=model decode.draft_model=runs/small",
+    "python -m mtp_dist.generate checkpoint=runs/plain prompt='class ' decode.drafter=ngram decode.draft=8",
+    "python -m mtp_dist.generate checkpoint=runs/big prompt='class ' parallel.pipeline=4 parallel.tensor=2",
+)
 
 
 @dataclass(frozen=True)
 class Writer:
-    """A loaded model, what turns its tokens into text, and how to decode."""
+    """A loaded model, what turns its tokens into text, and how to decode. ``quiet``: without a bar of the progress."""
 
-    model: "Chunk"
+    model: "Chunk | ModelPart"
     draft_model: "Chunk | None"
     lengths: "DraftLengths | None"
     tokenizer: "Tokenizer"
     stops: "StopStrings"
     decode: DecodeConfig
     seed: int
+    quiet: bool = False
 
     def warm_up(self, prompts: list[list[int]]) -> None:
         """Threads and kernels start here, so that the first mode is not the one that pays for them."""
@@ -77,10 +95,11 @@ class Writer:
         from mtp_dist.data.tokenizer import end_of_document, vocabulary_size
         from mtp_dist.decoding.engine import generate_batch
 
-        device = self.model.output_weight().device
+        device = self.model.device
         generators = [torch.Generator(device).manual_seed(self.seed + number + row) for row in range(len(prompts))]
         total = decode.max_new_tokens * len(prompts)
-        with tqdm(total=total, desc=decode.mode, unit="tok", leave=False, disable=None if shown is None else True) as bar:
+        hidden = True if self.quiet or shown is not None else None  # None: shown on a terminal
+        with tqdm(total=total, desc=decode.mode, unit="tok", leave=False, disable=hidden) as bar:
 
             def progress(row: int, tokens: list[int]) -> None:
                 bar.update(len(tokens))
@@ -103,13 +122,13 @@ class Writer:
 
 def open_writer(config: Generation, prompts: list[str]) -> "tuple[Checkpoint, Writer, list[list[int]]]":
     """The checkpoint, its model ready to write, and the prompts as tokens. Raises UserError before any weight is read."""
-    checkpoint, writer = load_writer(config.checkpoint, config.decode, config.seed)
+    checkpoint, writer = load_writer(config.checkpoint, config.decode, config.seed, device=config.launch.device)
     encoded = [writer.tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
-    _note_length(encoded, config.decode, checkpoint.config.train.sequence_length)
+    note_length(encoded, config.decode, checkpoint.config.train.sequence_length)
     return checkpoint, writer, encoded
 
 
-def load_writer(path: str, decode: DecodeConfig, seed: int) -> "tuple[Checkpoint, Writer]":
+def load_writer(path: str, decode: DecodeConfig, seed: int, *, device: str = "auto") -> "tuple[Checkpoint, Writer]":
     """The checkpoint of a setting, and its model ready to write. Raises UserError before any weight is read."""
     import torch
 
@@ -126,9 +145,11 @@ def load_writer(path: str, decode: DecodeConfig, seed: int) -> "tuple[Checkpoint
     tokenizer = text_tokenizer(checkpoint.tokenizer_path)
     if decode.threads:
         torch.set_num_threads(decode.threads)
-    dtype, device = getattr(torch, decode.dtype), "cuda" if torch.cuda.is_available() else "cpu"
-    model = prepare(checkpoint.load_model(dtype).to(device), decode)
-    draft_model = prepare(drafting.load_model(dtype).to(device), decode) if drafting is not None else None
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("launch.device=cuda, but torch sees no GPU here; choose launch.device=cpu (or auto)")
+    dtype, place = getattr(torch, decode.dtype), "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    model = prepare(checkpoint.load_model(dtype).to(place), decode)
+    draft_model = prepare(drafting.load_model(dtype).to(place), decode) if drafting is not None else None
     most = draft_length(replace(decode, mode="speculative"), model.depth)
     lengths = DraftLengths(most) if decode.auto and decode.mode != "plain" else None
     stops = StopStrings(tokenizer, decode.stop)
@@ -139,42 +160,74 @@ def run(config: Generation) -> int:
     """The command. Raises UserError before any weight is read where the settings, the prompts or the checkpoint do not fit."""
     versions.check()
     request.validate(config)
-    prompts = request.read_prompts(config)
+    validate_launch(config.launch, config.parallel)
+    if world_size(config.parallel) > 1:
+        from mtp_dist.generation_job import start
 
-    from mtp_dist.decoding.comparison import summary
+        return start(config)
+    prompts = request.read_prompts(config)
+    checkpoint, writer, encoded = open_writer(config, prompts)
+    items = continue_prompts(config, writer, prompts, encoded, range(0, len(prompts), config.decode.batch))
+    finish(config, checkpoint, items)
+    return 0
+
+
+def continue_prompts(
+    config: Generation,
+    writer: Writer,
+    prompts: list[str],
+    encoded: list[list[int]],
+    begins: Iterable[int],
+    *,
+    show: bool = True,
+) -> "list[Continuation]":
+    """The batches of prompts that begin at these numbers, continued; each text is printed as it comes, unless not to be
+    shown."""
     from mtp_dist.decoding.stopping import TextStream
 
-    checkpoint, writer, encoded = open_writer(config, prompts)
-    size = config.decode.batch
-    writer.warm_up(encoded[:size])
     items: list[Continuation] = []
-    for first in range(0, len(prompts), size):
-        together, shown = slice(first, first + size), None
-        if config.stream:
+    for first in begins:
+        together, shown = slice(first, first + config.decode.batch), None
+        if not items:
+            writer.warm_up(encoded[together])
+        if config.stream and show:
             print(f"--- {_title(first, len(prompts))}\n{prompts[first]}", end="", flush=True)
             shown = TextStream(writer.tokenizer, writer.stops)
-        for item in writer.write(prompts[together], encoded[together], first, shown):
+        for row, item in enumerate(writer.write(prompts[together], encoded[together], first, shown)):
             items.append(item)
-            if shown is None:
-                _print_text(item, _title(len(items) - 1, len(prompts)))
-            else:
+            if shown is not None:
                 print(shown.finish(next(iter(item.texts.values()))), flush=True)
+            elif show:
+                print_text(item, first + row, len(prompts))
+    return items
+
+
+def finish(config: Generation, checkpoint: "Checkpoint", items: "Sequence[Continuation]") -> None:
+    """The numbers of all texts, printed, and written where the settings say."""
+    from mtp_dist.decoding.comparison import summary
+
     print(f"--- {_description(config.decode, checkpoint)}")
     print(summary(items, config.decode))
     if config.output:
         _write_json(config, checkpoint, items)
-    return 0
 
 
 def _drafting_checkpoint(decode: DecodeConfig, checkpoint: "Checkpoint") -> "Checkpoint | None":
     """That of decode.draft_model, if it is one for this tokenizer. Raises UserError."""
+    from mtp_dist.checkpoint.reader import Checkpoint
+
+    found = draft_folder(decode, checkpoint.path)
+    return None if found is None else Checkpoint(found)
+
+
+def draft_folder(decode: DecodeConfig, checkpoint: Path) -> Path | None:
+    """The sound checkpoint that decode.draft_model means, if one is to draft, and for this tokenizer. Raises UserError."""
     if decode.drafter != "model" or decode.mode == "plain":
         return None
-    from mtp_dist.checkpoint.reader import open_checkpoint
     from mtp_dist.data.dataset import file_sha256
 
-    found = open_checkpoint(decode.draft_model, "decode.draft_model")
-    own, other = (file_sha256(each.tokenizer_path) for each in (checkpoint, found))
+    found = folder.sound(decode.draft_model, "decode.draft_model")
+    own, other = (file_sha256(each / TOKENIZER) for each in (checkpoint, found))
     if own != other:
         raise UserError(
             f"decode.draft_model={decode.draft_model} has another tokenizer (sha256 {other[:12]}) than the checkpoint "
@@ -183,7 +236,8 @@ def _drafting_checkpoint(decode: DecodeConfig, checkpoint: "Checkpoint") -> "Che
     return found
 
 
-def _note_length(prompts: list[list[int]], decode: DecodeConfig, trained: int) -> None:
+def note_length(prompts: list[list[int]], decode: DecodeConfig, trained: int) -> None:
+    """Say where texts may grow longer than what the model was trained on."""
     longest = max(len(tokens) for tokens in prompts) + decode.max_new_tokens
     if longest > trained:
         print(f"note: texts may reach {longest} tokens; the model was trained on rows of {trained}", file=sys.stderr)
@@ -193,8 +247,9 @@ def _title(number: int, total: int) -> str:
     return f"prompt {number + 1} of {total}"
 
 
-def _print_text(item: "Continuation", title: str) -> None:
-    """The prompt with its continuation; one for each mode only where they differ."""
+def print_text(item: "Continuation", number: int, total: int) -> None:
+    """A prompt with its continuation; one for each mode only where they differ."""
+    title = _title(number, total)
     results = dict(list(item.results.items())[:1]) if item.identical else item.results
     for mode in results:
         print(f"--- {title}" + (f", {mode}" if len(results) > 1 else ""))
@@ -240,18 +295,14 @@ def _write_json(config: Generation, checkpoint: "Checkpoint", items: Sequence["C
         raise UserError(f"output={config.output} cannot be written: {error.strerror}") from None
 
 
+def main() -> None:
+    """The command line."""
+    if not under_launcher():
+        application("generate", Generation, run, examples=EXAMPLES)
+    from mtp_dist.generation_job import main as process
+
+    sys.exit(process(sys.argv[1:]))
+
+
 if __name__ == "__main__":
-    application(
-        "generate",
-        Generation,
-        run,
-        examples=[
-            "python -m mtp_dist.generate checkpoint=runs/quickstart prompt='def main('",
-            "python -m mtp_dist.generate checkpoint=runs/quickstart prompt='import os' decode.mode=both decode.draft=3",
-            "python -m mtp_dist.generate checkpoint=runs/quickstart prompt_file=prompts.txt decode=sampling output=texts.json",
-            "python -m mtp_dist.generate checkpoint=runs/quickstart prompt_file=prompts.jsonl decode.batch=8 'decode.stop=[def]'",
-            "python -m mtp_dist.generate checkpoint=runs/quickstart prompt='class ' stream=true",
-            "python -m mtp_dist.generate checkpoint=runs/a prompt='class ' decode.drafter=model decode.draft_model=runs/small",
-            "python -m mtp_dist.generate checkpoint=runs/plain prompt='class ' decode.drafter=ngram decode.draft=8",
-        ],
-    )
+    main()

@@ -111,7 +111,7 @@ def _worker(writer: "Writer", waiting: int) -> "Worker":
         draft_model=writer.draft_model,
         lengths=writer.lengths,
     )
-    worker = Worker(decoder, writer.decode, waiting, writer.model.output_weight().device)
+    worker = Worker(decoder, writer.decode, waiting, writer.model.device)
     worker.start()
     ended, endings = Event(), []
 

@@ -5,7 +5,7 @@ Pure functions of a configuration that passed ``validation.validate``.
 
 import math
 
-from mtp_dist.config.schema import Evaluation, ParallelConfig, TrainingRun
+from mtp_dist.config.schema import Evaluation, Generation, ParallelConfig, TrainingRun
 
 V_SCHEDULES = ("zbv", "dualpipev")
 SCHEDULES = ("1f1b", "interleaved", *V_SCHEDULES)
@@ -75,6 +75,6 @@ def total_steps(config: TrainingRun) -> int:
     return math.ceil(config.train.tokens / tokens_per_step(config))
 
 
-def processes_per_node(config: TrainingRun | Evaluation) -> int:
+def processes_per_node(config: TrainingRun | Evaluation | Generation) -> int:
     """Processes on each machine."""
     return config.launch.processes_per_node or world_size(config.parallel) // config.launch.nodes

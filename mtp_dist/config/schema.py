@@ -304,6 +304,8 @@ class Generation:
     seed: int = setting(0, "Seed of sampling.")
     output: str = setting("", "Also write the results as JSON to this file.")
     decode: DecodeConfig = group(DecodeConfig, "Decoding.")
+    parallel: ParallelConfig = group(ParallelConfig, "The layout. Several replicas share the prompts.")
+    launch: LaunchConfig = group(LaunchConfig, "Processes.")
 
 
 @dataclass

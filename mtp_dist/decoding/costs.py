@@ -15,7 +15,8 @@ from mtp_dist.config.schema import DecodeConfig
 from mtp_dist.decoding.drafter import Drafter, Proposal
 from mtp_dist.decoding.drafters import build_drafter
 from mtp_dist.decoding.engine import Batch
-from mtp_dist.decoding.model import DecodingModel, TrunkPass
+from mtp_dist.decoding.layout import ModelPart, open_model
+from mtp_dist.decoding.model import TrunkPass
 from mtp_dist.decoding.sampling import Chance, Sampling
 from mtp_dist.decoding.text import Texts
 from mtp_dist.model.chunk import Chunk
@@ -71,7 +72,7 @@ class Timed:
 
 @torch.inference_mode()
 def measure(
-    model: Chunk,
+    model: Chunk | ModelPart,
     prompts: Sequence[list[int]],
     config: DecodeConfig,
     drafts: int,
@@ -82,7 +83,7 @@ def measure(
 ) -> Costs:
     """Costs behind these prompts, decoded together, with ``drafts`` >= 1 of each in a round."""
     capacity = max(map(len, prompts)) + (rounds + 1) * (drafts + 1) + 1
-    decoder = DecodingModel(model, capacity, vocabulary=vocabulary)
+    decoder = open_model(model, capacity, vocabulary=vocabulary)
     sampling, chance = Sampling.of(config), Chance([None] * len(prompts))
     drafter = Timed(build_drafter(decoder, len(prompts), config, sampling, chance, other=draft_model), decoder.device)
     batch = Batch(decoder, prompts, sampling, drafter, chance)

@@ -51,7 +51,19 @@ class ModelPart:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.mesh.device
+
+    @property
+    def leader(self) -> int:
+        """Global rank of the one that decides: of those of the last chunk the first."""
+        parallel = self.mesh.parallel
+        return self.mesh.rank_of(layout.rank_of_chunk(parallel, layout.chunks(parallel) - 1), 0)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank decides."""
+        return self.mesh.rank == self.leader
 
 
 def open_model(
@@ -67,15 +79,8 @@ class LayoutModel(DecodingModel):
 
     def __init__(self, part: ModelPart, capacity: int, *, end: int | None = None, vocabulary: int | None = None) -> None:
         super().__init__([chunk for chunk in part.chunks if isinstance(chunk, Chunk)], capacity, end=end, vocabulary=vocabulary)
-        mesh, parallel = part.mesh, part.mesh.parallel
-        self.mesh, self.told = mesh, part.told
-        self.numbers = layout.chunks_of_rank(parallel, mesh.pipeline_rank)
-        self.leader = mesh.rank_of(layout.rank_of_chunk(parallel, layout.chunks(parallel) - 1), 0)
-
-    @property
-    def leads(self) -> bool:
-        """Whether this rank decides."""
-        return self.mesh.rank == self.leader
+        self.mesh, self.told, self.leader, self.leads = part.mesh, part.told, part.leader, part.leads
+        self.numbers = layout.chunks_of_rank(part.mesh.parallel, part.mesh.pipeline_rank)
 
     def received(self, place: int, carried: Tensor | None, span: Span) -> Tensor:
         before = layout.rank_of_chunk(self.mesh.parallel, self.numbers[place] - 1)

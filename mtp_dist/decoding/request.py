@@ -66,6 +66,21 @@ def validate_decoding(decode: DecodeConfig) -> None:
         raise UserError("decode.int8=true has no kernel for decode.dtype=float64; choose bfloat16 or float32")
 
 
+def validate_layout(config: Generation) -> None:
+    """Raise UserError at what several processes cannot do together."""
+    parallel, decode = config.parallel, config.decode
+    if parallel.sequence_parallel:
+        raise UserError(
+            "parallel.sequence_parallel=true shares the positions of a row among tensor ranks, and a decoder's pass may have one;"
+            " choose parallel.sequence_parallel=false"
+        )
+    for name in ("int8", "compile"):
+        if getattr(decode, name):
+            raise UserError(f"decode.{name}=true is for a model in one process; choose decode.{name}=false, or no layout")
+    if config.stream and parallel.data > 1:
+        raise UserError(f"stream=true shows one text at a time; choose parallel.data=1, not {parallel.data}, or stream=false")
+
+
 def validate_heads(decode: DecodeConfig, mtp: MTPConfig) -> None:
     """Raise UserError where drafts are asked of heads that the model has not, or that cannot make them."""
     if decode.mode == "plain" or decode.drafter != "heads":

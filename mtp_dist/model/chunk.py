@@ -123,6 +123,11 @@ class Chunk(nn.Module):
     def _blocks(self) -> list[Block]:
         return [module for module in self.modules() if isinstance(module, Block)]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
     def output_weight(self) -> nn.Parameter:
         """[V/R, d]: the matrix that turns states into logits. Only on the last chunk."""
         assert self.head is not None

@@ -1,7 +1,7 @@
 """What pools run under a layout, by name."""
 
 from tests.distributed.tasks.checkpoints import damage, load_under, make_folder, save_under, write_later_format
-from tests.distributed.tasks.decoding import decode
+from tests.distributed.tasks.decoding import continued, decode
 from tests.distributed.tasks.oracle import reference
 from tests.distributed.tasks.poison import nonfinite
 from tests.distributed.tasks.runs import background_save, copy, evaluate, relay, start_from, train, trouble
@@ -10,6 +10,7 @@ from tests.distributed.tasks.step import compiled, drift, parity
 __all__ = [
     "background_save",
     "compiled",
+    "continued",
     "copy",
     "damage",
     "decode",

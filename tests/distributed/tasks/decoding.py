@@ -1,14 +1,18 @@
 """A model that the ranks of a layout decode together."""
 
+import io
+from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mtp_dist.checkpoint.reader import Checkpoint
-from mtp_dist.config.schema import DecodeConfig, ParallelConfig
+from mtp_dist.config.schema import DecodeConfig, Generation, LaunchConfig, ParallelConfig
 from mtp_dist.decoding.engine import generate_batch
 from mtp_dist.decoding.layout import ModelPart
+from mtp_dist.decoding.request import read_prompts
 from mtp_dist.parallel.mesh import build_mesh
 
 
@@ -42,3 +46,21 @@ def run(model: Any, case: dict[str, Any], prompts: list[list[int]], vocabulary: 
         draft_model=None if other is None else Checkpoint(Path(other)).load_model(),
     )
     return [(text.tokens, text.ending, text.statistics.drafted, text.statistics.accepted) for text in texts]
+
+
+def continued(settings: dict[str, Any]) -> dict[str, Any]:
+    """The command's work on this rank: what it printed, and the tokens of its continuations; or the error that it raised."""
+    from mtp_dist.errors import UserError
+    from mtp_dist.generation_job import open_part, prepared_together, write
+
+    config = replace(Generation(**settings), launch=LaunchConfig(device="cpu"))
+    config.parallel, config.decode = ParallelConfig(**settings["parallel"]), DecodeConfig(**settings["decode"])
+    mesh = build_mesh(config.parallel, torch.device("cpu"))
+    with redirect_stdout(io.StringIO()) as printed:
+        try:
+            ready = prepared_together(config, mesh)
+        except UserError as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+        items = write(ready, mesh, *open_part(ready, mesh), read_prompts(ready))
+    modes = {mode: [item.results[mode].tokens for item in items] for mode in items[0].results}
+    return {"printed": printed.getvalue(), "texts": modes}
