@@ -1,7 +1,8 @@
 """How speculative decoding does on prompts of one's own: ``python -m mtp_dist.evaluate task=decode file=prompts.jsonl``.
 
-Every prompt is decoded plainly and speculatively. Acceptance and the measured costs of a pass and of a draft make an expected
-speedup; the clock gives the true one. The folder `output` gets report.json, report.md and report.png.
+Every prompt is decoded plainly and speculatively, each file of prompts at each temperature. Acceptance and the measured costs of
+a pass and of a draft make an expected speedup; the clock gives the true one. The folder `output` gets report.json, report.md and
+report.png.
 """
 
 import json
@@ -20,52 +21,70 @@ from mtp_dist.errors import UserError
 if TYPE_CHECKING:  # torch takes seconds to load: wrong settings are answered before
     from mtp_dist.decoding.comparison import Continuation
     from mtp_dist.decoding.costs import Costs
+    from mtp_dist.generate import Writer
 
 NAMES = ("report.json", "report.md", "report.png")
 
 
 def run(config: Evaluation) -> int:
     """The command. Raises UserError before any weight is read where the settings or the prompts do not fit."""
-    asked, prompts, place = prepare(config)
+    asked, sets, place = prepare(config)
 
-    from mtp_dist.data.tokenizer import vocabulary_size
-    from mtp_dist.decoding.costs import measure
-    from mtp_dist.decoding.drafters import draft_length
     from mtp_dist.generate import open_writer
 
-    checkpoint, writer, encoded = open_writer(asked, prompts)
-    size, decode = asked.decode.batch, asked.decode
-    writer.warm_up(encoded[:size])
-    items = [
-        item
-        for first in range(0, len(prompts), size)
-        for item in writer.write(prompts[first : first + size], encoded[first : first + size], first, None)
-    ]
-    drafts = draft_length(replace(decode, mode="speculative"), writer.model.depth)
-    costs = measure(
-        writer.model,
-        encoded[:size],
-        decode,
-        drafts,
-        vocabulary=vocabulary_size(writer.tokenizer),
-        draft_model=writer.draft_model,
-    )
-    origin = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "file": config.file, "seed": config.seed}
-    result = origin | {"decode": asdict(decode)} | report(items, costs, drafts)
+    checkpoint, writer, encoded = open_writer(asked, [prompt for prompts in sets.values() for prompt in prompts])
+    parts = []
+    for file, prompts in sets.items():
+        tokens, encoded = encoded[: len(prompts)], encoded[len(prompts) :]
+        for temperature in config.temperatures or [asked.decode.temperature]:
+            decode = replace(asked.decode, temperature=temperature)
+            parts.append({"file": file, "temperature": temperature, **_part(replace(writer, decode=decode), prompts, tokens)})
+    origin = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "seed": config.seed}
+    result = origin | {"decode": asdict(asked.decode), "parts": parts}
     _write(place, result)
     print(markdown(result), end="")
     print(f"written to {place}", flush=True)
     return 0
 
 
-def prepare(config: Evaluation) -> tuple[Generation, list[str], Path]:
-    """What ``generate`` would be asked, the prompts, and the folder of the report. Raises UserError."""
+def _part(writer: "Writer", prompts: list[str], tokens: list[list[int]]) -> dict[str, Any]:
+    """One set of prompts at one temperature."""
+    from mtp_dist.data.tokenizer import vocabulary_size
+    from mtp_dist.decoding.costs import measure
+    from mtp_dist.decoding.draft_lengths import DraftLengths
+    from mtp_dist.decoding.drafters import draft_length
+
+    decode, size = writer.decode, writer.decode.batch
+    drafts = draft_length(replace(decode, mode="speculative"), writer.model.depth)
+    # What was learnt of another set does not hold here.
+    writer = replace(writer, lengths=DraftLengths(drafts) if decode.auto else None)
+    writer.warm_up(tokens[:size])
+    items = [
+        item
+        for first in range(0, len(prompts), size)
+        for item in writer.write(prompts[first : first + size], tokens[first : first + size], first, None)
+    ]
+    vocabulary = vocabulary_size(writer.tokenizer)
+    costs = measure(writer.model, tokens[:size], decode, drafts, vocabulary=vocabulary, draft_model=writer.draft_model)
+    return report(items, costs, drafts)
+
+
+def prepare(config: Evaluation) -> tuple[Generation, dict[str, list[str]], Path]:
+    """What ``generate`` would be asked, the prompts of each file, and the folder of the report. Raises UserError."""
     versions.check()
-    given("file", config.file, "PROMPTS.jsonl (a JSON string a line)")
-    asked = Generation(checkpoint=config.checkpoint, prompt_file=config.file, seed=config.seed)
+    if config.file and config.files:
+        raise UserError(f"file={config.file} and files={config.files} both name prompts; choose one of them")
+    if not config.files:
+        given("file", config.file, "PROMPTS.jsonl (a JSON string a line)")
+    files = list(dict.fromkeys(config.files)) or [config.file]
+    sets = {}
+    for file in files:
+        asked = Generation(checkpoint=config.checkpoint, prompt_file=file, seed=config.seed)
+        for temperature in config.temperatures or [config.decode.temperature]:
+            asked.decode = replace(config.decode, mode="both", temperature=temperature)
+            request.validate(asked)
+        sets[file] = request.read_prompts(asked)
     asked.decode = replace(config.decode, mode="both")
-    request.validate(asked)
-    prompts = request.read_prompts(asked)
     checkpoint = folder.sound(config.checkpoint)
     if config.output:
         place = Path(config.output)
@@ -75,7 +94,7 @@ def prepare(config: Evaluation) -> tuple[Generation, list[str], Path]:
         place = checkpoint.parents[1] / "evaluation" / f"{checkpoint.name}.decode"
     else:
         raise UserError(f"checkpoint={config.checkpoint} is not in a run folder, so the report needs a place: output=FOLDER")
-    return asked, prompts, place
+    return asked, sets, place
 
 
 def report(items: "Sequence[Continuation]", costs: "Costs", drafts: int) -> dict[str, Any]:
@@ -99,16 +118,36 @@ def report(items: "Sequence[Continuation]", costs: "Costs", drafts: int) -> dict
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The report for people."""
-    decode, plain, fast = result["decode"], result["plain"], result["speculative"]
-    how = "greedy" if decode["temperature"] == 0 else f"temperature {decode['temperature']:g}"
-    how += ", typical acceptance (lossy)" if decode["verify"] == "typical" else ""
-    chosen = f"0 to {result['gamma']}, chosen each round" if decode["auto"] else str(result["gamma"])
+    """The report for people: what was decoded, a line for each part where there are several, then each part."""
+    decode, parts = result["decode"], result["parts"]
+    chosen = f"0 to {parts[0]['gamma']}, chosen each round" if decode["auto"] else str(parts[0]["gamma"])
+    lossy = ", typical acceptance (lossy)" if decode["verify"] == "typical" else ""
     lines = [
         f"# Decoding with drafts: step {result['step']}",
         "",
-        f"{result['prompts']} prompts of {result['file']}, {how}, {decode['dtype']}, {decode['batch']} at a time; drafts by "
-        f"{decode['drafter']}, γ = {chosen}.",
+        f"{decode['dtype']}, {decode['batch']} at a time; drafts by {decode['drafter']}, γ = {chosen}{lossy}.",
+    ]
+    if len(parts) > 1:
+        depths = range(1, parts[0]["gamma"] + 1)
+        titles = ["prompts", "temperature", *(f"depth {k}" for k in depths), "tokens a forward", "speedup", "expected"]
+        lines += ["", f"| {' | '.join(titles)} |"]
+        lines.append("|---" * (5 + len(depths)) + "|")
+        for part in parts:
+            shares = part["speculative"]["acceptance"] + [None] * len(depths)
+            cells = [part["file"], f"{part['temperature']:g}", *(_shown(share) for share in shares[: len(depths)])]
+            cells += [_shown(part["speculative"]["tokens_per_forward"]), _shown(part["measured_speedup"])]
+            lines.append("| " + " | ".join([*cells, _shown(part["expected_speedup"])]) + " |")
+    for part in parts:
+        lines += ["", *_section(part, decode)]
+    return "\n".join(lines) + "\n"
+
+
+def _section(part: dict[str, Any], decode: dict[str, Any]) -> list[str]:
+    plain, fast = part["plain"], part["speculative"]
+    greedy = part["temperature"] == 0
+    how = "greedy" if greedy else f"temperature {part['temperature']:g}"
+    lines = [
+        f"## {part['file']}, {how}: {part['prompts']} prompts",
         "",
         "| | plain | speculative |",
         "|---|---|---|",
@@ -116,18 +155,17 @@ def markdown(result: dict[str, Any]) -> str:
         f"| tokens a forward | {_shown(plain['tokens_per_forward'])} | {_shown(fast['tokens_per_forward'])} |",
         f"| tokens/s after the prompt | {_shown(plain['tokens_per_second'], 1)} | {_shown(fast['tokens_per_second'], 1)} |",
         "",
-        f"Speedup: {_shown(result['measured_speedup'])} measured, {_shown(result['expected_speedup'])} expected of "
+        f"Speedup: {_shown(part['measured_speedup'])} measured, {_shown(part['expected_speedup'])} expected of "
         "E / (v(γ+1) + γ c)" + (" at the largest γ" if decode["auto"] else "") + ".",
     ]
-    if decode["temperature"] == 0:
-        lines.append(f"Texts identical to plain greedy decoding: {result['identical']} of {result['prompts']}.")
+    if greedy:
+        lines.append(f"Texts identical to plain greedy decoding: {part['identical']} of {part['prompts']}.")
     lines += ["", "| depth | accepted | of those reached | v(depth + 1) |", "|---|---|---|---|"]
     for k, (share, conditional) in enumerate(zip(fast["acceptance"], fast["conditional_acceptance"], strict=True)):
-        lines.append(f"| {k + 1} | {_shown(share)} | {_shown(conditional)} | {_shown(result['verify_cost'][k + 1])} |")
-    lines += ["", f"One draft costs c = {_shown(result['draft_cost'])} of a pass over one token.", ""]
+        lines.append(f"| {k + 1} | {_shown(share)} | {_shown(conditional)} | {_shown(part['verify_cost'][k + 1])} |")
+    lines += ["", f"One draft costs c = {_shown(part['draft_cost'])} of a pass over one token.", ""]
     lines += ["| tokens of a forward | forwards |", "|---|---|"]
-    lines += [f"| {n} | {times} |" for n, times in enumerate(fast["histogram"]) if n]
-    return "\n".join(lines) + "\n"
+    return lines + [f"| {n} | {times} |" for n, times in enumerate(fast["histogram"]) if n]
 
 
 def _write(place: Path, result: dict[str, Any]) -> None:

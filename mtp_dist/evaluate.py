@@ -50,7 +50,7 @@ EXAMPLES = (
 )
 # Micro-batches of one pass for each pipeline rank: enough that filling and draining the pipeline is a small share.
 MICRO_BATCHES_A_RANK = 4
-NOT_HELD_OUT = ("launch", "output", "task", "file", "seed", "programs", "decode")
+NOT_HELD_OUT = ("launch", "output", "task", "file", "files", "temperatures", "seed", "programs", "decode")
 """Settings that change nothing in the held-out loss."""
 TASKS = ("held_out", "humaneval", "decode")
 

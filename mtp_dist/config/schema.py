@@ -330,6 +330,8 @@ class Evaluation:
 
     task: str = setting("held_out", "held_out (loss and accuracy of each depth on a dataset) | humaneval (pass@k: programs that the model writes pass their tests) | decode (a report on speculative decoding).")
     file: str = setting("", "task=humaneval: the problems, JSON lines as of HumanEval, also gzipped. task=decode: prompts, as prompt_file of generate.")
+    files: list[str] = setting([], "task=decode, in place of file: several prompt files, each a set of its own in the report.")
+    temperatures: list[float] = setting([], "task=decode: every set is decoded at each of these. Empty: at decode.temperature.")
     seed: int = setting(0, "task=humaneval and task=decode: seed of sampling.")
     checkpoint: str = setting("", "A checkpoint folder, or a run folder (its newest checkpoint).")
     data: str = setting("", "Dataset folder. Empty: the one that the checkpoint was trained on.")

@@ -39,7 +39,7 @@ def test_a_report(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = checkpoint / "evaluation" / "step_00000060.decode"
     assert f"written to {place}" in shown
     assert {path.name for path in place.iterdir()} == set(NAMES)
-    result = json.loads((place / "report.json").read_text())
+    (result,) = json.loads((place / "report.json").read_text())["parts"]
     fast = result["speculative"]
     assert (result["prompts"], result["identical"], result["gamma"], fast["tokens"]) == (3, 3, 3, 60)
     assert len(fast["acceptance"]) == 3
@@ -52,6 +52,28 @@ def test_a_report(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert text in shown
     assert f"| tokens a forward | 1.00 | {fast['tokens_per_forward']:.2f} |" in text
     assert (place / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sets_and_temperatures(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each part is what a report of it alone counts: no set or temperature leaks into another."""
+    (checkpoint / "other.txt").write_text("brown fox\n---\nlazy dog")
+    files = [f"{checkpoint}/prompts.jsonl", f"{checkpoint}/other.txt"]
+    short = [f"checkpoint={checkpoint}", "decode.max_new_tokens=12"]
+    assert command(*short, f"files=[{','.join(files)}]", "temperatures=[0,1.5]", f"output={tmp_path}/all") == 0
+    parts = json.loads((tmp_path / "all" / "report.json").read_text())["parts"]
+    assert [(part["file"], part["temperature"], part["prompts"]) for part in parts] == [
+        (file, temperature, count) for file, count in zip(files, (3, 2), strict=True) for temperature in (0, 1.5)
+    ]
+    for part in parts:
+        alone = [f"file={part['file']}", f"decode.temperature={part['temperature']}", f"output={tmp_path}/one"]
+        assert command(*short, *alone) == 0
+        (one,) = json.loads((tmp_path / "one" / "report.json").read_text())["parts"]
+        assert one["speculative"]["accepted"] == part["speculative"]["accepted"]
+        assert one["speculative"]["tokens"] == part["speculative"]["tokens"]
+    text = (tmp_path / "all" / "report.md").read_text()
+    assert text in capsys.readouterr().out
+    assert text.count("## ") == 4
+    assert text.count(f"| {files[1]} | 1.5 |") == 1
 
 
 def test_expected_speedup_by_hand() -> None:
@@ -79,6 +101,8 @@ def test_costs_by_a_clock_that_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "message"),
     [
         (["checkpoint={run}"], "file is empty; give it: file=PROMPTS.jsonl"),
+        (["checkpoint={run}", "file=a", "files=[b]"], "both name prompts; choose one of them"),
+        (["checkpoint={run}", "file={run}/prompts.jsonl", "temperatures=[0,-1]"], "decode.temperature=-1"),
         (["checkpoint={run}", "file=nowhere.jsonl"], "prompt_file=nowhere.jsonl cannot be read"),
         (["checkpoint={run}", "file={run}/prompts.jsonl", "output={run}/prompts.jsonl"], "is a file; with task=decode"),
         (["checkpoint={run}", "file={run}/prompts.jsonl", "decode.draft=0"], "decode.draft=0 must be at least 1"),
