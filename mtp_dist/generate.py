@@ -7,7 +7,7 @@ notes and progress to the standard error. One process holds the whole model, unl
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +43,7 @@ EXAMPLES = (
     "python -m mtp_dist.generate checkpoint=runs/quickstart prompt_file=prompts.txt decode=sampling output=texts.json",
     "python -m mtp_dist.generate checkpoint=runs/quickstart prompt_file=prompts.jsonl decode.batch=8 'decode.stop=[def]'",
     "python -m mtp_dist.generate checkpoint=runs/quickstart prompt='class ' stream=true",
+    "python -m mtp_dist.generate checkpoint=runs/quickstart interactive=true",
     "python -m mtp_dist.generate checkpoint=runs/a prompt='class ' decode.drafter=model decode.draft_model=runs/small",
     "python -m mtp_dist.generate checkpoint=runs/plain prompt='class ' decode.drafter=ngram decode.draft=8",
     "python -m mtp_dist.generate checkpoint=runs/big prompt='class ' parallel.pipeline=4 parallel.tensor=2",
@@ -85,6 +86,28 @@ class Writer:
     def text(self, tokens: list[int]) -> str:
         """A continuation as text: without the end-of-document token, cut before a stop string."""
         return self.stops.cut(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def follow(self, tokens: list[int], decode: DecodeConfig, number: int) -> "Iterator[tuple[list[int], str]]":
+        """Continue one prompt, otherwise decoded than usual: after each forward its new tokens, and why they are the last, if
+        they are. ``number`` seeds the sampling."""
+        import torch
+
+        from mtp_dist.data.tokenizer import end_of_document, vocabulary_size
+        from mtp_dist.decoding.engine import grow
+
+        generator = torch.Generator(self.model.output_weight().device).manual_seed(self.seed + number)
+        for (text,) in grow(
+            self.model,
+            [tokens],
+            decode,
+            end=end_of_document(self.tokenizer)[1],
+            vocabulary=vocabulary_size(self.tokenizer),
+            generators=[generator],
+            stops=[self.stops],
+            draft_model=self.draft_model,
+            lengths=self.lengths,
+        ):
+            yield text.latest, text.ending
 
     def _generate(
         self, prompts: list[list[int]], decode: DecodeConfig, number: int, shown: "TextStream | None" = None
@@ -160,6 +183,8 @@ def run(config: Generation) -> int:
     """The command. Raises UserError before any weight is read where the settings, the prompts or the checkpoint do not fit."""
     versions.check()
     request.validate(config)
+    if config.interactive:
+        return _converse(config)
     validate_launch(config.launch, config.parallel)
     if world_size(config.parallel) > 1:
         from mtp_dist.generation_job import start
@@ -210,6 +235,13 @@ def finish(config: Generation, checkpoint: "Checkpoint", items: "Sequence[Contin
     print(summary(items, config.decode))
     if config.output:
         _write_json(config, checkpoint, items)
+
+
+def _converse(config: Generation) -> int:
+    from mtp_dist.repl import converse
+
+    checkpoint, writer = load_writer(config.checkpoint, config.decode, config.seed)
+    return converse(writer, checkpoint.config.train.sequence_length, config.prompt)
 
 
 def _drafting_checkpoint(decode: DecodeConfig, checkpoint: "Checkpoint") -> "Checkpoint | None":

@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path
 
+from mtp_dist.config.layout import world_size
 from mtp_dist.config.rules import above, at_least, between, finite, given, one_of
 from mtp_dist.config.schema import DecodeConfig, Generation, MTPConfig
 from mtp_dist.errors import UserError
@@ -22,8 +23,10 @@ DTYPES = ("float32", "bfloat16", "float64")
 def validate(config: Generation) -> None:
     """Raise UserError at the first setting that no checkpoint could serve."""
     given("checkpoint", config.checkpoint, "RUN_FOLDER")
-    if not config.prompt and not config.prompt_file:
-        raise UserError("prompt is empty and no prompt_file is given; give prompt='TEXT' or prompt_file=FILE")
+    if config.interactive:
+        _validate_interactive(config)
+    elif not config.prompt and not config.prompt_file:
+        raise UserError("prompt is empty and no prompt_file is given; give prompt='TEXT', prompt_file=FILE or interactive=true")
     between("seed", config.seed, 0, 2**63 - 1)
     if config.output and not _writable(Path(config.output)):
         raise UserError(f"output={config.output} cannot be written; name a file in a folder that exists")
@@ -32,6 +35,18 @@ def validate(config: Generation) -> None:
         raise UserError("stream=true shows one text of a prompt; choose decode.mode=plain or speculative, or stream=false")
     if config.stream and config.decode.batch > 1:
         raise UserError(f"stream=true shows one text at a time; choose decode.batch=1, not {config.decode.batch}, or no stream")
+
+
+def _validate_interactive(config: Generation) -> None:
+    for key, taken in (("prompt_file", config.prompt_file), ("output", config.output)):
+        if taken:
+            raise UserError(f"{key}={taken} is not read with interactive=true; leave it out, or interactive=false")
+    if config.decode.mode == "both":
+        raise UserError("interactive=true shows one text; choose decode.mode=plain or speculative")
+    if config.decode.batch > 1:
+        raise UserError(f"interactive=true writes one text at a time; choose decode.batch=1, not {config.decode.batch}")
+    if (ranks := world_size(config.parallel)) > 1:
+        raise UserError(f"interactive=true reads one terminal, and this layout has {ranks} processes; choose parallel=single")
 
 
 def validate_decoding(decode: DecodeConfig) -> None:
