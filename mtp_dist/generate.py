@@ -95,7 +95,7 @@ class Writer:
         from mtp_dist.data.tokenizer import end_of_document, vocabulary_size
         from mtp_dist.decoding.engine import grow
 
-        generator = torch.Generator(self.model.output_weight().device).manual_seed(self.seed + number)
+        generator = torch.Generator(self.model.device).manual_seed(self.seed + number)
         for (text,) in grow(
             self.model,
             [tokens],
@@ -240,7 +240,7 @@ def finish(config: Generation, checkpoint: "Checkpoint", items: "Sequence[Contin
 def _converse(config: Generation) -> int:
     from mtp_dist.repl import converse
 
-    checkpoint, writer = load_writer(config.checkpoint, config.decode, config.seed)
+    checkpoint, writer = load_writer(config.checkpoint, config.decode, config.seed, device=config.launch.device)
     return converse(writer, checkpoint.config.train.sequence_length, config.prompt)
 
 
