@@ -26,6 +26,7 @@ from mtp_dist.freezing import under_launcher
 
 if TYPE_CHECKING:  # torch takes seconds to load: wrong settings are answered before
     from tokenizers import Tokenizer
+    from torch import device, dtype, nn
 
     from mtp_dist.checkpoint.reader import Checkpoint
     from mtp_dist.decoding.comparison import Continuation
@@ -55,7 +56,7 @@ class Writer:
     """A loaded model, what turns its tokens into text, and how to decode. ``quiet``: without a bar of the progress."""
 
     model: "Chunk | ModelPart"
-    draft_model: "Chunk | None"
+    draft_model: "nn.Module | None"
     lengths: "DraftLengths | None"
     tokenizer: "Tokenizer"
     stops: "StopStrings"
@@ -164,7 +165,7 @@ def load_writer(path: str, decode: DecodeConfig, seed: int, *, device: str = "au
 
     checkpoint = open_checkpoint(path)
     request.validate_heads(decode, checkpoint.config.mtp)
-    drafting = _drafting_checkpoint(decode, checkpoint)
+    drafting = draft_folder(decode, checkpoint.path)
     tokenizer = text_tokenizer(checkpoint.tokenizer_path)
     if decode.threads:
         torch.set_num_threads(decode.threads)
@@ -172,7 +173,7 @@ def load_writer(path: str, decode: DecodeConfig, seed: int, *, device: str = "au
         raise UserError("launch.device=cuda, but torch sees no GPU here; choose launch.device=cpu (or auto)")
     dtype, place = getattr(torch, decode.dtype), "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     model = prepare(checkpoint.load_model(dtype).to(place), decode)
-    draft_model = prepare(drafting.load_model(dtype).to(place), decode) if drafting is not None else None
+    draft_model = None if drafting is None else load_draft_model(drafting, decode, dtype, place)
     most = draft_length(replace(decode, mode="speculative"), model.depth)
     lengths = DraftLengths(most) if decode.auto and decode.mode != "plain" else None
     stops = StopStrings(tokenizer, decode.stop)
@@ -183,9 +184,9 @@ def run(config: Generation) -> int:
     """The command. Raises UserError before any weight is read where the settings, the prompts or the checkpoint do not fit."""
     versions.check()
     request.validate(config)
+    validate_launch(config.launch, config.parallel)
     if config.interactive:
         return _converse(config)
-    validate_launch(config.launch, config.parallel)
     if world_size(config.parallel) > 1:
         from mtp_dist.generation_job import start
 
@@ -244,20 +245,17 @@ def _converse(config: Generation) -> int:
     return converse(writer, checkpoint.config.train.sequence_length, config.prompt)
 
 
-def _drafting_checkpoint(decode: DecodeConfig, checkpoint: "Checkpoint") -> "Checkpoint | None":
-    """That of decode.draft_model, if it is one for this tokenizer. Raises UserError."""
-    from mtp_dist.checkpoint.reader import Checkpoint
-
-    found = draft_folder(decode, checkpoint.path)
-    return None if found is None else Checkpoint(found)
-
-
 def draft_folder(decode: DecodeConfig, checkpoint: Path) -> Path | None:
-    """The sound checkpoint that decode.draft_model means, if one is to draft, and for this tokenizer. Raises UserError."""
+    """The sound checkpoint, or the Hugging Face folder, that decode.draft_model means, if one is to draft, and for this
+    tokenizer. Raises UserError."""
     if decode.drafter != "model" or decode.mode == "plain":
         return None
     from mtp_dist.data.dataset import file_sha256
+    from mtp_dist.interop.causal_model import is_causal_model, require_usable
 
+    if is_causal_model(decode.draft_model):
+        require_usable(Path(decode.draft_model), "decode.draft_model", checkpoint / TOKENIZER)
+        return Path(decode.draft_model)
     found = folder.sound(decode.draft_model, "decode.draft_model")
     own, other = (file_sha256(each / TOKENIZER) for each in (checkpoint, found))
     if own != other:
@@ -266,6 +264,17 @@ def draft_folder(decode: DecodeConfig, checkpoint: Path) -> Path | None:
             f"({own[:12]}); choose one that was trained on the same dataset"
         )
     return found
+
+
+def load_draft_model(folder: Path, decode: DecodeConfig, kind: "dtype", place: "device | str") -> "nn.Module":
+    """The model of a ``draft_folder``. Raises UserError where it cannot be read."""
+    from mtp_dist.checkpoint.reader import Checkpoint
+    from mtp_dist.decoding.preparation import prepare
+    from mtp_dist.interop.causal_model import is_causal_model, load_causal_model
+
+    if is_causal_model(folder):
+        return load_causal_model(folder, "decode.draft_model", kind).to(place)
+    return prepare(Checkpoint(folder).load_model(kind).to(place), decode)
 
 
 def note_length(prompts: list[list[int]], decode: DecodeConfig, trained: int) -> None:

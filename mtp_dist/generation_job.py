@@ -22,7 +22,7 @@ from mtp_dist.decoding import request
 from mtp_dist.errors import AgreedError, UserError
 from mtp_dist.exit_codes import BAD_INPUT
 from mtp_dist.freezing import check_world
-from mtp_dist.generate import Writer, continue_prompts, draft_folder, finish, note_length, print_text
+from mtp_dist.generate import Writer, continue_prompts, draft_folder, finish, load_draft_model, note_length, print_text
 from mtp_dist.launching import start_module
 from mtp_dist.slurm_step import adopt
 
@@ -137,7 +137,7 @@ def open_part(config: Generation, mesh: "Mesh") -> "tuple[Checkpoint, Writer]":
     part = ModelPart.of(checkpoint.load_part(config.parallel, mesh, dtype), mesh)
     drafting = None
     if decode.drafter == "model" and decode.mode != "plain" and part.leads:
-        drafting = Checkpoint(Path(decode.draft_model)).load_model(dtype).to(mesh.device)
+        drafting = load_draft_model(Path(decode.draft_model), decode, dtype, mesh.device)
     most = draft_length(replace(decode, mode="speculative"), part.depth)
     lengths = DraftLengths(most) if decode.auto and decode.mode != "plain" else None
     tokenizer = text_tokenizer(checkpoint.tokenizer_path)

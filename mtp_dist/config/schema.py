@@ -242,7 +242,7 @@ class DecodeConfig:
     drafter: str = setting("heads", "Who drafts: heads (the model's own) | ngram (what followed the same tokens earlier in the text) | model (a smaller one).")
     draft: int | None = setting(None, "Gamma, tokens drafted a round; above D the last module is recycled (not parallel, medusa). null: D; other drafters: 4.")
     auto: bool = setting(False, "Choose gamma anew each round, from 0 (plain) to `draft`, by measured costs and acceptance. Sampled texts then differ from run to run, their distribution does not.")
-    draft_model: str = setting("", "drafter=model: a checkpoint folder, or a run folder, of a model with the same tokenizer.")
+    draft_model: str = setting("", "drafter=model: a checkpoint folder, a run folder, or a Hugging Face folder (needs transformers) of a model with the same tokenizer.")
     ngram: int = setting(3, "drafter=ngram: the longest run of tokens that is looked up; shorter ones follow.")
     verify: str = setting("lossless", "lossless (texts are distributed as the model alone writes them) | typical (lossy: a draft is kept if it is likely enough, Medusa's rule; needs a temperature).")
     typical_epsilon: float = setting(0.09, "verify=typical: a draft more likely than this is kept.")

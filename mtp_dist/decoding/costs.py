@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
+from torch import nn
 
 from mtp_dist.config.schema import DecodeConfig
 from mtp_dist.decoding.drafter import Drafter, Proposal
@@ -78,7 +79,7 @@ def measure(
     drafts: int,
     *,
     vocabulary: int | None = None,
-    draft_model: Chunk | None = None,
+    draft_model: nn.Module | None = None,
     rounds: int = 9,
 ) -> Costs:
     """Costs behind these prompts, decoded together, with ``drafts`` >= 1 of each in a round."""

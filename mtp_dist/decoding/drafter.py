@@ -61,10 +61,18 @@ class Chooser:
         if kept is not None and self.model.chunk.group.size == 1:
             matrix = self.model.chunk.output_weight()[:kept]  # the others are not computed
         logits = self.model.logits(states, matrix)[..., :kept]
-        if self.sampling.greedy:
-            return self.model.same(logits.argmax(-1)), None
-        distribution = F.pad(self.sampling.probabilities(logits), (0, self.model.vocabulary - logits.shape[-1]))
-        return self.model.same(draw(distribution, self.source)), distribution
+        token, distribution = pick(logits, self.sampling, self.source)
+        if distribution is not None:
+            distribution = F.pad(distribution, (0, self.model.vocabulary - logits.shape[-1]))
+        return self.model.same(token), distribution
+
+
+def pick(logits: Tensor, sampling: Sampling, source: Source) -> tuple[Tensor, Tensor | None]:
+    """logits [B, V] -> (drafts [B], their distributions [B, V]; greedy: None)."""
+    if sampling.greedy:
+        return logits.argmax(-1), None
+    distribution = sampling.probabilities(logits)
+    return draw(distribution, source), distribution
 
 
 def proposal(texts: Texts, distributions: list[Tensor | None]) -> Proposal:

@@ -1,8 +1,11 @@
 """Which drafter the settings ask for, and how many tokens it drafts a round."""
 
+from torch import nn
+
 from mtp_dist.config.schema import DecodeConfig
 from mtp_dist.decoding.chain import ChainDrafter, chain_of
 from mtp_dist.decoding.drafter import Drafter
+from mtp_dist.decoding.hugging_face import HuggingFaceDrafter
 from mtp_dist.decoding.layout import Announced, LayoutModel
 from mtp_dist.decoding.lookup import LookupDrafter
 from mtp_dist.decoding.model import DecodingModel
@@ -28,9 +31,10 @@ def draft_length(config: DecodeConfig, depth: int) -> int:
 
 
 def build_drafter(
-    model: DecodingModel, batch: int, config: DecodeConfig, sampling: Sampling, source: Source, *, other: Chunk | None = None
+    model: DecodingModel, batch: int, config: DecodeConfig, sampling: Sampling, source: Source, *, other: nn.Module | None = None
 ) -> Drafter:
-    """The drafter that ``config`` asks for. ``other``: the model that drafts, where it is to be another; of ranks that decode
+    """The drafter that ``config`` asks for. ``other``: the model that drafts, where it is to be another, one of ours or of
+    `transformers`; of ranks that decode
     together only the one that decides needs it."""
     if isinstance(model, LayoutModel):
         drafts = model.chunk.last if config.drafter == "heads" else model.leads
@@ -39,14 +43,16 @@ def build_drafter(
 
 
 def _own_drafter(
-    model: DecodingModel, batch: int, config: DecodeConfig, sampling: Sampling, source: Source, other: Chunk | None
+    model: DecodingModel, batch: int, config: DecodeConfig, sampling: Sampling, source: Source, other: nn.Module | None
 ) -> Drafter:
     if config.drafter == "ngram":
         return LookupDrafter(config.ngram)
     if config.drafter == "model":
         if other is None:
             raise ValueError("decode.drafter=model without a model")
-        return ModelDrafter(model.beside(other), batch, sampling, source)
+        if isinstance(other, Chunk):
+            return ModelDrafter(model.beside(other), batch, sampling, source)
+        return HuggingFaceDrafter(model, other, batch, sampling, source)
     return head_drafter(model, batch, sampling, source, most=draft_length(config, model.depth))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from mtp_dist.config.schema import DecodeConfig
 from mtp_dist.decoding.draft_lengths import DraftLengths
@@ -94,7 +95,7 @@ def generate_batch(
     vocabulary: int | None = None,
     generators: Sequence[torch.Generator | None] | None = None,
     stops: StopStrings | None = None,
-    draft_model: Chunk | None = None,
+    draft_model: nn.Module | None = None,
     lengths: DraftLengths | None = None,
     progress: Callable[[int, list[int]], object] | None = None,
 ) -> list[Generated]:
@@ -133,7 +134,7 @@ def grow(
     generators: Sequence[torch.Generator | None] | None = None,
     limits: Sequence[int] | None = None,
     stops: Sequence[StopStrings | None] | None = None,
-    draft_model: Chunk | None = None,
+    draft_model: nn.Module | None = None,
     lengths: DraftLengths | None = None,
 ) -> Iterator[list[Growing]]:
     """Continue prompts of one or more tokens, together. Yields after each forward the texts that took part in it, with their new
