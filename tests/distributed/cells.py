@@ -45,11 +45,20 @@ AXES: dict[str, tuple[Any, ...]] = {
     "targets": ("tokens", "trunk"),
     "stride": (1, 2),
     "curriculum": ((), ((0, 1), (256, 3))),  # all three depths from the second step on
+    "projection": ("shared", "own"),
+    "adversarial": (0, 0.5),
+    "draft_vocabulary": (None, 30),
 }
 """Names of ``layouts.PATHS`` -> values. The first ones make a valid cell together, from which the search starts."""
 
 LAYOUT = ("pipeline", "schedule", "tensor", "data", "stage", "depth", "dtype")
 """Axes that are always named."""
+
+OF_HEADS = (
+    "head_lr_ratio", "repeat", "blocks", "detach", "targets", "stride", "curriculum", "projection", "adversarial",
+    "draft_vocabulary",
+)  # fmt: skip
+"""Axes that mean nothing without heads."""
 
 BLOCK_AXES: dict[str, tuple[Any, ...]] = {
     "pipeline": (2,),
@@ -77,8 +86,7 @@ def refusal(cell: Cell, most: int = MOST) -> str | None:
         return "one pipeline rank has no schedule"
     if cell["tensor"] == 1 and cell["sequence_parallel"]:
         return "one tensor rank shares no positions"
-    of_heads = ("head_lr_ratio", "repeat", "blocks", "detach", "targets", "stride", "curriculum")
-    if cell["depth"] == 0 and any(cell[axis] != AXES[axis][0] for axis in of_heads):
+    if cell["depth"] == 0 and any(cell[axis] != AXES[axis][0] for axis in OF_HEADS):
         return "no heads have no learning rate, no blocks and no losses"
     if cell["depth"] == 1 and cell["repeat"]:
         return "one depth repeats nothing"
@@ -97,6 +105,7 @@ def name_of(cell: Cell) -> str:
     """What tests call a cell: its layout, and what differs from the first values of ``AXES``."""
     short = {"pipeline": "pp", "tensor": "tp", "data": "dp", "stage": "zero", "depth": "depth", "vocabulary": "v"}
     short |= {"recompute": "recompute_", "head_lr_ratio": "rate", "blocks": "blocks", "stride": "stride"}
+    short |= {"adversarial": "adversary", "draft_vocabulary": "draft"}
     words = []
     for axis, value in cell.items():
         if axis not in LAYOUT and value == AXES[axis][0]:

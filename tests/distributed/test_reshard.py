@@ -1,5 +1,5 @@
 """Promise: what one layout saved, any other loads: float32 masters and moments bit for bit, the next losses up to the order of
-sums. Eight layouts by eight, between one, two and four processes.
+sums. Eight layouts by eight, between one, two and four processes; and what only some heads have, in a ring of four.
 
 Tolerance, float32: as in test_parity, 1e-5 of the loss for each of two steps.
 """
@@ -19,6 +19,9 @@ from tests.distributed.pool import run_jobs
 GRID = ["one_process", "pp2_1f1b", "pp2_zbv", "tp2_sequence", "dp2_zero0", "dp2_zero3", "pp2_zbv_tp2", "pp2_1f1b_dp2"]
 # Each layout saves once and loads once, most between unlike numbers of processes.
 FEW = [(saved, GRID[(number + 3) % len(GRID)]) for number, saved in enumerate(GRID)]
+RING = ["pp2_1f1b", "tp2_sequence", "dp2_zero3", "pp2_zbv_heads_alone"]
+# Vocabulary projections of the depths' own, the discriminator: parameters that the others lack.
+KINDS = [(f"{RING[n - 1]}_{kind}", f"{RING[n]}_{kind}") for kind in ("medusa_own", "koala") for n in range(len(RING))]
 Loaded = tuple[Path, Path, list[float], list[float]]
 
 
@@ -33,16 +36,17 @@ def moved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Load
         return folder / name / "step_00000002"
 
     @cache
-    def saved(size: int) -> dict[str, list[float]]:
+    def saved(size: int, of_kinds: bool) -> dict[str, list[float]]:
         jobs = []
-        for layout in [layout for layout in GRID if world(layout) == size]:
+        names = [before for before, _ in KINDS] if of_kinds else GRID
+        for layout in [layout for layout in names if world(layout) == size]:
             arguments = {"layout": layout, "root": str(folder / layout), "tokenizer": str(tokenizer)}
             jobs.append({"name": layout, "task": "save_under", "arguments": arguments})
         return {name: ranks[0] for name, ranks in run_jobs(size, jobs, folder).items()}
 
     @cache
     def pair(before: str, after: str) -> Loaded:
-        losses, name = saved(world(before))[before], f"{before}-{after}"
+        losses, name = saved(world(before), before not in GRID)[before], f"{before}-{after}"
         arguments = {"checkpoint": str(checkpoint(before)), "root": str(folder / name), "tokenizer": str(tokenizer)}
         jobs = [{"name": name, "task": "load_under", "arguments": {"layout": after, **arguments}}]
         return checkpoint(before), checkpoint(name), losses, run_jobs(world(after), jobs, folder)[name][0]
@@ -66,6 +70,12 @@ def require_same(loaded: Loaded) -> None:
 
 @pytest.mark.parametrize(("before", "after"), FEW)
 def test_a_layout_reads_another(moved: Callable[[str, str], Loaded], before: str, after: str) -> None:
+    require_same(moved(before, after))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("before", "after"), KINDS)
+def test_a_layout_reads_what_only_some_heads_have(moved: Callable[[str, str], Loaded], before: str, after: str) -> None:
     require_same(moved(before, after))
 
 
