@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mtp_dist.config.compose import compose
 from mtp_dist.config.folder import groups
+from mtp_dist.config.heads import lookahead
 from mtp_dist.config.schema import Plan, TrainingRun
 from mtp_dist.config.validation import validate
 from mtp_dist.errors import UserError
@@ -88,6 +89,8 @@ HEADS = [
     "mtp.kind=eagle mtp.h0=pre_norm mtp.depth=1 mtp.targets=trunk",
     "mtp.kind=eagle3 mtp.depth=3",
     "mtp.kind=eagle3 mtp.taps=[1] mtp.detach=true mtp.depth=4",
+    "mtp.kind=eagle mtp.draft_vocabulary=300 mtp.targets=trunk",
+    "mtp=top",
 ]
 """One of each kind and option, at a depth above 1."""
 
@@ -121,7 +124,7 @@ def materialized(config: Plan) -> tuple[Chunk, dict[str, torch.Tensor]]:
         model = Chunk(config.model, config.mtp, range(config.model.layers))
     initialize(model, 0)
     model.defer_weight_gradients(WeightGradients())
-    width = config.train.sequence_length + 1 + config.mtp.depth
+    width = config.train.sequence_length + 1 + lookahead(config.mtp)
     tokens = torch.randint(0, 1024, (config.train.micro_batch, width), generator=torch.Generator().manual_seed(0))
     documents, scale = torch.zeros_like(tokens).int(), torch.ones(len(tokens), 1 + config.mtp.depth)
     return model, {"tokens": tokens, "documents": documents, "scale": scale}
@@ -140,7 +143,7 @@ def test_operations_are_those_that_torch_counts(heads: str) -> None:
         assert model.weight_gradients is not None
         model.weight_gradients.take()()
     positions = config.train.micro_batch * config.train.sequence_length
-    blocks = 0 if config.mtp.kind in ("medusa", "notebook") else config.mtp.blocks * config.mtp.depth
+    blocks = 0 if config.mtp.kind in ("medusa", "notebook", "top") else config.mtp.blocks * config.mtp.depth
     if config.mtp.kind == "eagle3":
         blocks = config.mtp.depth * (config.mtp.depth + 1) // 2  # step s attends to s + 1 times the entries
     attention = 12 * (config.model.layers + blocks) * config.train.sequence_length * config.model.hidden

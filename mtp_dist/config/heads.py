@@ -2,7 +2,7 @@
 
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 
-KINDS = ("none", "sequential", "parallel", "medusa", "notebook", "eagle", "eagle3")
+KINDS = ("none", "sequential", "parallel", "medusa", "notebook", "eagle", "eagle3", "top")
 CONTRACT = (
     "kind", "depth", "concat", "h0", "recycle", "repeat", "blocks", "branch", "projection", "draft_vocabulary", "taps", "stride",
 )  # fmt: skip
@@ -15,13 +15,18 @@ def contract(mtp: MTPConfig) -> dict[str, object]:
 
 
 def one_module(mtp: MTPConfig) -> bool:
-    """Whether the kind is one module by its definition."""
+    """Whether the kind is one module for all depths by its definition."""
     return mtp.kind in ("eagle", "eagle3")
 
 
+def order_window(mtp: MTPConfig) -> int:
+    """Upcoming tokens that are ranked; 0: none are."""
+    return mtp.window if mtp.kind == "top" else 0
+
+
 def lookahead(mtp: MTPConfig) -> int:
-    """Tokens of a row behind its S + 1: the targets of the depths."""
-    return mtp.depth * mtp.stride
+    """Tokens of a row behind its S + 1: the targets of the depths, or the rest of the window that is ranked."""
+    return max(mtp.depth * mtp.stride, order_window(mtp) - 1)
 
 
 def modules(mtp: MTPConfig) -> int:
@@ -65,7 +70,7 @@ def has_adversary(mtp: MTPConfig) -> bool:
 
 def owns_projections(mtp: MTPConfig) -> bool:
     """Whether each depth has a vocabulary projection of its own."""
-    return mtp.kind == "medusa" and mtp.projection == "own"
+    return mtp.kind == "top" or (mtp.kind == "medusa" and mtp.projection == "own")
 
 
 def taps(model: ModelConfig, mtp: MTPConfig) -> tuple[int, ...]:

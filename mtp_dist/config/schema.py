@@ -48,7 +48,7 @@ class MTPConfig:
     `concat`, `h0`, `recycle`, `repeat`, `blocks`, `branch`, `projection`, `draft_vocabulary`, `taps` and `stride` are the contract: recorded in every checkpoint, a wrong choice shows only as lower acceptance.
     """
 
-    kind: str = setting("sequential", "none | sequential (DeepSeek-V3, arXiv 2412.19437 eq. 21-25) | parallel (Gloeckle, 2404.19737) | medusa (2401.10774) | eagle (2401.15077) | eagle3 (2503.01840) | notebook (position by position, as an explanatory notebook has it).")
+    kind: str = setting("sequential", "none | sequential (DeepSeek-V3, arXiv 2412.19437 eq. 21-25) | parallel (Gloeckle, 2404.19737) | medusa (2401.10774) | eagle (2401.15077) | eagle3 (2503.01840) | notebook (position by position, as an explanatory notebook has it) | top (2508.19228: a second output matrix ranks the upcoming tokens; an auxiliary loss that drafts nothing).")
     depth: int = setting(2, "D: how many tokens beyond the next one are predicted.")
     stride: int = setting(1, "s: depth k at position i predicts t[i+1+k s] (leap targets, arXiv 2505.17505), and a kind that reads tokens is fed t[i+1+(k-1) s], the target of depth k-1. Above 1 for training only: there is no drafter and no export.")
     concat: str = setting("embedding_first", "sequential, eagle, eagle3: order in the input of W_k: embedding_first (released weights) | hidden_first (the paper's formula).")
@@ -69,6 +69,7 @@ class MTPConfig:
     adversarial: float = setting(0.0, "Weight of an adversarial term (KOALA, arXiv 2408.08146, from its abstract alone): a small discriminator tells the trunk's states from the heads', which learn to be taken for them. Needs targets=trunk and projection=shared. 0: none.")
     match_parameters: bool = setting(False, "parallel: as many blocks as the heads have are taken out of the trunk. Resolved settings show the smaller model.layers, and false here.")
     draft_vocabulary: int | None = setting(None, "eagle, eagle3: the depths draft among the first so many token ids only; the projection of a draft then costs that share of the vocabulary. A tokenizer's ids rise by merge, so the first are near the most frequent (FR-Spec, arXiv 2502.14856, and EAGLE-3 count tokens instead). A target beyond has no loss and counts as wrong. null: all.")
+    window: int = setting(16, "top: so many upcoming tokens are ranked. The j-th has a share of about e^-j, so more than 16 change nothing.")
     taps: list[int] = setting([], "eagle3: trunk states that it joins, ascending: i enters layer i, model.layers is the output before the final norm. Empty: 2, layers / 2 and layers - 3 as in the released code, or the ends of thirds of fewer than 7 layers.")
     cross_entropy_weight: float = setting(0.1, "eagle: weight of the cross-entropy in L_k, beside the SmoothL1 distance from the trunk's states, which has 1.")
     detach: bool = setting(False, "The MTP losses train the MTP modules only: no gradient of theirs reaches trunk, embedding or output head, which learn from the main loss. eagle: always so.")

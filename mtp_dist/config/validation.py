@@ -224,7 +224,10 @@ def _validate_mtp(mtp: MTPConfig, sequence_length: int) -> None:
     at_least("mtp.stride", mtp.stride, 1)
     if lookahead(mtp) >= sequence_length:
         shown = f"mtp.depth={mtp.depth}" + (f" x mtp.stride={mtp.stride}" if mtp.stride > 1 else "")
+        if mtp.kind == "top":
+            shown = f"mtp.window={mtp.window} - 1"
         raise UserError(f"{shown} must be less than train.sequence_length={sequence_length}")
+    _validate_order(mtp)
     if mtp.stride > 1 and (one_module(mtp) or learns_inside(mtp)):
         raise UserError(
             f"mtp.stride={mtp.stride} with mtp.kind={mtp.kind} and mtp.targets={mtp.targets}, which follow the trunk position by "
@@ -246,6 +249,13 @@ def _validate_mtp(mtp: MTPConfig, sequence_length: int) -> None:
         at_least("mtp.depth_weights", weight, 0)
     _validate_weight_points(mtp.loss_weight_points)
     _validate_curriculum(mtp)
+
+
+def _validate_order(mtp: MTPConfig) -> None:
+    between("mtp.window", mtp.window, 2, 64)
+    for name, needed in (("depth", 1), ("stride", 1), ("blocks", 1), ("targets", "tokens")):
+        if mtp.kind == "top" and (has := getattr(mtp, name)) != needed:
+            raise UserError(f"mtp.{name}={has}: mtp.kind=top is one matrix that ranks mtp.window tokens; choose {needed}")
 
 
 def _validate_taps(mtp: MTPConfig, model: ModelConfig) -> None:

@@ -17,6 +17,7 @@ from mtp_dist.config.heads import (
     has_adversary,
     learns_inside,
     lookahead,
+    order_window,
     reads_tokens,
     received_taps,
     soft_targets,
@@ -27,12 +28,12 @@ from mtp_dist.model.adversary import Adversary
 from mtp_dist.model.attention import Mask, build_mask
 from mtp_dist.model.embedding import Embedding
 from mtp_dist.model.feature_loss import feature_loss
-from mtp_dist.model.head_loss import STATISTICS
+from mtp_dist.model.head_loss import STATISTICS, Order
 from mtp_dist.model.mtp import build_heads
 from mtp_dist.model.mtp.heads import TrunkStates
 from mtp_dist.model.output import OutputHead, TiedHead
 from mtp_dist.model.recompute import run_block
-from mtp_dist.model.targets import targets
+from mtp_dist.model.targets import targets, upcoming
 from mtp_dist.model.tensor_group import ALONE, TensorGroup
 from mtp_dist.model.trunk import Block, RMSNorm, rotation
 from mtp_dist.model.weight_gradients import WeightGradients, hand_out
@@ -68,7 +69,7 @@ class Chunk(nn.Module):
         self.stride, self.ahead = mtp.stride, lookahead(mtp)
         self.detach, self.reads_tokens, self.inside = detaches(mtp), reads_tokens(mtp), learns_inside(mtp)
         self.soft, self.cross_entropy_weight = soft_targets(mtp), mtp.cross_entropy_weight
-        self.draft_vocabulary = mtp.draft_vocabulary
+        self.draft_vocabulary, self.window = mtp.draft_vocabulary, order_window(mtp)
         needs_embedding = first or (last and embeds_on_last(model, mtp))
         self.embedding: Embedding | None = None
         if needs_embedding:
@@ -136,8 +137,8 @@ class Chunk(nn.Module):
     def forward(
         self, hidden: Tensor | None = None, *, tokens: Tensor, documents: Tensor, scale: Tensor, starts: Tensor | None = None
     ) -> Tensor:
-        """tokens int64 and documents int [B, S+1+D s] with the stride s, scale float32 [B, 1+D] (see ``head_loss``); starts:
-        ``document_starts`` of the first S positions, needed where ``attention`` is varlen.
+        """tokens int64 and documents int [B, S+1+D s] with the stride s (``lookahead`` says how many), scale float32 [B, 1+D]
+        (see ``head_loss``); starts: ``document_starts`` of the first S positions, needed where ``attention`` is varlen.
 
         hidden [B, S, d] (None on the first chunk; S/R positions under sequence parallelism) -> hidden of that shape, each with
         the taps that travel behind it in the last dimension (`states_in` and `states_out` states). The last chunk returns float32
@@ -164,12 +165,14 @@ class Chunk(nn.Module):
             return torch.cat((hidden, *(tapped[tap] for tap in self.handed)), dim=-1) if self.handed else hidden
         assert self.norm is not None
         normed = self.norm(hidden)
-        wanted = targets(tokens, documents, self.depth, stride=self.stride, inside=self.inside)
+        wanted = targets(tokens, documents, self.depth, stride=self.stride, inside=self.inside, ahead=self.ahead)
         apart = documents[:, :positions] if self.model.document_mask else None
         trunk = TrunkStates(hidden, normed, self.norm, tapped, apart)
-        return self._result(trunk, tokens, wanted, scale, turn, mask)
+        return self._result(trunk, tokens, documents, wanted, scale, turn, mask)
 
-    def _result(self, trunk: TrunkStates, tokens: Tensor, wanted: Tensor, scale: Tensor, turn: Tensor, mask: Mask) -> Tensor:
+    def _result(
+        self, trunk: TrunkStates, tokens: Tensor, documents: Tensor, wanted: Tensor, scale: Tensor, turn: Tensor, mask: Mask
+    ) -> Tensor:
         """What the last chunk returns."""
         assert self.head is not None
         states, drawn, imitated = [trunk.after_norm], [], None
@@ -185,9 +188,10 @@ class Chunk(nn.Module):
             distance, distances = feature_loss(drawn, imitated, wanted, scale, self.group)
             of_head = torch.cat((scale[:, :1], scale[:, 1:] * self.cross_entropy_weight), dim=1)
         states = [self.group.enter(state) for state in states]
+        order = Order(*upcoming(tokens, documents, self.window)) if self.window else None
         loss, statistics = self.head(
             states, wanted=wanted, scale=of_head, queue=self.weight_gradients, main_only=self.detach, soft=self.soft,
-            kept=self.draft_vocabulary, own=self.mtp.projections() if self.mtp is not None else (),
+            kept=self.draft_vocabulary, own=self.mtp.projections() if self.mtp is not None else (), order=order,
         )
         columns = F.pad(statistics, (0, len(COLUMNS) - len(STATISTICS)))
         if imitated is not None:

@@ -8,10 +8,11 @@ have been through ``TensorGroup.enter``: what comes back for them is this slice'
 A target is a token, or with a ``Teacher`` the whole distribution that the trunk's main head gives k positions further on
 (self-distillation): what a draft of depth k will be held against. Its logits, too, exist a chunk at a time.
 
-The depths may know a part of the vocabulary only, the first `kept` tokens: their softmax is over those, a teacher's, too. A
-target beyond them (a teacher's likeliest token beyond them) has no loss and is not right, but stays among those that means are
-taken of, so an accuracy is still that of a decoder. Tensor ranks then have unequal shares of the work: those that hold the last
-rows, none.
+The depths may know a part of the vocabulary only, the first `kept` tokens: their softmax is over those. A target beyond them has
+no loss, be it a token or what a teacher gives to others, and is not right; but it stays among those that means are taken of, so
+an accuracy is still that of a decoder. (EAGLE-3's code leaves a target out whole where the teacher's likeliest token is beyond: a
+near tie then decides about a term of the loss.) Tensor ranks have unequal shares of the work: those that hold the last rows,
+none.
 """
 
 from collections.abc import Sequence
@@ -48,6 +49,14 @@ class Teacher:
 
     state: Tensor
     weight: nn.Parameter
+
+
+@dataclass(frozen=True)
+class Order:
+    """Several targets a position, as ``upcoming`` gives them: `tokens` int64 [B, S, W], `shares` float32 [B, S, W] of sum 1."""
+
+    tokens: Tensor
+    shares: Tensor
 
 
 def head_loss(
@@ -87,10 +96,11 @@ def depth_losses(
     main_only: bool = False,
     teacher: Teacher | None = None,
     kept: int | None = None,
+    order: Order | None = None,
     first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``head_loss``, for depths that share a matrix: n states of depths `first`, `first` + 1 ..., with their n columns of
-    `wanted` and `scale`.
+    `wanted` and `scale`. order: their targets, then `wanted` only says where they count.
 
     Returns (the weighted sum, float32 [n]: unweighted sums over valid targets, bool [B, S, n]: which targets are right).
     """
@@ -99,7 +109,7 @@ def depth_losses(
     if teacher is not None:
         teacher = Teacher(teacher.state.detach(), teacher.weight)
     share = _Share.of(weight, group)
-    options = _Options(share, share if kept is None else share.of_first(kept), queue, learn, main_only, teacher, first)
+    options = _Options(share, share if kept is None else share.of_first(kept), queue, learn, main_only, teacher, order, first)
     return _HeadLoss.apply(weight, wanted, scale, options, *states)
 
 
@@ -153,6 +163,7 @@ class _Options:
     learn: bool
     main_only: bool
     teacher: Teacher | None
+    order: Order | None
     first: int
 
 
@@ -190,7 +201,10 @@ class _HeadLoss(torch.autograd.Function):
                 known = valid if taught is not None or share.kept is None else valid & (target[part] < share.kept)
                 weights = row_scale[part, column] * known
                 asked = weights if teaches_weight or learn_states[column] else None
-                if taught is None:
+                if options.order is not None:
+                    places = (options.order.tokens.flatten(0, 1)[part], options.order.shares.flatten(0, 1)[part])
+                    loss, right, slope = _order_chunk(hidden[part], matrix, *places, asked, share)
+                elif taught is None:
                     loss, right, slope = _chunk(hidden[part], matrix, target[part], asked, share)
                 else:
                     assert teacher is not None
@@ -250,6 +264,27 @@ def _chunk(
     return loss, best == target, slope.to(hidden.dtype)
 
 
+def _order_chunk(
+    hidden: Tensor, weight: Tensor, target: Tensor, part: Tensor, weights: Tensor | None, share: _Share
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As ``_chunk``, with several targets [n, W] and the part of each [n, W]. Right: the likeliest token is the first target."""
+    logits = (hidden @ weight.T).float()
+    rows, local = logits.shape[1], target - share.first
+    here = (local >= 0) & (local < rows)
+    local = local.clamp(0, rows - 1)
+    top, best = _largest(logits.max(dim=1), share)
+    logits.sub_(top.unsqueeze(1))
+    expected = (torch.where(here, logits.gather(1, local), 0.0) * part).sum(1)
+    exponential = logits.exp_()
+    sums = share.group.all_reduce(torch.stack((exponential.sum(1), expected)))
+    loss = sums[0].log() - sums[1]
+    if weights is None:
+        return loss, best == target[:, 0], None
+    slope = exponential.mul_((weights / sums[0]).unsqueeze(1))
+    slope.scatter_add_(1, local, torch.where(here, -part * weights.unsqueeze(1), 0.0))
+    return loss, best == target[:, 0], slope.to(hidden.dtype)
+
+
 def _soft_chunk(
     hidden: Tensor, weight: Tensor, taught: Tensor, teacher: Tensor, weights: Tensor | None, share: _Share
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -260,19 +295,18 @@ def _soft_chunk(
     both = [torch.stack(pair) for pair in zip(logits.max(dim=1), target.max(dim=1), strict=True)]
     top, best = _largest(both, share)
     logits.sub_(top[0].unsqueeze(1))
-    target = share.hide(target[:, : logits.shape[1]]).sub_(top[1].unsqueeze(1)).exp_()
+    target.sub_(top[1].unsqueeze(1)).exp_()
+    every = target.sum(1)
+    if share.kept is not None:
+        target = target[:, : logits.shape[1]] * (share.kept > share.first)
     expected = torch.linalg.vecdot(target, logits)
     exponential = logits.exp_()
-    sums = share.group.all_reduce(torch.stack((exponential.sum(1), target.sum(1), expected)))
-    # Nothing is left of a distribution that is far beyond the kept tokens.
-    ours, theirs = sums[0], sums[1].clamp(min=1e-30)
-    loss = ours.log() - sums[2] / theirs
-    if share.kept is not None:
-        known = best[1] < share.kept
-        loss, weights = torch.where(known, loss, 0.0), None if weights is None else weights * known
+    sums = share.group.all_reduce(torch.stack((exponential.sum(1), every, expected, target.sum(1))))
+    mass = sums[3] / sums[1] if share.kept is not None else torch.ones_like(sums[0])
+    loss = mass * sums[0].log() - sums[2] / sums[1]
     if weights is None:
         return loss, best[0] == best[1], None
-    slope = exponential.mul_((weights / ours).unsqueeze(1)).sub_(target.mul_((weights / theirs).unsqueeze(1)))
+    slope = exponential.mul_((mass * weights / sums[0]).unsqueeze(1)).sub_(target.mul_((weights / sums[1]).unsqueeze(1)))
     return loss, best[0] == best[1], slope.to(hidden.dtype)
 
 

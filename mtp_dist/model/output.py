@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mtp_dist.config.schema import ModelConfig
 from mtp_dist.model.embedding import Embedding
-from mtp_dist.model.head_loss import Teacher, depth_losses, head_loss, statistics
+from mtp_dist.model.head_loss import Order, Teacher, depth_losses, head_loss, statistics
 from mtp_dist.model.parameter import parameter
 from mtp_dist.model.tensor_group import TensorGroup
 from mtp_dist.model.weight_gradients import WeightGradients
@@ -44,9 +44,11 @@ class OutputHead(nn.Module):
         soft: bool = False,
         kept: int | None = None,
         own: Sequence["OwnProjection"] = (),
+        order: Order | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As ``head_loss``; soft: the first state and this head's matrix teach the depths; kept: tokens that the depths
-        know; own: the depths' own matrices, which learn from their losses whatever `main_only` says."""
+        know; own: the depths' own matrices, which learn from their losses whatever `main_only` says; order:
+        the targets of such a matrix, instead of tokens."""
         matrix = self.matrix()
         teacher = Teacher(states[0], matrix) if soft else None
         if not own:
@@ -54,28 +56,37 @@ class OutputHead(nn.Module):
         found = [depth_losses(states[:1], matrix, wanted[..., :1], scale[:, :1], self.group, queue)]
         for k, (state, projection) in enumerate(zip(states[1:], own, strict=False), start=1):
             column = slice(k, k + 1)
-            found.append(projection(state, k, wanted=wanted[..., column], scale=scale[:, column], queue=queue, teacher=teacher))
+            part = {"wanted": wanted[..., column], "scale": scale[:, column]}
+            found.append(projection(state, k, **part, queue=queue, teacher=teacher, order=order))
         totals, sums, right = zip(*found, strict=True)
         table = statistics(torch.cat(sums), torch.cat(right, dim=-1), wanted, soft=soft)
         return torch.stack(totals).sum(), table
 
 
 class OwnProjection(nn.Module):
-    """The output matrix of one depth alone, a copy of the main head's at the start."""
+    """The output matrix of one depth alone, a copy of the main head's at the start, or `fresh`."""
 
-    def __init__(self, model: ModelConfig, group: TensorGroup) -> None:
+    def __init__(self, model: ModelConfig, group: TensorGroup, *, fresh: bool = False) -> None:
         super().__init__()
         assert model.vocab_size is not None
-        shape, source = (model.vocab_size, model.hidden), MATRIX[model.tie_embeddings]
+        shape, source = (model.vocab_size, model.hidden), None if fresh else MATRIX[model.tie_embeddings]
         self.weight = parameter(shape, split=0, std=model.init_std, group=group, copy_of=source)
         self.group = group
 
     def forward(
-        self, state: Tensor, k: int, *, wanted: Tensor, scale: Tensor, queue: WeightGradients | None, teacher: Teacher | None
+        self,
+        state: Tensor,
+        k: int,
+        *,
+        wanted: Tensor,
+        scale: Tensor,
+        queue: WeightGradients | None,
+        teacher: Teacher | None,
+        order: Order | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As ``depth_losses`` for the one state [B, S, d] of depth k. The teacher's matrix must be at hand: the main head, which
         calls this, has it."""
-        return depth_losses([state], self.weight, wanted, scale, self.group, queue, teacher=teacher, first=k)
+        return depth_losses([state], self.weight, wanted, scale, self.group, queue, teacher=teacher, order=order, first=k)
 
 
 class TiedHead(OutputHead):

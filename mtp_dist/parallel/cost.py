@@ -79,7 +79,7 @@ def wider_attention(model: ModelConfig, mtp: MTPConfig) -> int:
 
 def blocks_of_module(mtp: MTPConfig) -> int:
     """Decoder blocks of one MTP module."""
-    return 0 if mtp.kind in ("medusa", "notebook") else mtp.blocks
+    return 0 if mtp.kind in ("medusa", "notebook", "top") else mtp.blocks
 
 
 def beside_flops(model: ModelConfig, mtp: MTPConfig, sequence_length: int) -> int:

@@ -7,6 +7,7 @@ from mtp_dist.data.dataset import Dataset
 from mtp_dist.data.rows import Rows
 from mtp_dist.data.tokenizer import load_tokenizer, vocabulary_size
 from mtp_dist.decoding.engine import generate
+from mtp_dist.decoding.request import DRAFTING
 from mtp_dist.decoding.statistics import Statistics, total
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.studies.training import Trained
@@ -14,7 +15,7 @@ from mtp_dist.studies.training import Trained
 
 def drafted(trained: Trained, data: Dataset, config: Study) -> dict[str, float]:
     """Prompts are the beginnings of held-out rows, evenly spaced over the split; both ways go prompt by prompt in turn, so that
-    what else the machine does meets both. Numbers, none for a model without heads:
+    what else the machine does meets both. Numbers, none for a model without heads that draft:
 
     `forward_tokens`: tokens a forward pass of the trunk behind the prompt; `kept_k`: share of drafts of depth k accepted where
     all before it were; `speedup`: tokens a second over the model's own plain decoding; `same`: share of texts equal to the plain
@@ -22,7 +23,7 @@ def drafted(trained: Trained, data: Dataset, config: Study) -> dict[str, float]:
     """
     chunk, task = trained.workload.pipeline.chunks[0], config.text
     assert isinstance(chunk, Chunk)
-    if chunk.mtp is None:
+    if config.mtp.kind not in DRAFTING:
         return {}
     rows = Rows(data, "validation", task.prompt_tokens, 0)
     places = [number * len(rows) // task.prompts for number in range(task.prompts)]

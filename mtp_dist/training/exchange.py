@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtp_dist.config.heads import learns_inside
+from mtp_dist.config.heads import learns_inside, lookahead
 from mtp_dist.config.schema import MTPConfig
 from mtp_dist.data.batch import Batch
 from mtp_dist.model.targets import targets, valid_counts
@@ -26,7 +26,8 @@ def share(batch: Batch | None, shape: tuple[int, int], mesh: Mesh) -> tuple[Tens
 
 def global_counts(tokens: Tensor, documents: Tensor, mtp: MTPConfig, mesh: Mesh) -> Tensor:
     """int64 [1+D]: valid targets of each depth over all replicas."""
-    counts = valid_counts(targets(tokens, documents, mtp.depth, stride=mtp.stride, inside=learns_inside(mtp)))
+    inside, ahead = learns_inside(mtp), lookahead(mtp)
+    counts = valid_counts(targets(tokens, documents, mtp.depth, stride=mtp.stride, inside=inside, ahead=ahead))
     if mesh.parallel.data > 1:
         dist.all_reduce(counts, group=mesh.replicas)
     return counts

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mtp_dist.config.heads import lookahead
 from mtp_dist.config.layout import chunks
 from mtp_dist.config.resolution import resolve
 from mtp_dist.config.schema import TrainingRun
@@ -201,6 +202,19 @@ ESSENTIAL = frozenset({
 
 
 LAYOUTS |= {
+    f"{name}_top": where | {"kind": "top", "depth": 1}
+    for name, where in {
+        "one_process": {},
+        "pp2_zbv": {"pipeline": 2, "schedule": "zbv", "window": 4},
+        "pp2_1f1b_untied": {"pipeline": 2, "schedule": "1f1b", "tie": False},
+        "tp2_sequence": {"tensor": 2, "sequence_parallel": True, "vocabulary": 97},
+        "dp2": {"data": 2, "dtype": "bfloat16"},
+        "dp2_zero3": {"data": 2, "stage": 3},
+        "pp2_1f1b_frozen": {"pipeline": 2, "schedule": "1f1b", "freeze_trunk": True},
+        "pp2_zbv_tp2": {"pipeline": 2, "schedule": "zbv", "tensor": 2, "recompute": "full", "detach": True},
+    }.items()
+}
+LAYOUTS |= {
     f"{name}_draft_vocabulary": where | {"draft_vocabulary": 30}  # of 96, so that the second tensor rank has none of it
     for name, where in {
         "one_process_eagle3": {"kind": "eagle3", "depth": 3},
@@ -241,6 +255,7 @@ PATHS = {
     "adversarial": "mtp.adversarial",
     "projection": "mtp.projection",
     "draft_vocabulary": "mtp.draft_vocabulary",
+    "window": "mtp.window",
     "repeat": "mtp.repeat",
     "stride": "mtp.stride",
     "curriculum": "mtp.curriculum",
@@ -301,7 +316,7 @@ def global_batch(config: TrainingRun, step: int) -> Batch:
     """Rows with unlike documents on purpose: from no valid target at all to all of them, so that micro-batches and replicas
     have unequal counts."""
     generator = torch.Generator().manual_seed(1000 + step)
-    rows, width = config.train.global_batch, config.train.sequence_length + 1 + config.mtp.depth * config.mtp.stride
+    rows, width = config.train.global_batch, config.train.sequence_length + 1 + lookahead(config.mtp)
     tokens = torch.randint(0, config.model.vocab_size or 1, (rows, width), generator=generator)
     # Row r starts a new document with probability rising from 0 to 1/2; row 5 is padding.
     starts = torch.rand(rows, width, generator=generator) < torch.linspace(0, 0.5, rows).unsqueeze(1)

@@ -273,7 +273,7 @@ def losses(
     weights: Weights, model: ModelConfig, mtp: MTPConfig, tokens: list[list[int]], documents: list[list[int]]
 ) -> tuple[Tensor, list[Tensor], list[int]]:
     """(L = L_main + lambda / D * sum_k w_k L_k, [L_main, L_1 .. L_D], valid targets of each) of a whole batch; an L_k without
-    valid targets is 0; a target beyond the `draft_vocabulary` counts, as 0. With `targets` of the trunk a term is -sum_v p(v) log
+    valid targets is 0; what is beyond the `draft_vocabulary` has no loss. With `targets` of the trunk a term is -sum_v p(v) log
     q(v), p what the main head says at i + k, a constant."""
     head = weights["embedding.weight"] if model.tie_embeddings else weights["head.weight"]
     sums = [torch.zeros((), dtype=head.dtype) for _ in range(mtp.depth + 1)]
@@ -290,13 +290,12 @@ def losses(
                 own = k > 0 and mtp.projection == "own"
                 matrix = weights[f"mtp.{k}.head.weight"] if own else head[: mtp.draft_vocabulary] if k else head
                 logits = matrix @ state
-                likeliest = int((head @ every[0][i + k]).argmax()) if soft else row[i + 1 + k * mtp.stride]
                 if soft:
-                    taught = (head @ every[0][i + k]).exp().detach()[: len(logits)]
-                    wanted = sum(taught[v] * logits[v] for v in range(len(logits))) / taught.sum()
+                    taught = (head @ every[0][i + k]).exp().detach()
+                    known = [taught[v] / taught.sum() for v in range(len(logits))]
                 else:
-                    wanted = logits[min(likeliest, len(logits) - 1)]
-                loss = (logits.exp().sum().log() - wanted) * (likeliest < len(logits))
+                    known = [float(v == row[i + 1 + k * mtp.stride]) for v in range(len(logits))]
+                loss = sum(part * (logits.exp().sum().log() - logit) for part, logit in zip(known, logits, strict=True))
                 if drawn:
                     loss = distances[k - 1][i] + mtp.cross_entropy_weight * loss
                 sums[k] = sums[k] + loss

@@ -18,6 +18,7 @@ from mtp_dist.model.mtp.eagle3 import Eagle3Heads
 from mtp_dist.model.mtp.heads import Heads
 from mtp_dist.model.mtp.medusa import MedusaHeads
 from mtp_dist.model.mtp.notebook import NotebookHeads
+from mtp_dist.model.mtp.order import OrderHeads
 from mtp_dist.model.mtp.parallel import ParallelHeads
 from mtp_dist.model.mtp.sequential import SequentialHeads
 from mtp_dist.model.tensor_group import TensorGroup
@@ -32,5 +33,6 @@ def build_heads(model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> Heads
         "notebook": NotebookHeads,
         "eagle": EagleHeads,
         "eagle3": Eagle3Heads,
+        "top": OrderHeads,
     }
     return kinds[mtp.kind](model, mtp, group) if mtp.kind != "none" else None

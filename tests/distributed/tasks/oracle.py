@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mtp_dist.config.heads import learns_inside
+from mtp_dist.config.heads import learns_inside, lookahead
 from mtp_dist.config.layout import tokens_per_step
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.model.chunk import Chunk
@@ -94,7 +94,8 @@ def _reference_result(
     Depths beyond the `parts` are computed like the others, with a weight of 0."""
     batch = global_batch(config, step)
     mtp = config.mtp
-    counts = valid_counts(targets(batch.tokens, batch.documents, mtp.depth, stride=mtp.stride, inside=learns_inside(mtp)))
+    options = {"stride": mtp.stride, "inside": learns_inside(mtp), "ahead": lookahead(mtp)}
+    counts = valid_counts(targets(batch.tokens, batch.documents, mtp.depth, **options))
     scale = target_scale(parts, counts, replicas=1).expand(len(batch), -1)
     out = torch.zeros(model.result_size())
     for tokens, documents, weights in zip(*(rows.chunk(splits) for rows in (batch.tokens, batch.documents, scale)), strict=True):
