@@ -37,7 +37,7 @@ from mtp_dist.data.dataset import Dataset
 from mtp_dist.data.tokenizer import load_tokenizer, vocabulary_size
 from mtp_dist.decoding.costs import Costs, measure
 from mtp_dist.decoding.draft_lengths import DraftLengths
-from mtp_dist.decoding.drafters import draft_length
+from mtp_dist.decoding.drafters import draft_length, most_nodes
 from mtp_dist.decoding.engine import generate_batch
 from mtp_dist.decoding.preparation import prepare
 from mtp_dist.decoding.statistics import Statistics, total
@@ -152,7 +152,7 @@ def report(contestants: dict[str, Contestant], modes: dict[str, DecodeConfig], c
         own = contestants[name]
         print(f"  plain / {name}, loop: {_interval(plain.loops, own.loops)}")
         if costs[name]:
-            drafts = draft_length(config, depth)
+            drafts = most_nodes(config, depth)
             forwards = total(own.counted).tokens_per_forward
             assert forwards is not None
             expected = statistics.median(each.speedup(forwards, drafts) for each in costs[name])

@@ -52,10 +52,10 @@ def _part(writer: "Writer", prompts: list[str], tokens: list[list[int]]) -> dict
     from mtp_dist.data.tokenizer import vocabulary_size
     from mtp_dist.decoding.costs import measure
     from mtp_dist.decoding.draft_lengths import DraftLengths
-    from mtp_dist.decoding.drafters import draft_length
+    from mtp_dist.decoding.drafters import draft_length, most_nodes
 
     decode, size = writer.decode, writer.decode.batch
-    drafts = draft_length(replace(decode, mode="speculative"), writer.model.depth)
+    drafts = draft_length(decode, writer.model.depth)
     # What was learnt of another set does not hold here.
     writer = replace(writer, lengths=DraftLengths(drafts) if decode.auto else None)
     writer.warm_up(tokens[:size])
@@ -66,7 +66,7 @@ def _part(writer: "Writer", prompts: list[str], tokens: list[list[int]]) -> dict
     ]
     vocabulary = vocabulary_size(writer.tokenizer)
     costs = measure(writer.model, tokens[:size], decode, drafts, vocabulary=vocabulary, draft_model=writer.draft_model)
-    return report(items, costs, drafts)
+    return report(items, costs, drafts, most_nodes(decode, writer.model.depth))
 
 
 def prepare(config: Evaluation) -> tuple[Generation, dict[str, list[str]], Path]:
@@ -97,8 +97,9 @@ def prepare(config: Evaluation) -> tuple[Generation, dict[str, list[str]], Path]
     return asked, sets, place
 
 
-def report(items: "Sequence[Continuation]", costs: "Costs", drafts: int) -> dict[str, Any]:
-    """The numbers of all prompts together, ready for JSON. ``drafts``: γ of a round (the most, where it is chosen anew)."""
+def report(items: "Sequence[Continuation]", costs: "Costs", drafts: int, nodes: int) -> dict[str, Any]:
+    """The numbers of all prompts together, ready for JSON. ``drafts``: γ of a round (the most, where it is chosen anew), or the
+    depth of its tree; ``nodes``: drafts verified in a forward."""
     from mtp_dist.decoding.comparison import speedup, totals
 
     columns = totals(items)
@@ -106,13 +107,14 @@ def report(items: "Sequence[Continuation]", costs: "Costs", drafts: int) -> dict
     return {
         "prompts": len(items),
         "gamma": drafts,
+        "nodes": nodes,
         "plain": columns["plain"].as_dict(),
         "speculative": columns["speculative"].as_dict(),
         "identical": sum(bool(item.identical) for item in items),
         "verify_cost": costs.curve,
         "verify_seconds": costs.verify,
         "draft_cost": costs.draft_cost,
-        "expected_speedup": None if forwards is None else costs.speedup(forwards, drafts),
+        "expected_speedup": None if forwards is None else costs.speedup(forwards, nodes),
         "measured_speedup": speedup(columns),
     }
 
@@ -121,11 +123,12 @@ def markdown(result: dict[str, Any]) -> str:
     """The report for people: what was decoded, a line for each part where there are several, then each part."""
     decode, parts = result["decode"], result["parts"]
     chosen = f"0 to {parts[0]['gamma']}, chosen each round" if decode["auto"] else str(parts[0]["gamma"])
+    tree = "" if decode["tree"] == "none" else f" in {decode['tree']} trees of {parts[0]['nodes']} nodes"
     lossy = ", typical acceptance (lossy)" if decode["verify"] == "typical" else ""
     lines = [
         f"# Decoding with drafts: step {result['step']}",
         "",
-        f"{decode['dtype']}, {decode['batch']} at a time; drafts by {decode['drafter']}, γ = {chosen}{lossy}.",
+        f"{decode['dtype']}, {decode['batch']} at a time; drafts by {decode['drafter']}{tree}, γ = {chosen}{lossy}.",
     ]
     if len(parts) > 1:
         depths = range(1, parts[0]["gamma"] + 1)
@@ -156,7 +159,7 @@ def _section(part: dict[str, Any], decode: dict[str, Any]) -> list[str]:
         f"| tokens/s after the prompt | {_shown(plain['tokens_per_second'], 1)} | {_shown(fast['tokens_per_second'], 1)} |",
         "",
         f"Speedup: {_shown(part['measured_speedup'])} measured, {_shown(part['expected_speedup'])} expected of "
-        "E / (v(γ+1) + γ c)" + (" at the largest γ" if decode["auto"] else "") + ".",
+        "E / (v(n+1) + n c), n drafts a forward" + (" at the largest γ" if decode["auto"] else "") + ".",
     ]
     if greedy:
         lines.append(f"Texts identical to plain greedy decoding: {part['identical']} of {part['prompts']}.")

@@ -306,14 +306,16 @@ def _description(decode: DecodeConfig, checkpoint: "Checkpoint") -> str:
         parts += [f"top-k {decode.top_k}"] if decode.top_k else []
         parts += [f"top-p {decode.top_p:g}"] if decode.top_p < 1 else []
     if decode.mode != "plain":
-        from mtp_dist.decoding.drafters import draft_length
+        from mtp_dist.decoding.drafters import draft_length, most_nodes
 
         mtp = checkpoint.config.mtp
         heads = f"{modules(mtp)} MTP module" + ("s" if modules(mtp) > 1 else "")
         drafters = {"heads": heads, "ngram": "lookup in the text", "model": decode.draft_model}
-        most = draft_length(replace(decode, mode="speculative"), mtp.depth)
+        fast = replace(decode, mode="speculative")
+        most = draft_length(fast, mtp.depth)
         parts += ["typical acceptance (lossy)"] if decode.verify == "typical" else []
-        parts.append(f"drafts of {'0 to ' if decode.auto else ''}{most} by {drafters[decode.drafter]}")
+        tree = "" if decode.tree == "none" else f"{decode.tree} trees of {most_nodes(fast, mtp.depth)} nodes, depth "
+        parts.append(f"drafts of {tree}{'0 to ' if decode.auto else ''}{most} by {drafters[decode.drafter]}")
     return ", ".join(parts)
 
 

@@ -86,6 +86,14 @@ class KeyValues:
         """Forget every entry of row b from position lengths[b] on; a shorter row stays as it is."""
         self.lengths = cropped(self.lengths, lengths)
 
+    def pick(self, first: list[int], slots: Tensor) -> None:
+        """Entry j of row b, counted from first[b], becomes what entry slots[b, j] is. slots int64 [B, n]."""
+        begin = torch.tensor(first, device=slots.device).unsqueeze(1)
+        rows, source = torch.arange(len(first), device=slots.device).unsqueeze(1), begin + slots
+        target = begin + torch.arange(slots.shape[1], device=slots.device)
+        for memory in (*self.keys, *self.values):
+            memory[rows, :, target] = memory[rows, :, source]
+
     def keep(self, rows: list[int]) -> None:
         """Only these rows go on, in this order."""
         for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):

@@ -14,12 +14,13 @@ from torch import nn
 
 from mtp_dist.config.schema import DecodeConfig
 from mtp_dist.decoding.drafter import Drafter, Proposal
-from mtp_dist.decoding.drafters import build_drafter
+from mtp_dist.decoding.drafters import build_drafter, most_nodes, room
 from mtp_dist.decoding.engine import Batch
 from mtp_dist.decoding.layout import ModelPart, open_model
 from mtp_dist.decoding.model import TrunkPass
 from mtp_dist.decoding.sampling import Chance, Sampling
 from mtp_dist.decoding.text import Texts
+from mtp_dist.decoding.tree import Tree
 from mtp_dist.model.chunk import Chunk
 
 
@@ -42,7 +43,7 @@ class Costs:
         return self.draft / self.verify[0]
 
     def speedup(self, tokens_per_forward: float, drafts: int) -> float:
-        """What is expected of E tokens a forward with γ drafts each."""
+        """What is expected of E tokens a forward with γ drafts each; in a tree, with so many nodes."""
         return tokens_per_forward / (self.curve[drafts] + drafts * self.draft_cost)
 
 
@@ -61,7 +62,7 @@ class Timed:
         self.drafter.observe(texts, trunk)
         self.seconds[-1] += clock(self.device) - begun
 
-    def propose(self, texts: Texts, count: int) -> Proposal:
+    def propose(self, texts: Texts, count: int) -> Proposal | Tree:
         begun = clock(self.device)
         found = self.drafter.propose(texts, count)
         self.seconds.append(clock(self.device) - begun)
@@ -82,8 +83,9 @@ def measure(
     draft_model: nn.Module | None = None,
     rounds: int = 9,
 ) -> Costs:
-    """Costs behind these prompts, decoded together, with ``drafts`` >= 1 of each in a round."""
-    capacity = max(map(len, prompts)) + (rounds + 1) * (drafts + 1) + 1
+    """Costs behind these prompts, decoded together, with ``drafts`` >= 1 of each in a round, or trees of that depth."""
+    nodes = drafts if config.tree == "none" else most_nodes(config, model.depth)
+    capacity = max(map(len, prompts)) + (rounds + 1) * (drafts + 1) + max(drafts, room(config, model.depth)) + 1
     decoder = open_model(model, capacity, vocabulary=vocabulary)
     sampling, chance = Sampling.of(config), Chance([None] * len(prompts))
     drafter = Timed(build_drafter(decoder, len(prompts), config, sampling, chance, other=draft_model), decoder.device)
@@ -92,7 +94,7 @@ def measure(
     for _ in range(rounds + 1):
         batch.advance(drafts)
     known, texts = [len(prompt) for prompt in prompts], batch.texts
-    passes: list[list[float]] = [[] for _ in range(drafts + 1)]
+    passes: list[list[float]] = [[] for _ in range(nodes + 1)]
     for _ in range(rounds + 1):
         # In turn, so that a slow moment of the machine is not one length's alone.
         for width, seconds in enumerate(passes, start=1):
@@ -102,7 +104,7 @@ def measure(
             decoder.logits(decoder.trunk(texts.tokens, batch.caches, [length + width for length in known]).after_norm)
             seconds.append(clock(decoder.device) - begun)
     # The first round starts threads and kernels.
-    return Costs([median(seconds[1:]) for seconds in passes], median(drafter.seconds[1:]) / drafts)
+    return Costs([median(seconds[1:]) for seconds in passes], median(drafter.seconds[1:]) / nodes)
 
 
 def clock(device: torch.device) -> float:

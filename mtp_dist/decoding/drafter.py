@@ -13,6 +13,7 @@ from torch import Tensor
 from mtp_dist.decoding.model import DecodingModel, TrunkPass
 from mtp_dist.decoding.sampling import Sampling, Source, draw
 from mtp_dist.decoding.text import Texts
+from mtp_dist.decoding.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ class Drafter(Protocol):
         (its newest has not been run); what follows them in a row means nothing. Called after every pass."""
         ...
 
-    def propose(self, texts: Texts, count: int) -> Proposal:
-        """``count`` >= 1 drafts, also written behind the known tokens. Earlier drafts not found in the texts were rejected."""
+    def propose(self, texts: Texts, count: int) -> Proposal | Tree:
+        """``count`` >= 1 drafts, or a tree of that depth, also written behind the known tokens. Earlier drafts not found in the
+        texts were rejected."""
         ...
 
     def keep(self, rows: list[int]) -> None:

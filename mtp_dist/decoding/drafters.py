@@ -3,6 +3,7 @@
 from torch import nn
 
 from mtp_dist.config.schema import DecodeConfig
+from mtp_dist.decoding.branching import Branching, ChainBranching, ModelBranching, ParallelBranching, PointBranching
 from mtp_dist.decoding.chain import ChainDrafter, chain_of
 from mtp_dist.decoding.drafter import Drafter
 from mtp_dist.decoding.hugging_face import HuggingFaceDrafter
@@ -12,6 +13,8 @@ from mtp_dist.decoding.model import DecodingModel
 from mtp_dist.decoding.sampling import Sampling, Source
 from mtp_dist.decoding.side_by_side import ParallelDrafter, PointDrafter
 from mtp_dist.decoding.small_model import ModelDrafter
+from mtp_dist.decoding.tree_drafter import TreeDrafter, dynamic, static
+from mtp_dist.decoding.tree_shape import deepest, default_shape
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.mtp.medusa import MedusaHeads
 from mtp_dist.model.mtp.notebook import NotebookHeads
@@ -27,7 +30,33 @@ def draft_length(config: DecodeConfig, depth: int) -> int:
         return 0
     if config.draft is not None:
         return config.draft
+    if config.tree == "static" and config.tree_shape:
+        return deepest(config.tree_shape)
     return depth if config.drafter == "heads" else WITHOUT_DEPTH
+
+
+def most_nodes(config: DecodeConfig, depth: int) -> int:
+    """Drafts verified in one forward at most: those of the tree, or γ."""
+    length = draft_length(config, depth)
+    if not length or config.tree == "none":
+        return length
+    if config.tree == "static":
+        return len(static_shape(config, depth))
+    # Depth 1 has `tree_width` candidates, every other one that many times as many.
+    return min(config.tree_nodes, config.tree_width + (length - 1) * config.tree_width**2)
+
+
+def room(config: DecodeConfig, depth: int) -> int:
+    """Positions that caches need behind a text for the drafts of a round."""
+    grown = config.tree_width * draft_length(config, depth) if config.tree == "dynamic" else 0
+    return max(most_nodes(config, depth), grown)
+
+
+def static_shape(config: DecodeConfig, depth: int) -> list[tuple[int, ...]]:
+    """Paths of the static tree."""
+    if config.tree_shape:
+        return [tuple(path) for path in config.tree_shape]
+    return default_shape(draft_length(config, depth), config.tree_nodes, config.tree_width)
 
 
 def build_drafter(
@@ -45,6 +74,12 @@ def build_drafter(
 def _own_drafter(
     model: DecodingModel, batch: int, config: DecodeConfig, sampling: Sampling, source: Source, other: nn.Module | None
 ) -> Drafter:
+    if config.tree != "none":
+        most = draft_length(config, model.depth)
+        branching = build_branching(model, batch, sampling, source, most=most, other=other if config.drafter == "model" else None)
+        if config.tree == "static":
+            return TreeDrafter(branching, static(static_shape(config, model.depth), sampling, source))
+        return TreeDrafter(branching, dynamic(config.tree_nodes, config.tree_width))
     if config.drafter == "ngram":
         return LookupDrafter(config.ngram)
     if config.drafter == "model":
@@ -54,6 +89,22 @@ def _own_drafter(
             return ModelDrafter(model.beside(other), batch, sampling, source)
         return HuggingFaceDrafter(model, other, batch, sampling, source)
     return head_drafter(model, batch, sampling, source, most=draft_length(config, model.depth))
+
+
+def build_branching(
+    model: DecodingModel, batch: int, sampling: Sampling, source: Source, *, most: int, other: nn.Module | None = None
+) -> Branching:
+    """What drafts a tree's nodes: another model of ours, or the model's own heads. ``most``: the greatest depth."""
+    if other is not None:
+        assert isinstance(other, Chunk)
+        return ModelBranching(model.beside(other), batch, sampling, source)
+    heads, chain = model.heads, chain_of(model)
+    if chain is not None:
+        return ChainBranching(model, chain, batch, sampling, source, most=most)
+    if isinstance(heads, ParallelHeads):
+        return ParallelBranching(model, heads, batch, sampling, source, most=most)
+    assert isinstance(heads, MedusaHeads | NotebookHeads)
+    return PointBranching(model, heads, sampling, source)
 
 
 def head_drafter(model: DecodingModel, batch: int, sampling: Sampling, source: Source, *, most: int) -> Drafter:

@@ -14,13 +14,15 @@ from torch import nn
 from mtp_dist.config.schema import DecodeConfig
 from mtp_dist.decoding.draft_lengths import DraftLengths
 from mtp_dist.decoding.drafter import Drafter, Proposal
-from mtp_dist.decoding.drafters import build_drafter, draft_length
+from mtp_dist.decoding.drafters import build_drafter, draft_length, room
 from mtp_dist.decoding.layout import ModelPart, open_model
-from mtp_dist.decoding.model import DecodingModel
-from mtp_dist.decoding.sampling import Chance, Sampling, Source
+from mtp_dist.decoding.model import DecodingModel, TrunkPass
+from mtp_dist.decoding.sampling import Chance, Sampling, Source, draw
 from mtp_dist.decoding.statistics import Statistics
 from mtp_dist.decoding.stopping import StopStrings
 from mtp_dist.decoding.text import Texts
+from mtp_dist.decoding.tree import Branches, Tree, filled
+from mtp_dist.decoding.tree_verification import TreeVerdict, verify_drawn, verify_followed, verify_typical_tree
 from mtp_dist.decoding.verification import Verdict, verify_greedy, verify_sampled, verify_typical
 from mtp_dist.model.chunk import Chunk
 
@@ -42,10 +44,12 @@ class Generated:
 
 @dataclass(frozen=True)
 class Round:
-    """What one forward gave a text: ``tokens`` are the accepted drafts and one more; ``drafted`` drafts were verified."""
+    """What one forward gave a text: ``tokens`` are the accepted drafts and one more; drafts of depths up to ``drafted`` were
+    verified, ``nodes`` in all: where they form no tree, as many."""
 
     tokens: list[int]
     drafted: int
+    nodes: int
 
 
 @dataclass
@@ -155,8 +159,8 @@ def grow(
         )
     ]
     most = draft_length(config, model.depth)
-    capacity = max(len(prompt) + text.limit for prompt, text in zip(prompts, growing, strict=True)) + most + 1
-    decoder = open_model(model, capacity, end=end, vocabulary=vocabulary)
+    longest = max(len(prompt) + text.limit for prompt, text in zip(prompts, growing, strict=True))
+    decoder = open_model(model, longest + room(config, model.depth) + 1, end=end, vocabulary=vocabulary)
     sampling, chance = Sampling.of(config), Chance(generators or [None] * len(prompts))
     drafter = build_drafter(decoder, len(prompts), config, sampling, chance, other=draft_model) if most else None
     batch = Batch(decoder, prompts, sampling, drafter, chance)
@@ -215,7 +219,8 @@ def _count(statistics: Statistics, new: Round, kept: int, seconds: float, *, fir
         return
     accepted = min(len(new.tokens) - 1, kept)
     # Drafts behind the end of the text were never part of it.
-    statistics.count(accepted if kept < len(new.tokens) else new.drafted, accepted, kept)
+    drafted, nodes = (accepted, accepted) if kept < len(new.tokens) else (new.drafted, new.nodes)
+    statistics.count(drafted, accepted, kept, nodes)
     statistics.seconds += seconds
 
 
@@ -241,23 +246,39 @@ class Batch:
             self.drafter.prefill(self.texts, trunk)
         span = self.model.span([0] * len(self.texts), self.texts.known)
         nothing = Proposal(self.texts.drafts(0), None)
+        none = [0] * len(self.texts)
         found = self.model.decide(span.last(trunk.after_norm), lambda logits: self._judge(nothing, logits.unsqueeze(1)))
-        return self._extend(found, [0] * len(self.texts))
+        return self._extend(found, none, none)
 
     def advance(self, drafts: int) -> list[Round]:
         """A round: at most ``drafts`` drafts of each text, verified in one pass through the trunk."""
-        texts, proposal = self.texts, Proposal(self.texts.drafts(0), None)
+        texts = self.texts
+        proposal: Proposal | Tree = Proposal(texts.drafts(0), None)
         if self.drafter is not None and drafts:
             proposal = self.drafter.propose(texts, drafts)
+        if isinstance(proposal, Tree):
+            return self._branch(proposal)
         width = proposal.tokens.shape[1]
         trunk = self.model.trunk(texts.tokens, self.caches, [known + width for known in texts.known])
         found = self.model.decide(trunk.after_norm, lambda logits: self._judge(proposal, logits))
-        rounds = self._extend(found, proposal.counts or [width] * len(texts))
-        for cache in self.caches:
-            cache.crop([known - 1 for known in texts.known])
-        if self.drafter is not None:
-            self.drafter.observe(texts, trunk)
-        return rounds
+        counts = proposal.counts or [width] * len(texts)
+        return self._close(found, trunk, counts, counts)
+
+    def _branch(self, tree: Tree) -> list[Round]:
+        """The round of a tree of drafts: of the entries and states of its nodes, those of each row's accepted path stay."""
+        texts, known = self.texts, self.texts.known
+        trunk = self.model.trunk(texts.tokens, self.caches, [n + tree.nodes for n in known], Branches(tree, known))
+        verdict = verify_tree(tree, self.model.logits(trunk.after_norm), self.sampling, self.chance)
+        paths = tree.paths(verdict.node)
+        slots = filled(paths)
+        if any(row != list(range(len(row))) for row in slots):
+            places = torch.tensor(slots, device=texts.tokens.device)
+            for cache in self.caches:
+                cache.pick(known, places)
+            trunk = trunk.picked(torch.cat((torch.zeros_like(places[:, :1]), places + 1), dim=1))
+        found, tokens = tree.tokens.tolist(), verdict.token.tolist()
+        new = [[*(row[node] for node in path), token] for row, path, token in zip(found, paths, tokens, strict=True)]
+        return self._close(new, trunk, tree.depths.amax(1).tolist(), [tree.nodes] * len(texts))
 
     def keep(self, rows: list[int]) -> None:
         """Only these texts go on, in this order."""
@@ -274,9 +295,18 @@ class Batch:
         found = torch.cat((verdict.accepted.unsqueeze(1), verdict.token.unsqueeze(1), proposal.tokens), dim=1).tolist()
         return [[*drafted[:accepted], token] for accepted, token, *drafted in found]
 
-    def _extend(self, new: list[list[int]], drafted: list[int]) -> list[Round]:
+    def _close(self, new: list[list[int]], trunk: TrunkPass, drafted: list[int], nodes: list[int]) -> list[Round]:
+        """The texts go on with the tokens new[b], whose states but the last one's lead the trunk's."""
+        rounds = self._extend(new, drafted, nodes)
+        for cache in self.caches:
+            cache.crop([known - 1 for known in self.texts.known])
+        if self.drafter is not None:
+            self.drafter.observe(self.texts, trunk)
+        return rounds
+
+    def _extend(self, new: list[list[int]], drafted: list[int], nodes: list[int]) -> list[Round]:
         self.texts.extend(new)
-        return [Round(tokens, count) for tokens, count in zip(new, drafted, strict=True)]
+        return [Round(*made) for made in zip(new, drafted, nodes, strict=True)]
 
 
 def verify(proposal: Proposal, logits: torch.Tensor, sampling: Sampling, source: Source) -> Verdict:
@@ -287,6 +317,16 @@ def verify(proposal: Proposal, logits: torch.Tensor, sampling: Sampling, source:
     if sampling.typical is not None:
         return verify_typical(proposal.tokens, sampling.probabilities(logits), *sampling.typical, source, counts)
     return verify_sampled(proposal.tokens, sampling.probabilities(logits), proposal.probabilities, source, counts)
+
+
+def verify_tree(tree: Tree, logits: torch.Tensor, sampling: Sampling, source: Source) -> TreeVerdict:
+    """The same for a tree: the trunk's logits [B, 1+m, V] of the last known token and the m nodes."""
+    if sampling.greedy:
+        return verify_followed(tree, logits.argmax(-1))
+    p = sampling.probabilities(logits)
+    if sampling.typical is not None:
+        return verify_typical_tree(tree, p, *sampling.typical, source)
+    return verify_followed(tree, draw(p, source)) if tree.probabilities is None else verify_drawn(tree, p, source)
 
 
 def until(tokens: list[int], stop: int | None) -> list[int]:

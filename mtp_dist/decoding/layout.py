@@ -22,6 +22,7 @@ from mtp_dist.decoding.cache import Span
 from mtp_dist.decoding.drafter import Drafter, Proposal
 from mtp_dist.decoding.model import DecodingModel, TrunkPass
 from mtp_dist.decoding.text import Texts
+from mtp_dist.decoding.tree import Tree
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.parameter import spec_of
 from mtp_dist.parallel.mesh import Mesh
@@ -144,6 +145,7 @@ class Announced:
 
     def propose(self, texts: Texts, count: int) -> Proposal:
         own = self.inner.propose(texts, count) if self.inner is not None else None
+        assert not isinstance(own, Tree)
         rows, counts = self.model.agreed((own.tokens.tolist(), own.counts) if own is not None else ([], None))
         if own is not None:
             return own

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_dist.decoding.cache import HiddenStates, KeyValues, Span
+from mtp_dist.decoding.tree import Branches
 from mtp_dist.model.attention import Mask
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.embedding import Embedding
@@ -30,6 +31,12 @@ class TrunkPass(NamedTuple):
     before_norm: Tensor
     after_norm: Tensor
     taps: dict[int, Tensor]
+
+    def picked(self, places: Tensor) -> "TrunkPass":
+        """places int64 [B, w] -> the states [B, w, d] that stood there."""
+        rows = torch.arange(len(places), device=places.device).unsqueeze(1)
+        taps = {layer: states[rows, places] for layer, states in self.taps.items()}
+        return TrunkPass(self.before_norm[rows, places], self.after_norm[rows, places], taps)
 
 
 class DecodingModel:
@@ -109,13 +116,16 @@ class DecodingModel:
         """Positions begin[b] .. end[b] - 1 of each row."""
         return Span(begin, end, self.device)
 
-    def trunk(self, tokens: Tensor, caches: list[KeyValues], ends: list[int] | None = None) -> TrunkPass:
+    def trunk(
+        self, tokens: Tensor, caches: list[KeyValues], ends: list[int] | None = None, branches: Branches | None = None
+    ) -> TrunkPass:
         """tokens int64 [B, >= total], of which the caches (one a layer) hold the first ``lengths`` positions.
 
         Runs the positions from there to ends[b] (default: all), and returns their states; see ``Span`` for rows that run fewer.
+        ``branches``: what stands behind the known tokens is a tree.
         """
         span = self.span(caches[0].lengths, ends or [tokens.shape[1]] * len(tokens))
-        turn, mask, waiting = self.turned(span), self.visible(tokens, span), iter(caches)
+        turn, mask, waiting = self.turned(span, branches), self.visible(tokens, span, branches), iter(caches)
         carried = None
         for place, chunk in enumerate(self.chunks):
             carried = self.embedding(span.read(tokens)) if chunk.first else self.received(place, carried, span)
@@ -141,7 +151,14 @@ class DecodingModel:
         raise NotImplementedError("a model in one process is one chunk")
 
     def module(
-        self, module: Step, depth: int, hidden: Tensor, tokens: Tensor, cache: KeyValues, span: Span
+        self,
+        module: Step,
+        depth: int,
+        hidden: Tensor,
+        tokens: Tensor,
+        cache: KeyValues,
+        span: Span,
+        branches: Branches | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run an MTP module that reads tokens as depth k over a span that follows its cache.
 
@@ -149,22 +166,26 @@ class DecodingModel:
         Returns (state for the head, state for depth k+1), both [B, width, d].
         """
         embedded = self.embedding(span.read(tokens, ahead=depth))
-        return module(hidden, embedded, self.turned(span), self.visible(tokens, span), cache.at(span))
+        return module(hidden, embedded, self.turned(span, branches), self.visible(tokens, span, branches), cache.at(span))
 
     def logits(self, states: Tensor, matrix: Tensor | None = None) -> Tensor:
         """states [.., d] ready for the head -> [.., V], float32 or wider. matrix [>= V, d]: of another head than the main one."""
         logits = states @ (self.chunk.output_weight() if matrix is None else matrix)[: self.vocabulary].T
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def turned(self, span: Span) -> Tensor:
+    def turned(self, span: Span, branches: Branches | None = None) -> Tensor:
         """The rotation of a span's positions: [2, n, c], or [2, B, 1, n, c] where rows differ."""
+        if branches is not None:
+            return self.turn[:, branches.positions(span)].unsqueeze(2)
         if span.even:
             return self.turn[:, span.begin[0] : span.total]
         return self.turn[:, span.positions].unsqueeze(2)
 
-    def visible(self, tokens: Tensor, span: Span) -> Tensor | None:
+    def visible(self, tokens: Tensor, span: Span, branches: Branches | None = None) -> Tensor | None:
         """tokens [B, >= total] -> bool mask of a span's positions (rows) over all positions below total (columns); None: all is
         visible."""
+        if branches is not None:
+            return branches.visible(tokens, span, self.end)
         columns = torch.arange(span.total, device=self.device)
         if self.end is not None:
             ends = (tokens[:, : span.total] == self.end).long()

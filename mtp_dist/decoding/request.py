@@ -11,12 +11,14 @@ from pathlib import Path
 from mtp_dist.config.layout import world_size
 from mtp_dist.config.rules import above, at_least, between, finite, given, one_of
 from mtp_dist.config.schema import DecodeConfig, Generation, MTPConfig
+from mtp_dist.decoding.tree_shape import deepest, fault
 from mtp_dist.errors import UserError
 
 MODES = ("plain", "speculative", "both")
 DRAFTERS = ("heads", "ngram", "model")
 DRAFTING = ("sequential", "parallel", "medusa", "notebook", "eagle", "eagle3")
 BLIND = ("parallel", "medusa")
+TREES = ("none", "static", "dynamic")
 DTYPES = ("float32", "bfloat16", "float64")
 
 
@@ -61,6 +63,7 @@ def validate_decoding(decode: DecodeConfig) -> None:
         given("decode.draft_model", decode.draft_model, "RUN_FOLDER")
     elif decode.draft_model:
         raise UserError(f"decode.draft_model={decode.draft_model} is not read by decode.drafter={decode.drafter}; choose model")
+    _validate_tree(decode)
     finite("decode.temperature", decode.temperature)
     at_least("decode.temperature", decode.temperature, 0)
     at_least("decode.top_k", decode.top_k, 0)
@@ -92,8 +95,29 @@ def validate_layout(config: Generation) -> None:
     for name in ("int8", "compile"):
         if getattr(decode, name):
             raise UserError(f"decode.{name}=true is for a model in one process; choose decode.{name}=false, or no layout")
+    if decode.tree != "none" and decode.mode != "plain":
+        raise UserError(f"decode.tree={decode.tree} is for a model in one process; choose decode.tree=none, or no layout")
     if config.stream and parallel.data > 1:
         raise UserError(f"stream=true shows one text at a time; choose parallel.data=1, not {parallel.data}, or stream=false")
+
+
+def _validate_tree(decode: DecodeConfig) -> None:
+    one_of("decode.tree", decode.tree, TREES)
+    at_least("decode.tree_nodes", decode.tree_nodes, 1)
+    at_least("decode.tree_width", decode.tree_width, 1)
+    if decode.tree_shape and decode.tree != "static":
+        raise UserError(f"decode.tree_shape is not read by decode.tree={decode.tree}; choose decode.tree=static, or leave it out")
+    if decode.tree_shape and decode.draft is not None:
+        raise UserError(f"decode.draft={decode.draft} is not read beside decode.tree_shape, whose paths tell it; leave one out")
+    wrong = fault(decode.tree_shape)
+    if wrong:
+        raise UserError(f"decode.tree_shape {wrong}; write each node's path behind its parent's, such as [[0],[1],[0,0]]")
+    if decode.tree != "none" and decode.drafter == "ngram":
+        raise UserError(
+            f"decode.tree={decode.tree} ranks drafts by probability, and decode.drafter=ngram knows none; choose decode.tree=none"
+        )
+    if decode.tree != "none" and decode.auto:
+        raise UserError(f"decode.auto=true chooses the length of a chain, not the size of decode.tree={decode.tree}; choose one")
 
 
 def validate_heads(decode: DecodeConfig, mtp: MTPConfig) -> None:
@@ -112,6 +136,11 @@ def validate_heads(decode: DecodeConfig, mtp: MTPConfig) -> None:
         )
     if mtp.kind not in DRAFTING:
         raise UserError(f"decode.drafter=heads knows no mtp.kind={mtp.kind} yet; choose decode.drafter=ngram or model")
+    if mtp.kind in BLIND and decode.tree_shape and deepest(decode.tree_shape) > mtp.depth:
+        raise UserError(
+            f"decode.tree_shape has paths of {deepest(decode.tree_shape)} choices, more than the model's mtp.depth={mtp.depth}: "
+            f"heads of mtp.kind={mtp.kind} stand side by side and cannot be recycled; choose paths of at most {mtp.depth}"
+        )
     if mtp.kind in BLIND and decode.draft is not None and decode.draft > mtp.depth:
         raise UserError(
             f"decode.draft={decode.draft} is more than the model's mtp.depth={mtp.depth}: heads of mtp.kind={mtp.kind} stand side"

@@ -31,10 +31,13 @@ class Statistics:
     """Entry k-1: those that accepted it, and so all before it."""
     histogram: list[int] = field(default_factory=list)
     """Entry n: forwards that gave n tokens."""
+    nodes: int = 0
+    """Drafts verified; of trees all nodes, so that there are more than one of a depth."""
 
-    def count(self, drafted: int, accepted: int, tokens: int) -> None:
-        """One forward of the loop."""
+    def count(self, drafted: int, accepted: int, tokens: int, nodes: int | None = None) -> None:
+        """One forward of the loop, with drafts up to depth ``drafted``, one of each; nodes: where they are more."""
         self.forwards += 1
+        self.nodes += drafted if nodes is None else nodes
         self.tokens += tokens
         self.loop_tokens += tokens
         self.drafted = add(self.drafted, [1] * drafted)

@@ -29,6 +29,11 @@ class Texts:
         columns = torch.tensor(self.known, device=self.tokens.device) + place
         self.tokens[torch.arange(len(self), device=self.tokens.device), columns] = tokens
 
+    def branch(self, tokens: Tensor) -> None:
+        """Write int64 [B, m] behind the known tokens of each row: the nodes of a tree."""
+        columns = torch.tensor(self.known, device=self.tokens.device).unsqueeze(1)
+        self.tokens.scatter_(1, columns + torch.arange(tokens.shape[1], device=self.tokens.device), tokens)
+
     def drafts(self, count: int) -> Tensor:
         """int64 [B, count]: what stands behind the known tokens."""
         columns = torch.tensor(self.known, device=self.tokens.device).unsqueeze(1)

@@ -55,11 +55,15 @@ def verify_typical(
     drafts int64 [B, γ], the trunk's p [B, γ+1, V], counts: as above. A draft is accepted if p of it is greater than min(epsilon,
     delta exp(-H)), H the entropy of p in nats. The token after the accepted ones is drawn from p.
     """
-    entropy = torch.special.entr(p[:, :-1]).sum(-1)
-    bound = (delta * (-entropy).exp()).clamp(max=epsilon)
-    likely = p[:, :-1].gather(-1, drafts.unsqueeze(-1)).squeeze(-1) > bound
-    count = leading(likely & made(drafts, counts))
+    count = leading(typical(drafts, p[:, :-1], epsilon, delta) & made(drafts, counts))
     return Verdict(count, draw(p[torch.arange(len(count), device=p.device), count], source))
+
+
+def typical(drafts: Tensor, p: Tensor, epsilon: float, delta: float) -> Tensor:
+    """bool [B, γ]: which drafts are likely enough by p [B, γ, V], each alone."""
+    entropy = torch.special.entr(p).sum(-1)
+    bound = (delta * (-entropy).exp()).clamp(max=epsilon)
+    return p.gather(-1, drafts.unsqueeze(-1)).squeeze(-1) > bound
 
 
 def made(drafts: Tensor, counts: Tensor | None) -> Tensor:
