@@ -254,6 +254,11 @@ def draft_folder(decode: DecodeConfig, checkpoint: Path) -> Path | None:
     from mtp_dist.interop.causal_model import is_causal_model, require_usable
 
     if is_causal_model(decode.draft_model):
+        if decode.tree != "none":
+            raise UserError(
+                f"decode.tree={decode.tree} needs a draft model of this project, and decode.draft_model={decode.draft_model} is a"
+                " Hugging Face folder; choose decode.tree=none"
+            )
         require_usable(Path(decode.draft_model), "decode.draft_model", checkpoint / TOKENIZER)
         return Path(decode.draft_model)
     found = folder.sound(decode.draft_model, "decode.draft_model")
