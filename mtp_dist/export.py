@@ -1,11 +1,10 @@
 """A checkpoint as a Hugging Face folder: ``python -m mtp_dist.export checkpoint=runs/quickstart out=exported``.
 
-Weights are read from the checkpoint's fragments tensor by tensor and written shard by shard, so memory holds one shard at most.
+Weights are read from the checkpoint's fragments and written tensor by tensor, so memory holds one of them at a time.
 The folder appears complete, by a rename, or not at all. Readers need no line of this project then; docs/export.md shows how.
 """
 
 import json
-import math
 import os
 import shutil
 import uuid
@@ -24,7 +23,7 @@ from mtp_dist.config.rules import above, given, one_of
 from mtp_dist.config.schema import Export, TrainingRun
 from mtp_dist.data.tokenizer import end_of_document, load_tokenizer, vocabulary_size
 from mtp_dist.errors import UserError
-from mtp_dist.interop import hugging_face
+from mtp_dist.interop import hugging_face, weight_file
 from mtp_dist.interop.hugging_face import Renamed
 
 if TYPE_CHECKING:  # torch takes seconds to load: wrong settings are answered before
@@ -36,7 +35,6 @@ EXAMPLES = (
     "python -m mtp_dist.export checkpoint=runs/quickstart out=exported",
     "python -m mtp_dist.export checkpoint=runs/quickstart/checkpoints/step_00000200 out=trunk heads=false dtype=float32",
 )
-BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def export(config: Export) -> Path:
@@ -51,7 +49,7 @@ def export(config: Export) -> Path:
     path = folder.sound(config.checkpoint)
     run = load(path / CONFIG, TrainingRun)
     dtype = config.dtype or run.train.dtype
-    one_of("dtype", dtype, list(BYTES))
+    one_of("dtype", dtype, list(weight_file.SIZES))
     mtp = run.mtp if config.heads else replace(run.mtp, kind="none", depth=0)
     hugging_face.require_expressible(run.model, mtp)
     tensors = hugging_face.renamed(run.model, mtp)
@@ -105,24 +103,22 @@ def shards(tensors: list[Renamed], sizes: dict[str, int], limit: float) -> list[
 
 
 def _write_weights(out: Path, path: Path, tensors: list[Renamed], dtype: str, shard_gb: float) -> None:
-    from safetensors.torch import save_file
-
     from mtp_dist.checkpoint.reader import Checkpoint
 
     checkpoint = Checkpoint(path)
     recorded = read_manifest(path).parameters
-    sizes = {name: math.prod(record.shape) * BYTES[dtype] for name, record in recorded.items()}
-    if missing := [tensor.source for tensor in tensors if tensor.source not in sizes]:
+    if missing := [tensor.source for tensor in tensors if tensor.source not in recorded]:
         raise UserError(f"checkpoint {path} has no parameter {missing[0]}: its manifest does not match its {CONFIG}")
-    parts = shards(tensors, sizes, shard_gb * 1e9)
+    described = {tensor: weight_file.Description(tensor.name, recorded[tensor.source].shape, dtype) for tensor in tensors}
+    parts = shards(tensors, {tensor.source: found.size for tensor, found in described.items()}, shard_gb * 1e9)
     places: dict[str, str] = {}
     for number, part in enumerate(parts, start=1):
         # One shard needs no index, and goes by the name that readers look for first.
         file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        save_file({tensor.name: _values(checkpoint, tensor, dtype) for tensor in part}, out / file, metadata={"format": "pt"})
+        weight_file.write(out / file, [described[each] for each in part], (_values(checkpoint, each, dtype) for each in part))
         places |= {tensor.name: file for tensor in part}
     if len(parts) > 1:
-        total = sum(sizes[tensor.source] for tensor in tensors)
+        total = sum(found.size for found in described.values())
         _write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
 
 

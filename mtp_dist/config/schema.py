@@ -361,7 +361,7 @@ class Export:
     format: str = setting("hf", "hf (Hugging Face: a Llama trunk, MTP modules named as in DeepSeek-V3).")
     dtype: str | None = setting(None, "float32 | bfloat16. null: the checkpoint's train.dtype.")
     heads: bool = setting(True, "Also the MTP modules; false: the trunk alone.")
-    shard_gb: float = setting(4.0, "Largest size of a weight file, in 10^9 bytes; also the most memory that is used.")
+    shard_gb: float = setting(4.0, "Largest size of a weight file, in 10^9 bytes. Memory holds one tensor at a time.")
 
 
 @dataclass

@@ -8,13 +8,15 @@ import json
 import resource
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
@@ -27,6 +29,7 @@ from mtp_dist.decoding.engine import generate
 from mtp_dist.decoding.model import DecodingModel
 from mtp_dist.errors import UserError
 from mtp_dist.export import export
+from mtp_dist.interop.weight_file import Description, write
 from mtp_dist.model.chunk import Chunk
 
 TOLERANCE = 1e-5
@@ -183,6 +186,44 @@ def test_shards_hold_every_tensor_once(exported: Exporter) -> None:
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
     theirs = AutoModelForCausalLM.from_pretrained(out)
     assert theirs.lm_head.weight.equal(whole["lm_head.weight"])
+
+
+def test_one_tensor_at_a_time(exported: Exporter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a tensor is read, those before it are gone."""
+    alive: list[weakref.ref] = []
+    read, names = Checkpoint.read, []
+
+    def counted(self: Checkpoint, name: str, part: str) -> torch.Tensor:
+        assert sum(ref() is not None for ref in alive) <= 1  # the one that was written last
+        values = read(self, name, part)
+        alive.append(weakref.ref(values))
+        names.append(name)
+        return values
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    exported("untied", shard_gb=1.0)
+    assert len(names) == len(set(names)) > 9 * LAYERS
+
+
+def test_a_weight_file_is_as_the_library_writes_it(tmp_path: Path) -> None:
+    """Read by the library: both dtypes, odd shapes, values that do not lie together."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "a": torch.randn(3, 5, generator=generator),
+        "b.weight": torch.randn(7, generator=generator).bfloat16(),
+        "c": torch.randn(4, 6, generator=generator)[:, ::2],
+    }
+    described = [Description(name, list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()]
+    write(tmp_path / "own", described, iter(tensors.values()))
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "library", metadata={"format": "pt"})
+    found, expected = load_file(tmp_path / "own"), load_file(tmp_path / "library")
+    assert found.keys() == expected.keys()
+    assert all(found[name].equal(value) and found[name].dtype == value.dtype for name, value in expected.items())
+    with safe_open(tmp_path / "own", framework="pt") as own:
+        assert own.metadata() == {"format": "pt"}
+    assert int.from_bytes((tmp_path / "own").read_bytes()[:8], "little") % 8 == 0
+    with pytest.raises(ValueError, match="was to be"):
+        write(tmp_path / "wrong", described[:1], [tensors["a"].double()])
 
 
 def test_what_cannot_be_exported(checkpoints: dict[str, Path], exported: Exporter, tmp_path: Path) -> None:
