@@ -8,6 +8,7 @@ in the pass that it needs anyway, so that the caches hold nothing that a chain's
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_dist.decoding.chain import ChainDrafter
@@ -57,7 +58,11 @@ class ChainBranching(ChainDrafter):
             ready = self._all(texts, grown, level)[:, -max(newest, 1) :]
         else:
             ready = self._newest(texts, grown, newest)
-        return self.model.logits(ready)
+        kept = self.model.chunk.draft_vocabulary
+        if kept is None:
+            return self.model.logits(ready)
+        few = self.model.logits(ready, self.model.chunk.output_weight()[:kept])
+        return F.pad(few, (0, self.model.vocabulary - few.shape[-1]), value=float("-inf"))
 
     def done(self, texts: Texts) -> None:
         for depth, cache in enumerate(self.caches, start=1):

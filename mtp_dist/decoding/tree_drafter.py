@@ -159,9 +159,15 @@ def _choices(logits: Tensor, count: int, sampling: Sampling, source: Source, *, 
     if not drawn:
         return logits.topk(count, dim=-1).indices, logits
     q = sampling.probabilities(logits)
-    # A race of exponential clocks at the rates q: the order of arrival is that of draws without replacement.
+    return race(q, count, source), q
+
+
+def race(q: Tensor, count: int, source: Source) -> Tensor:
+    """q [B, .., V] -> int64 [B, .., count]: tokens drawn one after the other without replacement; where fewer than ``count`` are
+    possible, impossible ones follow."""
+    # Exponential clocks at the rates q: the order of arrival is that of such draws.
     clocks = -torch.log1p(-uniform(q, source))
-    return (q / clocks.clamp(min=torch.finfo(q.dtype).tiny)).topk(count, dim=-1).indices, q
+    return (q / clocks.clamp(min=torch.finfo(q.dtype).tiny)).topk(count, dim=-1).indices
 
 
 def _spread(q: list[tuple[list[tuple[int, ...]], Tensor]], numbers: dict[tuple[int, ...], int]) -> Tensor:

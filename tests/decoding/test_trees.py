@@ -112,7 +112,7 @@ def test_a_text_ends_at_its_end_of_document_inside_a_tree(name: str, tree: str) 
 def test_a_static_tree_of_first_choices_is_the_chain() -> None:
     """Beyond D, too: the same drafts, so the same forwards."""
     path = {"tree": "static", "tree_shape": [[0] * k for k in range(1, 6)]}
-    for name in ("sequential", "eagle", "eagle3", "notebook", "model"):
+    for name in ("sequential", "eagle of few tokens", "eagle3", "notebook", "model"):
         counts = []
         for shape in ({"draft": 5}, path):
             config = settings(name, max_new_tokens=40, **shape)
