@@ -173,6 +173,8 @@ class ValidationConfig:
     every_steps: int = setting(0, "Steps between validations. 0: only at the end.")
     every_minutes: float = setting(0.0, "Also after so many minutes. 0: never.")
     sequences: int = setting(64, "Rows read each time, always the same, evenly spaced over the validation split; a multiple of train.global_batch is best.")
+    prompt: str = setting("", "A text that the model continues at each validation, greedily and with its own drafts: printed, kept in run_dir/samples. Empty: none.")
+    prompt_tokens: int = setting(64, "Tokens of that continuation at most.")
 
 
 @dataclass

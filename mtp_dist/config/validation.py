@@ -449,3 +449,16 @@ def _validate_intervals(config: TrainingRun) -> None:
     ):
         at_least(key, value(config, key), 0)
     at_least("validation.sequences", config.validation.sequences, 1)
+    _validate_sample(config)
+
+
+def _validate_sample(config: TrainingRun) -> None:
+    at_least("validation.prompt_tokens", config.validation.prompt_tokens, 1)
+    obstacles = {
+        "parallel.sequence_parallel=true shares positions, and a decoder's pass may have one": config.parallel.sequence_parallel,
+        "zero.stage=3 gathers weights for training alone": config.zero.stage == 3,
+        "train.compile=true compiles blocks for training alone": config.train.compile,
+    }
+    for reason, there in obstacles.items():
+        if config.validation.prompt and there:
+            raise UserError(f"validation.prompt cannot be continued: {reason}; leave validation.prompt empty")

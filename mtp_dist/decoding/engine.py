@@ -74,7 +74,7 @@ class Growing:
 
 
 def generate(
-    model: Chunk,
+    model: Chunk | ModelPart,
     prompt: list[int],
     config: DecodeConfig,
     *,

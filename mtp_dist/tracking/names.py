@@ -23,6 +23,7 @@ VALIDATION_LOSS_ADVERSARY_DEPTH = "validation/loss_adversary_depth_"
 VALIDATION_ACCURACY_MAIN = "validation/accuracy_main"
 VALIDATION_ACCURACY_DEPTH = "validation/accuracy_depth_"
 VALIDATION_ACCURACY_CONDITIONAL_DEPTH = "validation/accuracy_conditional_depth_"
+VALIDATION_TOKENS_PER_FORWARD = "validation/tokens_per_forward"
 LEARNING_RATE = "optim/lr"
 GRADIENT_NORM = "optim/gradient_norm"
 SKIPPED_STEPS = "optim/skipped_steps"
@@ -54,6 +55,7 @@ MEANING = {
     VALIDATION_ACCURACY_MAIN: "accuracy/main on the held-out split.",
     VALIDATION_ACCURACY_DEPTH: "accuracy/depth_k on the held-out split.",
     VALIDATION_ACCURACY_CONDITIONAL_DEPTH: "accuracy_conditional/depth_k on the held-out split.",
+    VALIDATION_TOKENS_PER_FORWARD: "Tokens that a forward gives, of the text behind validation.prompt: accepted drafts and one.",
     LEARNING_RATE: "Learning rate of the step.",
     GRADIENT_NORM: "Global gradient norm before clipping.",
     SKIPPED_STEPS: "Steps skipped so far because a loss or gradient was not finite (train.nonfinite=skip).",

@@ -36,6 +36,7 @@ from mtp_dist.training.nonfinite import keep_batch
 from mtp_dist.training.objective import coefficients, depth_in_force, loss_weight
 from mtp_dist.training.progress import Progress
 from mtp_dist.training.resume import newest_sound, warm_start
+from mtp_dist.training.sample import Sample
 from mtp_dist.training.signals import StopRequest
 from mtp_dist.training.statistics import Totals
 from mtp_dist.training.step import Workload, build
@@ -81,6 +82,7 @@ class Trainer:
         self.upcoming: tuple[Batch, State] | None = None
         self.problem: str | None = None
         self.held_out = self._open_held_out()
+        self.sample = self._open_sample()
         leader = mesh.rank == 0
         self.console = Console(self.total, self.progress.step, on=leader and config.train.progress)
         self.tracker = Tracker(
@@ -138,6 +140,14 @@ class Trainer:
         if split is None or split.documents == 0 or self.config.validation.sequences == 0:
             return None
         return HeldOut(self.workload, self.dataset, "validation", self.config.validation.sequences)
+
+    def _open_sample(self) -> Sample | None:
+        if not self.config.validation.prompt:
+            return None
+        try:
+            return Sample(self.config, self.mesh, self.workload.pipeline.chunks, self.dataset.tokenizer_path)
+        except UserError as error:
+            raise AgreedError(str(error)) from None
 
     # The loop
 
@@ -272,12 +282,16 @@ class Trainer:
         return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
     def validate(self) -> dict[str, float]:
-        """Metrics of the held-out rows."""
+        """Metrics of the held-out rows, and of a text that the model continues."""
         assert self.held_out is not None
         totals = self.held_out.run(self.config.train.micro_batch, micro_batches(self.config))
         metrics = totals.validation_metrics(coefficients(self.config.mtp, self.progress.tokens_trained))
         shown = "  ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in metrics.items())
         self.console.say(f"validation at step {self.progress.step}: {shown}")
+        if self.sample is not None:
+            text, found = self.sample.write(self.progress.step)
+            self.console.say(f"sample at step {self.progress.step}: {self.sample.prompt}{text}")
+            metrics |= found
         return metrics
 
     def save(self) -> None:
