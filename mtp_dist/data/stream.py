@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mtp_dist.config.heads import lookahead
+from mtp_dist.config.schema import TrainingRun
 from mtp_dist.data.batch import Batch, collate
 from mtp_dist.data.dataset import Dataset
 from mtp_dist.data.lanes import Order, Position, check_layout, lanes_of_replica
@@ -145,3 +147,22 @@ def _positions(state: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[in
                 "restore the setting, or start a new run"
             )
     return {int(lane): Position.from_json(place) for lane, place in state["lanes"].items()}
+
+
+def training_stream(
+    dataset: Dataset, config: TrainingRun, replica: int, replicas: int, state: Mapping[str, Any] | None = None
+) -> Stream:
+    """The batches of a run's replica, as its settings say."""
+    return Stream(
+        dataset,
+        "train",
+        rows=config.train.global_batch,
+        sequence_length=config.train.sequence_length,
+        ahead=lookahead(config.mtp),
+        lanes=config.data.lanes,
+        block_samples=config.data.block_samples,
+        seed=config.seed,
+        replica=replica,
+        replicas=replicas,
+        state=state,
+    )

@@ -41,8 +41,9 @@ def bars(results: Results, columns: Sequence[Column], title: str) -> Figure:
     return figure
 
 
-def curves(results: Results, key: str, *, x: str, y: str, title: str, guides: Sequence[tuple[float, str]] = ()) -> Figure:
-    """The named curve of every variant: pale for each seed, strong for their mean. `guides`: horizontal lines with a name."""
+def curves(results: Results, key: str, y: str, title: str, guess: tuple[float, str]) -> Figure:
+    """The named curve of every variant over the steps: pale for each seed, strong for their mean. `guess`: what guessing gives,
+    and its name."""
     figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for place, (name, outcomes) in enumerate(results.outcomes.items()):
         found = [outcome.curves[key] for outcome in outcomes if key in outcome.curves]
@@ -53,10 +54,10 @@ def curves(results: Results, key: str, *, x: str, y: str, title: str, guides: Se
             ax.plot(*np.array(points, float).T, color=color, alpha=0.25, linewidth=0.9)
         mean = np.mean([np.array(points, float)[:, 1] for points in found], axis=0)
         ax.plot(np.array(found[0], float)[:, 0], mean, color=color, linewidth=1.8, label=name)
-    for height, text in guides:
-        ax.axhline(height, color="#9a9a9a", linestyle="--", linewidth=1)
-        ax.annotate(text, (1.0, height), xycoords=("axes fraction", "data"), fontsize=8, ha="right", va="bottom", color="#606060")
-    ax.set_xlabel(x)
+    height, text = guess
+    ax.axhline(height, color="#9a9a9a", linestyle="--", linewidth=1)
+    ax.annotate(text, (1.0, height), xycoords=("axes fraction", "data"), fontsize=8, ha="right", va="bottom", color="#606060")
+    ax.set_xlabel("optimizer step")
     ax.set_ylabel(y)
     ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     ax.set_title(title, fontsize=12, fontweight="bold")

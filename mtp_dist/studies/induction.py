@@ -102,14 +102,7 @@ def notes(config: Study) -> list[str]:
 
 def draw(results: Results) -> Figure:
     guess = 1 / results.config.induction.names
-    return curves(
-        results,
-        "induction",
-        x="optimizer step",
-        y="second token of a known name right",
-        title="Induction",
-        guides=[(guess, "guessing")],
-    )
+    return curves(results, "induction", "second token of a known name right", "Induction", (guess, "guessing"))
 
 
 EXPERIMENT = Experiment(

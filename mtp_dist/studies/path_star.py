@@ -98,14 +98,7 @@ def notes(config: Study) -> list[str]:
 
 def draw(results: Results) -> Figure:
     guess = 1 / results.config.path_star.degree
-    return curves(
-        results,
-        "exact",
-        x="optimizer step",
-        y="share of paths that are right",
-        title="Path-star graphs",
-        guides=[(guess, "guessing the arm")],
-    )
+    return curves(results, "exact", "share of paths that are right", "Path-star graphs", (guess, "guessing the arm"))
 
 
 def _chunk(workload: Workload) -> Chunk:

@@ -11,7 +11,7 @@ from mtp_dist.config.schema import ShardBuild, Study
 from mtp_dist.data.building import build
 from mtp_dist.data.dataset import Dataset
 from mtp_dist.data.rows import Rows
-from mtp_dist.data.stream import Stream
+from mtp_dist.data.stream import training_stream
 from mtp_dist.data.tokenizer import load_tokenizer
 from mtp_dist.parallel.budget import flops_per_token
 from mtp_dist.parallel.mesh import Mesh
@@ -51,18 +51,7 @@ def trained_on_text(config: Study, mesh: Mesh) -> Outcome:
 
 def learned(data: Dataset, config: Study, mesh: Mesh) -> Trained:
     """Train on the text."""
-    stream = Stream(
-        data,
-        "train",
-        rows=config.train.global_batch,
-        sequence_length=config.train.sequence_length,
-        ahead=lookahead(config.mtp),
-        lanes=config.data.lanes,
-        block_samples=config.data.block_samples,
-        seed=config.seed,
-        replica=0,
-        replicas=1,
-    )
+    stream = training_stream(data, config, replica=0, replicas=1)
     trained = train(config, mesh, lambda step: stream.next()[0])
     stream.close()
     return trained

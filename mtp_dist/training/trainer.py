@@ -14,13 +14,12 @@ import torch
 import torch.distributed as dist
 
 from mtp_dist.checkpoint.writer import Saver
-from mtp_dist.config.heads import lookahead
 from mtp_dist.config.layout import micro_batches, tokens_per_step
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.data.batch import Batch
 from mtp_dist.data.dataset import Dataset
 from mtp_dist.data.prefetch import Batches, Prefetch
-from mtp_dist.data.stream import State, Stream, merge_states
+from mtp_dist.data.stream import State, merge_states, training_stream
 from mtp_dist.errors import AgreedError, UserError
 from mtp_dist.parallel.engine import StepOutcome
 from mtp_dist.parallel.mesh import Mesh
@@ -119,19 +118,7 @@ class Trainer:
         if not self.mesh.is_reader:
             return None
         config = self.config
-        stream = Stream(
-            self.dataset,
-            "train",
-            rows=config.train.global_batch,
-            sequence_length=config.train.sequence_length,
-            ahead=lookahead(config.mtp),
-            lanes=config.data.lanes,
-            block_samples=config.data.block_samples,
-            seed=config.seed,
-            replica=self.mesh.data_rank,
-            replicas=config.parallel.data,
-            state=self.data_state,
-        )
+        stream = training_stream(self.dataset, config, self.mesh.data_rank, config.parallel.data, self.data_state)
         self.data_end = stream.state
         return Prefetch(stream, config.data.prefetch) if config.data.prefetch else stream
 

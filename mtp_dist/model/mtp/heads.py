@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from mtp_dist.config.heads import modules
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.attention import Mask
 from mtp_dist.model.output import OwnProjection
@@ -53,6 +54,13 @@ class Heads(nn.ModuleDict):
     def projections(self) -> list[OwnProjection]:
         """The vocabulary projection of each depth, where they do not share the main head's."""
         return []
+
+
+def numbered(
+    module: Callable[[ModelConfig, MTPConfig, TensorGroup], nn.Module], model: ModelConfig, mtp: MTPConfig, group: TensorGroup
+) -> dict[str, nn.Module]:
+    """A module for each depth, keyed "1" .. "D", or one alone."""
+    return {str(k): module(model, mtp, group) for k in range(1, modules(mtp) + 1)}
 
 
 class Blocks(nn.ModuleDict):

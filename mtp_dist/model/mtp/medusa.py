@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_dist.config.heads import modules, owns_projections
+from mtp_dist.config.heads import owns_projections
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.attention import Mask
 from mtp_dist.model.linear import Affine
-from mtp_dist.model.mtp.heads import Heads, TrunkStates
+from mtp_dist.model.mtp.heads import Heads, TrunkStates, numbered
 from mtp_dist.model.output import OwnProjection
 from mtp_dist.model.tensor_group import TensorGroup
 
@@ -48,7 +48,7 @@ class MedusaHeads(Heads):
     """D modules side by side."""
 
     def __init__(self, model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> None:
-        super().__init__({str(k): MedusaModule(model, mtp, group) for k in range(1, modules(mtp) + 1)}, mtp.depth)
+        super().__init__(numbered(MedusaModule, model, mtp, group), mtp.depth)
 
     def forward(self, trunk: TrunkStates, embedded: Sequence[Tensor], turn: Tensor, mask: Mask) -> list[Tensor]:
         return [module(trunk.after_norm) for module in self.asked()]

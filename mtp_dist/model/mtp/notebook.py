@@ -20,11 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_dist.config.heads import modules
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.attention import Mask
 from mtp_dist.model.linear import Affine
-from mtp_dist.model.mtp.heads import Heads, TrunkStates
+from mtp_dist.model.mtp.heads import Heads, TrunkStates, numbered
 from mtp_dist.model.parameter import parameter
 from mtp_dist.model.tensor_group import TensorGroup
 
@@ -136,7 +135,7 @@ class NotebookHeads(Heads):
     """D modules in a chain, or one D times. The inner width is `model.mlp`; only `mtp.h0` and `mtp.concat` have a say."""
 
     def __init__(self, model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> None:
-        super().__init__({str(k): NotebookModule(model, mtp, group) for k in range(1, modules(mtp) + 1)}, mtp.depth)
+        super().__init__(numbered(NotebookModule, model, mtp, group), mtp.depth)
         self.first_normed = mtp.h0 == "post_norm"
 
     def forward(self, trunk: TrunkStates, embedded: Sequence[Tensor], turn: Tensor, mask: Mask) -> list[Tensor]:

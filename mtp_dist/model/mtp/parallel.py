@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from mtp_dist.config.heads import modules, taps
+from mtp_dist.config.heads import taps
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.attention import Mask
-from mtp_dist.model.mtp.heads import Heads, TrunkStates, build_blocks
+from mtp_dist.model.mtp.heads import Heads, TrunkStates, build_blocks, numbered
 from mtp_dist.model.tensor_group import TensorGroup
 
 
@@ -33,7 +33,7 @@ class ParallelHeads(Heads):
     """D modules side by side."""
 
     def __init__(self, model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> None:
-        super().__init__({str(k): ParallelModule(model, mtp, group) for k in range(1, modules(mtp) + 1)}, mtp.depth)
+        super().__init__(numbered(ParallelModule, model, mtp, group), mtp.depth)
         self.taps = taps(model, mtp)
 
     def forward(self, trunk: TrunkStates, embedded: Sequence[Tensor], turn: Tensor, mask: Mask) -> list[Tensor]:

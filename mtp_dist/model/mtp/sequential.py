@@ -11,11 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mtp_dist.config.heads import modules
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.attention import Mask
 from mtp_dist.model.linear import Linear
-from mtp_dist.model.mtp.heads import Heads, TrunkStates, build_blocks
+from mtp_dist.model.mtp.heads import Heads, TrunkStates, build_blocks, numbered
 from mtp_dist.model.tensor_group import TensorGroup
 from mtp_dist.model.trunk import KeyValueCache, RMSNorm
 
@@ -50,7 +49,7 @@ class SequentialHeads(Heads):
     """D modules, or one D times."""
 
     def __init__(self, model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> None:
-        super().__init__({str(k): SequentialModule(model, mtp, group) for k in range(1, modules(mtp) + 1)}, mtp.depth)
+        super().__init__(numbered(SequentialModule, model, mtp, group), mtp.depth)
         self.first_normed = mtp.h0 == "post_norm"
 
     def first(self, before_norm: Tensor, after_norm: Tensor) -> Tensor:
