@@ -42,12 +42,12 @@ def choice(index: int, text: str, ending: str) -> dict[str, Any]:
 def usage(parts: Sequence[Statistics]) -> dict[str, Any]:
     """Tokens of all texts of a request; drafts are accepted or rejected predictions."""
     found = total(parts)
-    accepted, drafted = sum(found.accepted), sum(found.drafted)
+    accepted = sum(found.accepted)
     return {
         "prompt_tokens": found.prompt_tokens,
         "completion_tokens": found.tokens,
         "total_tokens": found.prompt_tokens + found.tokens,
-        "completion_tokens_details": {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": drafted - accepted},
+        "completion_tokens_details": {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": found.nodes - accepted},
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from data import build_shards
-from mtp_dist import evaluate, export, freezing, generate
+from mtp_dist import evaluate, export, freezing, generate, serve
 from mtp_dist.config import schema, versions
 from mtp_dist.errors import UserError
 
@@ -61,6 +61,7 @@ def test_every_command_that_needs_the_libraries_checks_them(monkeypatch: pytest.
         (export.run, schema.Export(out="x")),
         (freezing.check, schema.TrainingRun()),
         (generate.run, schema.Generation()),
+        (serve.run, schema.Serving()),
         (build_shards.run, schema.ShardBuild()),
     ]
     for command, config in commands:
