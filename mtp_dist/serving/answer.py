@@ -47,7 +47,10 @@ def usage(parts: Sequence[Statistics]) -> dict[str, Any]:
         "prompt_tokens": found.prompt_tokens,
         "completion_tokens": found.tokens,
         "total_tokens": found.prompt_tokens + found.tokens,
-        "completion_tokens_details": {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": found.nodes - accepted},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": found.nodes - accepted,
+        },
     }
 
 
