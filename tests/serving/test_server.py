@@ -90,8 +90,9 @@ class Running:
             time.sleep(0.05)
         raise AssertionError(f"still (running, waiting) = {self.counts()}")
 
-    def threads(self) -> int:
-        return len(os.listdir(f"/proc/{self.process.pid}/task"))
+    def held(self, what: str) -> int:
+        """Threads (task) or files and sockets (fd) of the process."""
+        return len(os.listdir(f"/proc/{self.process.pid}/{what}"))
 
 
 @pytest.fixture(scope="module")
@@ -291,8 +292,8 @@ def test_a_body_without_a_stated_length_is_bounded(patient: Running) -> None:
 
 
 def test_who_hangs_up_leaves_nothing(patient: Running, solo: Solo) -> None:
-    """Streaming or not, running or waiting, again and again: places and threads are free afterwards."""
-    threads = 0
+    """Streaming or not, running or waiting, again and again: places, threads and sockets are free afterwards."""
+    threads = files = 0
     for _ in range(8):
         with patient.events(prompt="x", max_tokens=ENDLESS) as events:
             assert "choices" in json.loads(next(events))
@@ -303,8 +304,9 @@ def test_who_hangs_up_leaves_nothing(patient: Running, solo: Solo) -> None:
             connection.request("POST", "/v1/completions", json.dumps({"prompt": prompts, "max_tokens": ENDLESS}))
             patient.until(lambda counts: counts == (BATCH, BATCH))
         patient.until(lambda counts: counts == (0, 0))
-        threads = threads or patient.threads()
-    assert patient.threads() <= threads + 1
+        threads, files = threads or patient.held("task"), files or patient.held("fd")
+    assert patient.held("task") <= threads + 1
+    assert patient.held("fd") <= files + 2  # calls of the moment
     with socket.create_connection(("127.0.0.1", patient.port)) as half:
         half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Length: 100\r\n\r\n{")
     assert patient.complete(prompt="gray", max_tokens=20)["choices"][0]["text"] == solo("gray", 20)[0]
