@@ -51,6 +51,8 @@ def _choice_points(config: Study) -> None:
         )
     if (stride := config.mtp.stride) > 1:
         raise UserError(f"mtp.stride={stride} leaps over tokens, and experiment=choice_points counts each; choose mtp.stride=1")
+    if config.mtp.kind == "top":
+        raise UserError("mtp.kind=top ranks tokens, and experiment=choice_points counts single ones; choose another kind")
     if depth > MOST_DEPTH:
         raise UserError(f"mtp.depth={depth} is more than experiment=choice_points has rows for; choose {MOST_DEPTH} or less")
     config.model.vocab_size = task.choice + 1 + task.branches * (length + MOST_DEPTH - task.choice)

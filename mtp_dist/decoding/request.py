@@ -135,7 +135,7 @@ def validate_heads(decode: DecodeConfig, mtp: MTPConfig) -> None:
             "choose decode.mode=plain, decode.drafter=ngram or decode.drafter=model"
         )
     if mtp.kind not in DRAFTING:
-        raise UserError(f"decode.drafter=heads knows no mtp.kind={mtp.kind} yet; choose decode.drafter=ngram or model")
+        raise UserError(f"decode.drafter=heads, but mtp.kind={mtp.kind} drafts nothing; choose decode.drafter=ngram or model")
     if mtp.kind in BLIND and decode.tree_shape and deepest(decode.tree_shape) > mtp.depth:
         raise UserError(
             f"decode.tree_shape has paths of {deepest(decode.tree_shape)} choices, more than the model's mtp.depth={mtp.depth}: "

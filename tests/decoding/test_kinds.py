@@ -63,7 +63,7 @@ def test_every_kind_drafts_or_is_refused_in_one_line(kind: str) -> None:
         with pytest.raises(UserError, match=r"this model has none; choose decode\.mode=plain"):
             validate_heads(DecodeConfig(), mtp)
     elif kind not in DRAFTING:
-        with pytest.raises(UserError, match=rf"mtp\.kind={kind} yet; choose decode\.drafter=ngram"):
+        with pytest.raises(UserError, match=rf"mtp\.kind={kind} drafts nothing; choose decode\.drafter=ngram"):
             validate_heads(DecodeConfig(), mtp)
     else:
         validate_heads(DecodeConfig(draft=2), mtp)

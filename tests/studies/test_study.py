@@ -13,7 +13,7 @@ import pytest
 
 from mtp_dist.config.folder import groups
 from mtp_dist.config.heads import KINDS
-from mtp_dist.config.study import EXPERIMENTS, SIZES
+from mtp_dist.config.study import EXPERIMENTS, SIZES, settled
 from mtp_dist.errors import UserError
 from mtp_dist.study import cost, prepare
 from tests.studies.tiny import composed
@@ -118,6 +118,13 @@ def test_heads_are_compared_on_equal_terms() -> None:
     assert {"none", "sequential", "parallel", "medusa", "notebook", "eagle", "eagle3"} <= compared <= set(KINDS)
     assert len({(config.train.steps, config.train.global_batch, config.model.layers) for config in variants.values()}) == 1
     assert {name.endswith("_matched") for name, config in variants.items() if config.parameters is not None} == {True}
+
+
+def test_choice_points_count_single_tokens() -> None:
+    config = composed(["experiment=choice_points"])
+    config.mtp.kind, config.mtp.depth = "top", 1
+    with pytest.raises(UserError, match="mtp.kind=top ranks tokens"):
+        settled(config)
 
 
 @pytest.mark.parametrize(
