@@ -123,7 +123,7 @@ def test_heads_are_compared_on_equal_terms() -> None:
 def test_choice_points_count_single_tokens() -> None:
     config = composed(["experiment=choice_points"])
     config.mtp.kind, config.mtp.depth = "top", 1
-    with pytest.raises(UserError, match="mtp.kind=top ranks tokens"):
+    with pytest.raises(UserError, match=r"mtp\.kind=top ranks tokens"):
         settled(config)
 
 
