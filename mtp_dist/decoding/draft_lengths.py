@@ -5,6 +5,8 @@ among those whose earlier ones were. It costs T(γ) = t(γ+1) + γ c: a pass ove
 that is what is paid. The γ of greatest E/T is chosen; γ = 0 is plain decoding, E = 1, which wins where drafts cannot. Texts stay
 lossless: a choice looks at earlier rounds only.
 
+Of trees the depth is chosen; a_k is then the share of accepted paths that go on to depth k.
+
 Nothing here measures time: whoever decodes does, so that a choice can be tested.
 """
 

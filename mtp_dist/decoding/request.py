@@ -116,8 +116,6 @@ def _validate_tree(decode: DecodeConfig) -> None:
         raise UserError(
             f"decode.tree={decode.tree} ranks drafts by probability, and decode.drafter=ngram knows none; choose decode.tree=none"
         )
-    if decode.tree != "none" and decode.auto:
-        raise UserError(f"decode.auto=true chooses the length of a chain, not the size of decode.tree={decode.tree}; choose one")
 
 
 def validate_heads(decode: DecodeConfig, mtp: MTPConfig) -> None:

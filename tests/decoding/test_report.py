@@ -54,6 +54,20 @@ def test_a_report(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (place / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_report_on_trees(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The cost of a forward is that of all its nodes; acceptance is by depth."""
+    arguments = [f"checkpoint={checkpoint}", f"file={checkpoint}/prompts.jsonl", "decode.max_new_tokens=16", f"output={tmp_path}"]
+    assert command(*arguments, "decode.tree=dynamic", "decode.tree_nodes=5") == 0
+    (result,) = json.loads((tmp_path / "report.json").read_text())["parts"]
+    fast = result["speculative"]
+    assert (result["identical"], result["gamma"], result["nodes"], len(fast["acceptance"])) == (3, 2, 5, 2)
+    assert len(result["verify_cost"]) == 6
+    assert sum(fast["drafted"]) < fast["nodes"] <= 5 * fast["forwards"]
+    expected = fast["tokens_per_forward"] / (result["verify_cost"][5] + 5 * result["draft_cost"])
+    assert result["expected_speedup"] == pytest.approx(expected)
+    assert "drafts by heads in dynamic trees of 5 nodes, γ = 2" in capsys.readouterr().out
+
+
 def test_sets_and_temperatures(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each part is what a report of it alone counts: no set or temperature leaks into another."""
     (checkpoint / "other.txt").write_text("brown fox\n---\nlazy dog")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mtp_dist.config.schema import DecodeConfig, MTPConfig
 from mtp_dist.decoding import tree_verification, verification
+from mtp_dist.decoding.draft_lengths import DraftLengths
 from mtp_dist.decoding.drafters import draft_length, most_nodes
 from mtp_dist.decoding.engine import generate_batch
 from mtp_dist.decoding.request import validate_decoding, validate_heads
@@ -132,6 +133,18 @@ def test_more_nodes_need_fewer_forwards(tree: str) -> None:
     assert forwards[-1] < forwards[0]
 
 
+@pytest.mark.parametrize("tree", TREES)
+def test_the_depth_of_a_tree_is_chosen(tree: str) -> None:
+    """Whatever depths are tried, texts stay the trunk's, and all are tried, plain decoding among them."""
+    config, lengths = settings("sequential", max_new_tokens=40, auto=True, **TREES[tree]), DraftLengths(3)
+    plain = generate_batch(learner("sequential"), TEXTS, DecodeConfig(mode="plain", max_new_tokens=40))
+    for _ in range(2):
+        found = generate_batch(learner("sequential"), TEXTS, config, lengths=lengths)
+        assert [result.tokens for result in found] == [result.tokens for result in plain]
+    assert all(lengths.costs.values())
+    assert sum(lengths.accepted) > 0
+
+
 def test_sizes_of_trees() -> None:
     assert most_nodes(DecodeConfig(draft=3, tree="dynamic", tree_nodes=20, tree_width=2), 3) == 2 + 4 + 4
     assert most_nodes(DecodeConfig(draft=3, tree="dynamic", tree_nodes=7, tree_width=2), 3) == 7
@@ -173,7 +186,6 @@ def test_shapes_that_are_no_trees(shape: list[list[int]], wrong: str) -> None:
         ({"tree": "dynamic", "tree_nodes": 0}, r"decode\.tree_nodes=0 must be at least 1"),
         ({"tree": "dynamic", "tree_width": 0}, r"decode\.tree_width=0 must be at least 1"),
         ({"tree": "dynamic", "drafter": "ngram"}, r"choose decode\.tree=none"),
-        ({"tree": "static", "auto": True}, "choose one"),
         ({"tree": "dynamic", "tree_shape": [[0]]}, r"choose decode\.tree=static"),
         ({"tree": "static", "tree_shape": [[0]], "draft": 2}, "leave one out"),
     ],
