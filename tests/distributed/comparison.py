@@ -11,7 +11,8 @@ round their shares of each sum before they add them, which is an error of its ow
 seen, in powers of two. The reference must round where the layout does: behind a ReLU a state that changes its sign switches a
 whole path on or off, and the `up` matrix of a notebook layer was 0.28 of its largest element off the float64 gradient with one
 kernel of attention, 0.33 with another, and as much apart. A norm averages over all elements, so it is 2^-8 right until weights
-differ. ``test_faults`` breaks the product in ways that still train, and shows that these tolerances notice.
+differ. A conditional accuracy may rest on thirty targets, of which a near tie moves one: 2^-4.
+``test_faults`` breaks the product in ways that still train, and shows that these tolerances notice.
 """
 
 from dataclasses import dataclass, fields
@@ -41,7 +42,7 @@ class Tolerance:
 TOLERANCES = {
     "float32": Tolerance(loss=1e-5, norm=1e-5, later_norm=1e-5, gradient=1e-5, weight=1e-5, master=1e-3, accuracy=1e-9),
     "bfloat16": Tolerance(
-        loss=2**-8, norm=2**-8, later_norm=2**-7, gradient=2**-4, weight=2**-7, master=2**-3, accuracy=2**-5
+        loss=2**-8, norm=2**-8, later_norm=2**-7, gradient=2**-4, weight=2**-7, master=2**-3, accuracy=2**-4
     ),
 }
 
