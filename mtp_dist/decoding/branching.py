@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_dist.decoding.chain import ChainDrafter
-from mtp_dist.decoding.model import TrunkPass
+from mtp_dist.decoding.model import DecodingModel, TrunkPass
 from mtp_dist.decoding.side_by_side import ParallelDrafter, PointDrafter
 from mtp_dist.decoding.small_model import ModelDrafter
 from mtp_dist.decoding.text import Texts
@@ -22,6 +22,8 @@ from mtp_dist.model.mtp.medusa import MedusaModule
 
 class Branching(Protocol):
     """Grows trees behind one batch of texts. ``prefill``, ``observe`` and ``keep`` are a ``Drafter``'s."""
+
+    model: DecodingModel
 
     def prefill(self, texts: Texts, trunk: TrunkPass) -> None: ...
 
@@ -61,7 +63,10 @@ class ChainBranching(ChainDrafter):
         kept = self.model.chunk.draft_vocabulary
         if kept is None:
             return self.model.logits(ready)
-        few = self.model.logits(ready, self.model.chunk.output_weight()[:kept])
+        if self.model.chunk.group.size > 1:
+            few = self.model.logits(ready)[..., :kept]
+        else:
+            few = self.model.logits(ready, self.model.chunk.output_weight()[:kept])
         return F.pad(few, (0, self.model.vocabulary - few.shape[-1]), value=float("-inf"))
 
     def done(self, texts: Texts) -> None:

@@ -268,15 +268,14 @@ class Batch:
         """The round of a tree of drafts: of the entries and states of its nodes, those of each row's accepted path stay."""
         texts, known = self.texts, self.texts.known
         trunk = self.model.trunk(texts.tokens, self.caches, [n + tree.nodes for n in known], Branches(tree, known))
-        verdict = verify_tree(tree, self.model.logits(trunk.after_norm), self.sampling, self.chance)
-        paths = tree.paths(verdict.node)
+        paths, tokens = self.model.decide(trunk.after_norm, lambda logits: self._follow(tree, logits))
         slots = filled(paths)
         if any(row != list(range(len(row))) for row in slots):
             places = torch.tensor(slots, device=texts.tokens.device)
             for cache in self.caches:
                 cache.pick(known, places)
             trunk = trunk.picked(torch.cat((torch.zeros_like(places[:, :1]), places + 1), dim=1))
-        found, tokens = tree.tokens.tolist(), verdict.token.tolist()
+        found = tree.tokens.tolist()
         new = [[*(row[node] for node in path), token] for row, path, token in zip(found, paths, tokens, strict=True)]
         return self._close(new, trunk, tree.depths.amax(1).tolist(), [tree.nodes] * len(texts))
 
@@ -294,6 +293,11 @@ class Batch:
         verdict = verify(proposal, logits, self.sampling, self.chance)
         found = torch.cat((verdict.accepted.unsqueeze(1), verdict.token.unsqueeze(1), proposal.tokens), dim=1).tolist()
         return [[*drafted[:accepted], token] for accepted, token, *drafted in found]
+
+    def _follow(self, tree: Tree, logits: torch.Tensor) -> tuple[list[list[int]], list[int]]:
+        """logits [B, 1+m, V] of the last known token and the m nodes -> each text's accepted path, and the token behind it."""
+        verdict = verify_tree(tree, logits, self.sampling, self.chance)
+        return tree.paths(verdict.node), verdict.token.tolist()
 
     def _close(self, new: list[list[int]], trunk: TrunkPass, drafted: list[int], nodes: list[int]) -> list[Round]:
         """The texts go on with the tokens new[b], whose states but the last one's lead the trunk's."""

@@ -125,6 +125,7 @@ class LayoutModel(DecodingModel):
     def same(self, tokens: Tensor) -> Tensor:
         group = self.mesh.tensor
         if group.size > 1:
+            tokens = tokens.contiguous()
             dist.broadcast(tokens, self.leader, group=group.process_group)
         return tokens
 
@@ -143,17 +144,22 @@ class Announced:
         if self.inner is not None:
             self.inner.observe(texts, trunk)
 
-    def propose(self, texts: Texts, count: int) -> Proposal:
+    def propose(self, texts: Texts, count: int) -> Proposal | Tree:
         own = self.inner.propose(texts, count) if self.inner is not None else None
-        assert not isinstance(own, Tree)
-        rows, counts = self.model.agreed((own.tokens.tolist(), own.counts) if own is not None else ([], None))
-        if own is not None:
+        kind, rows, counts = self.model.agreed(_told(own) if own is not None else (Proposal, [], None))
+        if own is not None and (self.model.leads or kind is Proposal):
             return own
-        drafts = texts.tokens.new_tensor(rows)
-        for place in range(drafts.shape[1]):
-            texts.draft(place, drafts[:, place])
-        return Proposal(drafts, None, counts)
+        parts = [texts.tokens.new_tensor(part) for part in rows]
+        texts.branch(parts[0])
+        return Tree(*parts) if kind is Tree else Proposal(parts[0], None, counts)
 
     def keep(self, rows: list[int]) -> None:
         if self.inner is not None:
             self.inner.keep(rows)
+
+
+def _told(own: Proposal | Tree) -> tuple[type[Proposal | Tree], list[list[list[int]]], list[int] | None]:
+    """What the other ranks learn of drafts: all but the distributions, which only the one that decides needs."""
+    if isinstance(own, Tree):
+        return Tree, [part.tolist() for part in (own.tokens, own.parents, own.depths)], None
+    return Proposal, [own.tokens.tolist()], own.counts

@@ -95,8 +95,6 @@ def validate_layout(config: Generation) -> None:
     for name in ("int8", "compile"):
         if getattr(decode, name):
             raise UserError(f"decode.{name}=true is for a model in one process; choose decode.{name}=false, or no layout")
-    if decode.tree != "none" and decode.mode != "plain":
-        raise UserError(f"decode.tree={decode.tree} is for a model in one process; choose decode.tree=none, or no layout")
     if config.stream and parallel.data > 1:
         raise UserError(f"stream=true shows one text at a time; choose parallel.data=1, not {parallel.data}, or stream=false")
 

@@ -38,7 +38,8 @@ class Growth:
     def extend(self, tokens: Tensor, places: Tensor) -> None:
         """Nodes int64 [B, w] that get children next. places int64 [B, w]: which of the newest nodes are their parents; not read
         where those are the first."""
-        grown = self.tree
+        grown, same = self.tree, self.branching.model.same
+        tokens, places = same(tokens), same(places)
         parents = places + (grown.nodes - self.newest) if grown.nodes else torch.full_like(tokens, -1)
         new = (tokens, parents, torch.full_like(tokens, self.level))
         old = (grown.tokens, grown.parents, grown.depths)

@@ -61,6 +61,9 @@ CASES: dict[str, dict[str, Any]] = {
     "drawn": {"rows": [3, 1], "mode": "speculative", "max_new_tokens": 12, "temperature": 0.9, "top_k": 9, "top_p": 0.95},
     "lookup": {"rows": [0, 1, 2], "mode": "speculative", "drafter": "ngram", **GREEDY},
     "another model": {"rows": [0, 2], "mode": "speculative", "drafter": "model", "draft": 3, **GREEDY},
+    "tree": {"rows": [0, 1, 2, 3], "mode": "speculative", "tree": "static", **GREEDY},
+    "drawn tree": {"rows": [3, 1], "mode": "speculative", "tree": "static", "max_new_tokens": 12, "temperature": 0.9},
+    "dynamic tree": {"rows": [2, 1], "mode": "speculative", "tree": "dynamic", "tree_nodes": 7, "tree_width": 3, **GREEDY},
     "auto": {"rows": [0], "mode": "speculative", "auto": True, **GREEDY},
 }
 TIMED = ("auto",)
@@ -148,7 +151,7 @@ def test_a_layout_writes_what_one_process_writes(
 @pytest.mark.parametrize("kind", KINDS)
 def test_drafts_were_accepted_and_rejected(kind: str, alone: Callable[[str], list[Any]]) -> None:
     """Else the test above says little."""
-    for names in (("drafts batch", "drawn"), ("another model",)):
+    for names in (("drafts batch", "drawn"), ("another model",), ("tree", "drawn tree", "dynamic tree")):
         texts = [text for name in names for text in alone(kind)[list(CASES).index(name)]]
         drafted, accepted = (sum(sum(text[column]) for text in texts) for column in (2, 3))
         assert 0 < accepted < drafted, names
