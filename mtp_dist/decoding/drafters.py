@@ -79,7 +79,7 @@ def _own_drafter(
         branching = build_branching(model, batch, sampling, source, most=most, other=other if config.drafter == "model" else None)
         if config.tree == "static":
             return TreeDrafter(branching, static(static_shape(config, model.depth), sampling, source))
-        return TreeDrafter(branching, dynamic(config.tree_nodes, config.tree_width))
+        return TreeDrafter(branching, dynamic(config.tree_nodes, config.tree_width, sampling, source))
     if config.drafter == "ngram":
         return LookupDrafter(config.ngram)
     if config.drafter == "model":

@@ -1,8 +1,8 @@
 """Trees of drafts: static ones of a given shape (Medusa, arXiv 2401.10774), and dynamic ones (EAGLE-2, arXiv 2406.16858).
 
 Dynamic: at each depth the ``width`` nodes of the greatest probability, as the drafter multiplies it up along the path, get
-``width`` children each; of all these candidates the best ``nodes`` are verified. The tree is chosen without chance.
-Static: the places are given, the tokens are the drafter's likeliest, or, where texts are sampled, drawn without replacement.
+``width`` children each; of all these candidates the best ``nodes`` are verified. Static: the places are given.
+The tokens are the drafter's likeliest, or, where texts are sampled, drawn without replacement.
 """
 
 from collections.abc import Callable, Sequence
@@ -85,29 +85,50 @@ class Pool:
         self.parts.append(new)
         self.size += new[0].shape[1]
 
-    def best(self, nodes: int) -> Tree:
-        """The tree of the candidates of the greatest scores."""
+    def best(self, nodes: int, inner: list[Tensor], q: list[Tensor]) -> Tree:
+        """The tree of the candidates of the greatest scores. inner: numbers [B, w] of those that got children, of depth 1, 2, ..;
+        q: what children were drawn from, [B, w or 1, V] behind the known text and behind them; empty: not drawn."""
         tokens, parents, depths, scores = (torch.cat(part, dim=1) for part in zip(*self.parts, strict=True))
-        # Stable: a child is never likelier than its parent, and follows it where it is as likely.
+        # Stable: a child never has more than its parent or an earlier sibling, and follows where it has as much.
         kept = scores.argsort(dim=1, descending=True, stable=True)[:, :nodes].sort(dim=1).values
         numbers = torch.zeros_like(tokens).scatter_(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
         parents = parents.gather(1, kept)
         parents = torch.where(parents < 0, parents, numbers.gather(1, parents.clamp(min=0)))
-        return Tree(tokens.gather(1, kept), parents, depths.gather(1, kept))
+        found = None
+        if q:
+            # Places: 0 for a node without children, 1 for the known text, then the inner nodes.
+            of_inner = [part.expand(-1, these.shape[1], -1) for part, these in zip(q[1:], inner, strict=True)]
+            behind = torch.cat((torch.zeros_like(q[0]), q[0], *of_inner), dim=1)
+            places = torch.zeros_like(tokens)
+            if inner:
+                every = torch.cat(inner, dim=1)
+                places.scatter_(1, every, torch.arange(2, 2 + every.shape[1], device=every.device).expand_as(every))
+            chosen = torch.cat((torch.ones_like(kept[:, :1]), places.gather(1, kept)), dim=1)
+            found = behind.gather(1, chosen.unsqueeze(2).expand(-1, -1, behind.shape[2]))
+        return Tree(tokens.gather(1, kept), parents, depths.gather(1, kept), found)
 
 
-def dynamic(nodes: int, width: int) -> Grow:
-    """EAGLE-2's: of all candidates the ``nodes`` best."""
+def dynamic(nodes: int, width: int, sampling: Sampling, source: Source) -> Grow:
+    """EAGLE-2's: of all candidates the ``nodes`` best. Where texts are sampled, a node's j-th child is drawn, and has the score
+    of the j-th likeliest token: whether a child is verified must not depend on which token it is."""
+    drawn = draws(sampling)
 
     def grow(growth: Growth, depth: int) -> Tree:
         pool = Pool()
-        above = numbers = torch.empty(0)  # of the nodes that got children last: scores [B, w], numbers as candidates
+        inner: list[Tensor] = []
+        q: list[Tensor] = []
+        above = torch.empty(0)  # scores [B, w] of the nodes that got children last
         for level in range(1, depth + 1):
             logits = growth.logits()
-            values, tokens = logits.log_softmax(-1).topk(min(width, logits.shape[-1]), dim=-1)
+            count = min(width, logits.shape[-1])
+            if drawn:
+                q.append(sampling.probabilities(logits))
+                values, tokens = q[-1].topk(count, dim=-1).values.log(), race(q[-1], count, source)
+            else:
+                values, tokens = logits.log_softmax(-1).topk(count, dim=-1)
             if level > 1:
                 # Where all nodes are alike, so are their children.
-                values, parents = above.unsqueeze(2) + values, numbers.unsqueeze(2)
+                values, parents = above.unsqueeze(2) + values, inner[-1].unsqueeze(2)
             else:
                 parents = torch.full_like(tokens, -1)
             scores, tokens, parents = (part.expand(values.shape).flatten(1) for part in (values, tokens, parents))
@@ -115,16 +136,21 @@ def dynamic(nodes: int, width: int) -> Grow:
             pool.add(tokens, parents, torch.full_like(tokens, level), scores)
             if level < depth:
                 above, places = scores.topk(min(width, scores.shape[1]), dim=1)
-                numbers = begin + places
+                inner.append(begin + places)
                 growth.extend(tokens.gather(1, places), places // values.shape[-1])
-        return pool.best(nodes)
+        return pool.best(nodes, inner, q)
 
     return grow
 
 
+def draws(sampling: Sampling) -> bool:
+    """Whether nodes are drawn, and not the likeliest."""
+    return not sampling.greedy and sampling.typical is None
+
+
 def static(shape: Sequence[Sequence[int]], sampling: Sampling, source: Source) -> Grow:
     """Of that shape (see ``tree_shape``), as far as the depth allows."""
-    whole, drawn = ordered(shape), not sampling.greedy and sampling.typical is None
+    whole, drawn = ordered(shape), draws(sampling)
 
     def grow(growth: Growth, depth: int) -> Tree:
         paths = [path for path in whole if len(path) <= depth]

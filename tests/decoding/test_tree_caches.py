@@ -20,6 +20,7 @@ from mtp_dist.model.mtp.parallel import ParallelHeads
 from tests.decoding.models import VOCABULARY, random_model
 from tests.decoding.test_caches import END, EXACT, MODELS, OTHERS, Followed, check_prediction, rows, text, training_states, view
 
+SAMPLED = Sampling(0.8, 9, 0.95)
 SHAPE = [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 1, 0), (0, 1, 1), (0, 0, 0, 0), (0, 1, 0, 0)]
 
 
@@ -88,7 +89,9 @@ class FollowedTrees(Followed):
     def new_drafter(self, texts: Texts) -> TreeDrafter:
         branching = build_branching(self.model, len(texts), self.sampling, None, most=self.most)
         self.chance = Chance([])
-        return TreeDrafter(branching, dynamic(9, 3) if self.kind == "dynamic" else static(SHAPE, self.sampling, self.chance))
+        fixed = static(SHAPE, self.sampling, self.chance)
+        grow = dynamic(9, 3, self.sampling, self.chance) if self.kind == "dynamic" else fixed
+        return TreeDrafter(branching, grow)
 
     def trees(self, new: list[list[int]], count: int, seed: int) -> tuple[Tree | Proposal, list[Tree | Proposal]]:
         """Append new[b] to each text; the tree of the drafter that followed all along, and of new ones, each for one text."""
@@ -111,6 +114,7 @@ class FollowedTrees(Followed):
         return ours, rebuilt
 
 
+kinds = st.sampled_from(["dynamic", "static"])
 scripts = st.lists(
     st.tuples(
         st.integers(1, 4),  # depth of the tree
@@ -123,11 +127,10 @@ scripts = st.lists(
 )
 
 
-def check_trees(chunk: Chunk, prompts: list[int], script: list, kind: str) -> int:
+def check_trees(chunk: Chunk, prompts: list[int], script: list, kind: str, sampling: Sampling = SAMPLED) -> int:
     """After every round, every row's tree equals that from caches rebuilt for it alone, and where siblings are drawn, the
     distribution behind every inner node is the training pass's own prediction. Returns how many trees there were."""
     most = chunk.depth if isinstance(chunk.mtp, ParallelHeads | MedusaHeads) else 4
-    sampling = Sampling() if kind == "dynamic" else Sampling(0.8, 9, 0.95)
     followed = FollowedTrees(chunk, [text(length, seed=length)[0].tolist() for length in prompts], sampling, most, kind)
     trees: Tree | Proposal = Proposal(torch.empty(0), None)
     count = 0
@@ -164,10 +167,12 @@ def check_predictions(chunk: Chunk, known: list[int], tree: Tree, row: int, samp
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
-@given(st.sampled_from(MODELS + OTHERS), rows, scripts, st.sampled_from(["dynamic", "static"]))
+@given(st.sampled_from(MODELS + OTHERS), rows, scripts, kinds, st.sampled_from([Sampling(), SAMPLED]))
 @torch.no_grad()
-def test_trees_equal_those_from_rebuilt_caches(chunk: Chunk, prompts: list[int], script: list, kind: str) -> None:
-    check_trees(chunk, prompts, script, kind)
+def test_trees_equal_those_from_rebuilt_caches(
+    chunk: Chunk, prompts: list[int], script: list, kind: str, sampling: Sampling
+) -> None:
+    check_trees(chunk, prompts, script, kind, sampling)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])

@@ -74,6 +74,11 @@ FAULTS: dict[str, tuple[object, str, Callable[..., Tensor]]] = {
 }
 
 
+def test_it_finds_one_that_follows_what_was_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree_verification, "_reached", lambda tree, right: torch.ones_like(right))
+    assert deviation(PLAIN, drawn=False) > 1
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_same_test_finds_a_broken_verifier(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, name, function = FAULTS[fault]

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from mtp_dist.config.schema import DecodeConfig, MTPConfig
-from mtp_dist.decoding import tree_verification, verification
+from mtp_dist.decoding import tree_drafter, verification
 from mtp_dist.decoding.draft_lengths import DraftLengths
 from mtp_dist.decoding.drafters import draft_length, most_nodes
 from mtp_dist.decoding.engine import generate_batch
 from mtp_dist.decoding.request import validate_decoding, validate_heads
-from mtp_dist.decoding.sampling import Sampling
+from mtp_dist.decoding.sampling import Sampling, Source
+from mtp_dist.decoding.tree_drafter import race
 from mtp_dist.decoding.tree_shape import default_shape, fault
 from mtp_dist.errors import UserError
 from tests.decoding.chi_square import excess
@@ -25,6 +26,7 @@ from tests.decoding.test_engine import check_counts, exact_texts
 NAMES = [name for name in DRAFTERS if name != "ngram"]
 TREES: dict[str, dict[str, Any]] = {
     "dynamic": {"tree": "dynamic", "tree_nodes": 9, "tree_width": 3},
+    "pruned": {"tree": "dynamic", "tree_nodes": 3, "tree_width": 3},
     "static": {"tree": "static", "tree_nodes": 9, "tree_width": 3},
     "given": {"tree": "static", "tree_shape": [[0], [1], [0, 0], [1, 0], [1, 1], [1, 1, 0]]},
 }
@@ -67,6 +69,19 @@ def test_samples_are_the_trunks(name: str, tree: str) -> None:
     assert deviation(name, tree, temperature=1.0) < 1
 
 
+@pytest.mark.parametrize("name", ["sequential", "medusa"])
+def test_samples_are_the_trunks_where_most_candidates_are_left_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the likelier of two drawn siblings the one that stays, the same test would find it."""
+    assert deviation(name, "pruned", temperature=1.0) < 1
+
+    def likelier_first(q: Tensor, count: int, source: Source) -> Tensor:
+        found = race(q, count, source)
+        return found.gather(-1, q.gather(-1, found).argsort(dim=-1, descending=True))
+
+    monkeypatch.setattr(tree_drafter, "race", likelier_first)
+    assert deviation(name, "pruned", temperature=1.0) > 1
+
+
 @pytest.mark.parametrize("tree", ["dynamic", "static"])
 def test_samples_with_all_settings_are_the_trunks(tree: str) -> None:
     assert deviation("sequential", tree, temperature=0.8, top_k=2, top_p=0.95) < 1
@@ -75,11 +90,13 @@ def test_samples_with_all_settings_are_the_trunks(tree: str) -> None:
 @pytest.mark.parametrize(
     ("tree", "module", "function", "fault"),
     [
-        ("dynamic", tree_verification, "_reached", lambda tree, right: torch.ones_like(right)),
+        ("dynamic", verification, "acceptance", lambda drafts, p, q: torch.ones_like(p[..., 0])),
+        ("dynamic", verification, "residual", lambda p, q: p),
+        ("dynamic", tree_drafter, "race", lambda q, count, source: q.topk(count, dim=-1).indices),
         ("static", verification, "acceptance", lambda drafts, p, q: torch.ones_like(p[..., 0])),
         ("static", verification, "residual", lambda p, q: p),
     ],
-    ids=["accepts a path whatever it is", "accepts everything", "replaces from p"],
+    ids=["accepts everything", "goes on with p", "chooses the likeliest", "accepts everything too", "goes on with p too"],
 )
 @pytest.mark.parametrize("name", ["sequential", "medusa"])
 def test_the_same_test_finds_a_broken_verifier(
