@@ -123,6 +123,11 @@ def settings_file(config: Evaluation) -> Path:
 def launch(config: Evaluation) -> int:
     """Freeze the evaluation and run its processes on this machine; programs are written and run in this process."""
     one_of("task", config.task, TASKS)
+    if config.task != "held_out" and world_size(config.parallel) > 1:
+        raise UserError(
+            f"task={config.task} decodes in one process, and this layout has {world_size(config.parallel)}; choose "
+            "parallel=single, or decode in the layout with python -m mtp_dist.generate"
+        )
     if config.task == "humaneval":
         return humaneval.run(config)
     if config.task == "decode":

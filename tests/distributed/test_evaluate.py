@@ -187,6 +187,12 @@ def test_positions_that_cannot_be_shared_are_told_before_any_start(trained: Path
     )
 
 
+@pytest.mark.parametrize("task", ["humaneval", "decode"])
+def test_tasks_of_one_process_refuse_a_layout(trained: Path, task: str) -> None:
+    with pytest.raises(UserError, match=f"task={task} decodes in one process, and this layout has 2; choose parallel=single"):
+        evaluate.launch(Evaluation(checkpoint=str(trained), task=task, parallel=ParallelConfig(pipeline=2)))
+
+
 @pytest.mark.parametrize(("wanted", "given"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 8), (8, 8), (9, 12)])
 def test_interleaved_micro_batches_make_equal_rounds(wanted: int, given: int) -> None:
     assert equal_rounds(wanted, ParallelConfig(pipeline=4, schedule="interleaved")) == given
