@@ -1,5 +1,6 @@
 """Trees change no cache: a node's states are those of a training pass over its path, and only the accepted path stays."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from mtp_dist.decoding.branching import ChainBranching
 from mtp_dist.decoding.drafter import Proposal
 from mtp_dist.decoding.drafters import build_branching
+from mtp_dist.decoding.engine import Batch
+from mtp_dist.decoding.model import TrunkPass
 from mtp_dist.decoding.sampling import Chance, Sampling
 from mtp_dist.decoding.text import Texts
 from mtp_dist.decoding.tree import Branches, Tree, filled
@@ -19,6 +22,7 @@ from mtp_dist.model.mtp.medusa import MedusaHeads
 from mtp_dist.model.mtp.parallel import ParallelHeads
 from tests.decoding.models import VOCABULARY, random_model
 from tests.decoding.test_caches import END, EXACT, MODELS, OTHERS, Followed, check_prediction, rows, text, training_states, view
+from tests.decoding.test_drafters import learner
 
 SAMPLED = Sampling(0.8, 9, 0.95)
 SHAPE = [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 1, 0), (0, 1, 1), (0, 0, 0, 0), (0, 1, 0, 0)]
@@ -181,6 +185,45 @@ def test_trees_equal_those_from_rebuilt_caches(
 def test_trees_of_every_kind_in_a_ragged_batch(number: int, kind: str) -> None:
     script = [(3, [-1] * 3, [1, END, 2], False), (4, [3, 0, 8], [4, END, 4], False), (3, [6, 1, -1], [5, 5, 5], True)]
     assert check_trees(OTHERS[number], [5, 3], [*script, (4, [2] * 3, [6] * 3, False)], kind) == 4
+
+
+@torch.no_grad()
+def check_engine(chunk: Chunk) -> int:
+    """After every round the trunk's caches are those of a pass over each text, and the next trees those of texts just begun.
+    Returns how many accepted paths had entries to be moved."""
+
+    def begin(prompts: list[list[int]]) -> Batch:
+        model, source = view(chunk), Chance([None] * len(prompts))
+        branching = build_branching(model, len(prompts), Sampling(), source, most=3)
+        batch = Batch(model, prompts, Sampling(), TreeDrafter(branching, dynamic(9, 3, Sampling(), source)), source)
+        batch.start()
+        return batch
+
+    batch, moved, trees = begin([[7, 8, 9], [1, 2, 3, 4], [3, 4, 5, 3, 2, 7, 8]]), 0, []
+    propose = batch.drafter.propose  # type: ignore[union-attr]
+    batch.drafter.propose = lambda *call: trees.append(propose(*call)) or trees[-1]  # type: ignore[method-assign, union-attr]
+    for _ in range(6):
+        before = [list(row) for row in batch.texts.rows]
+        rounds = batch.advance(3)
+        check_rebuilt(batch.model, batch.texts, batch.caches)
+        for row, known in enumerate(before):
+            fresh = begin([known[:-1]])
+            alone = fresh.drafter.propose(fresh.texts, 3)  # type: ignore[union-attr]
+            assert fresh.texts.rows[0] == known
+            assert trees[-1].tokens[row].tolist() == alone.tokens[0].tolist()
+            accepted = rounds[row].tokens[:-1]
+            moved += trees[-1].tokens[row, : len(accepted)].tolist() != accepted
+    return moved
+
+
+@pytest.mark.parametrize("name", ["sequential", "parallel", "medusa", "notebook", "eagle3"])
+def test_the_engine_keeps_the_accepted_path(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were a drafter handed states of other nodes, its drafts would show it, though texts would not."""
+    chunk = copy.deepcopy(learner(name)).double()
+    assert check_engine(chunk) > 0
+    monkeypatch.setattr(TrunkPass, "picked", lambda self, places: self)
+    with pytest.raises(AssertionError):
+        check_engine(chunk)
 
 
 @torch.no_grad()
