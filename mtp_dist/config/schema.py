@@ -459,6 +459,7 @@ class TextTask:
     prompts: int = setting(16, "experiment=heads: held-out prompts that each trained model continues, plainly and with its own drafts.")
     prompt_tokens: int = setting(24, "experiment=heads: length of a prompt.")
     new_tokens: int = setting(40, "experiment=heads: length of a continuation.")
+    temperature: float = setting(0.0, "experiment=heads: 0 writes greedily, and a small model then repeats itself, which any drafts meet; 1 samples from the model, losslessly.")
 
 
 @dataclass

@@ -106,6 +106,7 @@ def _polynomials(config: Study) -> None:
 def _heads(config: Study) -> None:
     for name in ("prompts", "prompt_tokens", "new_tokens"):
         at_least(f"text.{name}", getattr(config.text, name), 1)
+    at_least("text.temperature", config.text.temperature, 0)
     if config.mtp.stride > 1:
         raise UserError(f"mtp.stride={config.mtp.stride} leaps over tokens, and experiment=heads drafts each; choose 1")
 

@@ -1,6 +1,8 @@
-"""What a trained variant's heads are worth to a decoder: held-out prompts continued greedily, plainly and with drafts."""
+"""What a trained variant's heads are worth to a decoder: held-out prompts continued, plainly and with drafts."""
 
 from dataclasses import replace
+
+import torch
 
 from mtp_dist.config.schema import DecodeConfig, Study
 from mtp_dist.data.dataset import Dataset
@@ -18,8 +20,8 @@ def drafted(trained: Trained, data: Dataset, config: Study) -> dict[str, float]:
     what else the machine does meets both. Numbers, none for a model without heads that draft:
 
     `forward_tokens`: tokens a forward pass of the trunk behind the prompt; `kept_k`: share of drafts of depth k accepted where
-    all before it were; `speedup`: tokens a second over the model's own plain decoding; `same`: share of texts equal to the plain
-    ones. A ratio without a denominator is left out.
+    all before it were; `speedup`: tokens a second over the model's own plain decoding; `same`: share of greedy texts equal to
+    the plain ones. A ratio without a denominator is left out.
     """
     chunk, task = trained.workload.pipeline.chunks[0], config.text
     assert isinstance(chunk, Chunk)
@@ -29,20 +31,22 @@ def drafted(trained: Trained, data: Dataset, config: Study) -> dict[str, float]:
     places = [number * len(rows) // task.prompts for number in range(task.prompts)]
     prompts = [rows.read(place, place + 1).tokens[0, : task.prompt_tokens].tolist() for place in places]
     vocabulary = vocabulary_size(load_tokenizer(data.tokenizer_path))
-    plain = DecodeConfig(mode="plain", max_new_tokens=task.new_tokens, stop_at_eos=False)
+    plain = DecodeConfig(mode="plain", max_new_tokens=task.new_tokens, stop_at_eos=False, temperature=task.temperature)
     ways = {"plain": plain, "drafts": replace(plain, mode="speculative")}
     for way in ways.values():  # the first pass of a kind is slow
         generate(chunk, prompts[0], way, end=data.eos_id, vocabulary=vocabulary)
     found: dict[str, list[Statistics]] = {name: [] for name in ways}
     same = 0
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts):
         texts = []
         for name, way in ways.items():
-            text = generate(chunk, prompt, way, end=data.eos_id, vocabulary=vocabulary)
+            chance = torch.Generator(trained.workload.mesh.device).manual_seed(config.seed + number)
+            text = generate(chunk, prompt, way, end=data.eos_id, vocabulary=vocabulary, generator=chance)
             found[name].append(text.statistics)
             texts.append(text.tokens)
         same += texts[0] == texts[1]
-    return numbers(total(found["plain"]), total(found["drafts"])) | {"same": same / len(prompts)}
+    values = numbers(total(found["plain"]), total(found["drafts"]))
+    return values if task.temperature else values | {"same": same / len(prompts)}
 
 
 def numbers(plain: Statistics, drafts: Statistics) -> dict[str, float]:

@@ -46,9 +46,11 @@ def notes(config: Study) -> list[str]:
         f"{config.train.sequence_length}.",
         "Right at depth k: teacher-forced, share of right targets where the main head and all shallower depths are right. "
         "Forecast: the tokens a forward that greedy decoding would have if it met the same, 1 + the mean number of right drafts.",
-        f"Accepted at depth k: greedy decoding of {config.text.prompts} held-out prompts of {config.text.prompt_tokens} tokens, "
-        f"{config.text.new_tokens} tokens each, one at a time: share of drafts accepted where all before were. Tokens a "
-        "forward, and speed over the model's own plain decoding, are of the same texts. Same texts: share equal to plain ones.",
+        "A target is a token, or with mtp.targets=trunk what the trunk names likeliest, which is easier to forecast than text.",
+        f"Accepted at depth k: of the drafts whose earlier ones were accepted, in {config.text.prompts} held-out prompts of "
+        f"{config.text.prompt_tokens} tokens continued by {config.text.new_tokens}, one at a time, temperature "
+        f"{config.text.temperature:g}. Tokens a forward, and speed over the model's own plain decoding, are of the same texts.",
+        "Same texts: share of greedy ones that equal plain decoding's.",
         "Seconds and speed depend on what else the machine does; MFLOP a token (forward and backward) do not.",
     ]
 
