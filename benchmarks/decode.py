@@ -10,7 +10,8 @@ take turns prompt by prompt (at batch 8, eight prompts at a time), and the whole
   auto        the same, the number of drafts chosen anew each round
   NAME        `--also NAME:key=value,..`: any other settings of `decode`
   hf plain    `transformers`' generate on an export of the same checkpoint
-  hf use_mtp  the same with use_mtp=True (batch 1: it knows no other)
+  hf use_mtp  the same with use_mtp=True (batch 1: it knows no other); each such call reads the modules' weights anew
+  hf kept     the same, the modules kept from the first call on
 
 Ratios are times of the rival over ours, of all prompts together, with 95 % intervals over prompts. Against plain the loop behind
 the prompt counts, for which E / (v(γ+1) + γ c) is what costs measured in this run lead one to expect; against `transformers` the
@@ -100,14 +101,15 @@ class Theirs:
         LlamaForCausalLM._keys_to_ignore_on_load_unexpected = extra
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         self.model.generation_config.eos_token_id = None
-        if depth:
-            # generate reads the modules anew at each call; that is not what is compared.
-            heads = MtpModel.from_pretrained(self.model)
-            MtpModel.from_pretrained = lambda *_, **__: heads  # type: ignore[method-assign]
+        self.modules, self.load = MtpModel, MtpModel.from_pretrained
+        self.heads: Any = MtpModel.from_pretrained(self.model) if depth else None
 
-    def contestant(self, tokens: int, **settings: Any) -> Contestant:
+    def contestant(self, tokens: int, *, kept: bool = False, **settings: Any) -> Contestant:
+        """kept: generate gets modules that were loaded before, where it would load them."""
+
         def write(prompts: Prompts) -> tuple[Prompts, None]:
             given = torch.tensor(prompts)
+            self.modules.from_pretrained = (lambda *_, **__: self.heads) if kept else self.load  # type: ignore[method-assign]
             with torch.inference_mode():
                 found = self.model.generate(
                     given, attention_mask=torch.ones_like(given), max_new_tokens=tokens, do_sample=False, **settings
@@ -169,10 +171,11 @@ def report(contestants: dict[str, Contestant], modes: dict[str, DecodeConfig], c
         print(f"  hf plain / plain, whole: {_interval(theirs.seconds, plain.seconds)} (asked for: 1)")
         for name in modes:
             print(f"  hf plain / {name}, whole: {_interval(theirs.seconds, contestants[name].seconds)}")
-    if "hf use_mtp" in contestants:
-        theirs = contestants["hf use_mtp"]
-        for name in modes:
-            print(f"  hf use_mtp / {name}, whole: {_interval(theirs.seconds, contestants[name].seconds)} (asked for: 1.5)")
+    for rival in ("hf use_mtp", "hf kept"):
+        if rival in contestants:
+            for name in modes:
+                ratio = _interval(contestants[rival].seconds, contestants[name].seconds)
+                print(f"  {rival} / {name}, whole: {ratio} (asked for: 1.5)")
 
 
 def _interval(rival: list[float], own: list[float]) -> str:
@@ -212,6 +215,7 @@ def run(options: argparse.Namespace) -> None:
                 contestants["hf plain"] = theirs.contestant(options.tokens)
                 if options.mtp and size == 1:
                     contestants["hf use_mtp"] = theirs.contestant(options.tokens, use_mtp=True)
+                    contestants["hf kept"] = theirs.contestant(options.tokens, kept=True, use_mtp=True)
             groups = [prompts[first : first + size] for first in range(0, len(prompts), size)]
             costs: dict[str, list[Costs]] = {name: [] for name in modes}
             _compete(own, contestants, modes, costs, groups, options.repeats)
