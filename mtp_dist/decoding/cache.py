@@ -138,8 +138,11 @@ class HiddenStates:
         between would be missing."""
         if any(begin > length for begin, length in zip(span.begin, self.lengths, strict=True)):
             raise IndexError(f"positions from {span.begin} do not follow {self.lengths}")
-        rows = torch.arange(len(states), device=states.device).unsqueeze(1)
-        self.states[rows, span.places(self.capacity)] = states[:, : span.width]
+        if span.even:
+            self.states[:, span.begin[0] : span.total] = states[:, : span.width]
+        else:
+            rows = torch.arange(len(states), device=states.device).unsqueeze(1)
+            self.states[rows, span.places(self.capacity)] = states[:, : span.width]
         self.lengths = list(span.end)
 
     def read(self, span: Span) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_dist.decoding.cache import HiddenStates, KeyValues, Span
+from mtp_dist.decoding.fused import FusedBlock
 from mtp_dist.decoding.tree import Branches
 from mtp_dist.model.attention import Mask
 from mtp_dist.model.chunk import Chunk
@@ -100,7 +101,7 @@ class DecodingModel:
         """An empty cache for one block, or for all attention layers of a module."""
         config = self.chunk.model
         assert config.head_dim is not None
-        layers = 1 if module is None else sum(isinstance(part, Attention) for part in module.modules())
+        layers = 1 if module is None else sum(isinstance(part, Attention | FusedBlock) for part in module.modules())
         heads = config.kv_heads // self.chunk.group.size
         return KeyValues(batch, heads, self.capacity, config.head_dim, dtype=self.dtype, device=self.device, layers=layers)
 

@@ -1,4 +1,4 @@
-"""Promise: weights of 8 bits are the rounded ones, compiled blocks the same ones, and decoding stays lossless with both."""
+"""Promise: weights of 8 bits are the rounded ones, fused and compiled blocks the same ones, and decoding stays lossless."""
 
 import copy
 
@@ -34,6 +34,20 @@ def rounded(model: Chunk) -> Chunk:
             scale = module.weight.abs().amax(1, keepdim=True) / 127
             module.weight.data = torch.round(module.weight / scale) * scale
     return model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", [*KINDS, "eagle3", "notebook"])
+def test_fused_blocks_are_the_same(kind: str, dtype: str) -> None:
+    model = random_model(2, kind=kind, layers=4, dtype=getattr(torch, dtype))
+    tokens = torch.randint(0, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(0))
+    expected = logits(model, tokens)
+    settings = [DecodeConfig(mode=mode, max_new_tokens=20) for mode in ("plain", "speculative")]
+    texts = [[text.tokens for text in generate_batch(model, PROMPTS, config)] for config in settings]
+    fused = prepare(model, DecodeConfig(dtype=dtype))
+    assert sum(type(module).__name__ == "FusedBlock" for module in fused.modules()) >= 4
+    torch.testing.assert_close(logits(fused, tokens), expected, rtol=1e-5, atol=1e-5)
+    assert [[text.tokens for text in generate_batch(fused, PROMPTS, config)] for config in settings] == texts
 
 
 @pytest.mark.parametrize("rows", [1, int8.NARROW + 1], ids=["kernel", "converted"])
