@@ -11,9 +11,9 @@ ranks round their shares of each sum before they add them, which is an error of 
 what was seen, in powers of two. The reference must round where the layout does: behind a ReLU a state that changes its sign
 switches a whole path on or off, and the `up` matrix of a notebook layer was 0.28 of its largest element off the float64
 gradient with one kernel of attention, 0.33 with another, and as much apart. Tensor ranks cannot round as one process does, so
-their notebook heads are held to 2^-2 (and to 1e-5 in float32, where the same cells agree). A norm averages over all elements,
-so it is 2^-8 right until weights differ. A conditional accuracy may rest on thirty targets, of which a near tie moves one:
-2^-4.
+their notebook heads' gradients are held to 2^-1 of the largest element only (and to 1e-5 in float32, where the same cells
+agree to 2e-6). A norm averages over all elements, so it is 2^-8 right until weights differ, there too. A conditional accuracy
+may rest on thirty targets, of which a near tie moves one: 2^-4.
 ``test_faults`` breaks the product in ways that still train, and shows that these tolerances notice.
 """
 
@@ -48,7 +48,7 @@ TOLERANCES = {
     ),
 }
 
-BEHIND_RELU = replace(TOLERANCES["bfloat16"], gradient=2**-2, master=2**-2)
+BEHIND_RELU = replace(TOLERANCES["bfloat16"], gradient=2**-1, master=2**-2)
 
 _KNOWN: dict[str, Any] = {}
 
