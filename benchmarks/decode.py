@@ -237,8 +237,9 @@ def _compete(
         """Costs of one mode in turn, so that they meet the same machine as the texts."""
         nonlocal turn
         fixed = [name for name, config in modes.items() if not config.auto]
-        if turn % max(1, len(groups) * repeats // (8 * len(fixed))) == 0:
-            name = fixed[turn % len(fixed)]
+        period = max(1, len(groups) * repeats // (8 * len(fixed)))
+        if turn % period == 0:
+            name = fixed[turn // period % len(fixed)]
             costs[name].append(own.costs(prompts, modes[name]))
         turn += 1
 
