@@ -41,6 +41,7 @@ from mtp_dist.decoding.draft_lengths import DraftLengths
 from mtp_dist.decoding.drafters import draft_length, most_nodes
 from mtp_dist.decoding.engine import generate_batch
 from mtp_dist.decoding.preparation import prepare
+from mtp_dist.decoding.request import validate_decoding, validate_heads
 from mtp_dist.decoding.statistics import Statistics, total
 from mtp_dist.errors import UserError
 from mtp_dist.export import export
@@ -197,6 +198,9 @@ def run(options: argparse.Namespace) -> None:
         "heads": replace(base, draft=options.draft),
         "auto": replace(base, draft=options.draft, auto=True),
     } | {name: replace(base, **settings) for name, settings in options.also}
+    for config in modes.values():
+        validate_decoding(config)
+        validate_heads(config, mtp)
     print(
         f"{checkpoint.path}: {mtp.kind}, D={mtp.depth}, {model.layers} layers of {model.hidden}, step {checkpoint.step};"
         f" {len(prompts)} prompts of {options.length} tokens, {options.tokens} new tokens, {options.dtype},"
@@ -256,9 +260,11 @@ def _settings(text: str) -> tuple[str, dict[str, Any]]:
         if key not in DecodeConfig.__dataclass_fields__:
             raise UserError(f"--also {text}: {key} is no setting of decode; see docs/configuration.md")
         if isinstance(current, bool):
-            found[key] = value == "true"
-        else:
+            value = str(int(value == "true"))
+        try:
             found[key] = value if isinstance(current, str) else float(value) if isinstance(current, float) else int(value)
+        except ValueError:
+            raise UserError(f"--also {text}: {key}={value} is no number") from None
     return name, found
 
 

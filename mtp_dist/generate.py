@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mtp_dist.checkpoint import folder
 from mtp_dist.checkpoint.manifest import TOKENIZER
@@ -64,6 +64,14 @@ class Writer:
     seed: int
     quiet: bool = False
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the engine is told with every text: the end-of-document token, the tokenizer's size, who else drafts."""
+        from mtp_dist.data.tokenizer import end_of_document, vocabulary_size
+
+        end, entries = end_of_document(self.tokenizer)[1], vocabulary_size(self.tokenizer)
+        return {"end": end, "vocabulary": entries, "draft_model": self.draft_model}
+
     def warm_up(self, prompts: list[list[int]]) -> None:
         """Threads and kernels start here, so that the first mode is not the one that pays for them."""
         short = replace(self.decode, max_new_tokens=min(self.decode.max_new_tokens, WARM_UP_TOKENS))
@@ -93,20 +101,11 @@ class Writer:
         they are. ``number`` seeds the sampling."""
         import torch
 
-        from mtp_dist.data.tokenizer import end_of_document, vocabulary_size
         from mtp_dist.decoding.engine import grow
 
         generator = torch.Generator(self.model.device).manual_seed(self.seed + number)
         for (text,) in grow(
-            self.model,
-            [tokens],
-            decode,
-            end=end_of_document(self.tokenizer)[1],
-            vocabulary=vocabulary_size(self.tokenizer),
-            generators=[generator],
-            stops=[self.stops],
-            draft_model=self.draft_model,
-            lengths=self.lengths,
+            self.model, [tokens], decode, generators=[generator], stops=[self.stops], lengths=self.lengths, **self.told
         ):
             yield text.latest, text.ending
 
@@ -116,7 +115,6 @@ class Writer:
         import torch
         from tqdm import tqdm
 
-        from mtp_dist.data.tokenizer import end_of_document, vocabulary_size
         from mtp_dist.decoding.engine import generate_batch
 
         device = self.model.device
@@ -134,13 +132,11 @@ class Writer:
                 self.model,
                 prompts,
                 decode,
-                end=end_of_document(self.tokenizer)[1],
-                vocabulary=vocabulary_size(self.tokenizer),
                 generators=generators,
                 stops=self.stops,
-                draft_model=self.draft_model,
                 lengths=self.lengths if decode.mode == "speculative" else None,
                 progress=progress,
+                **self.told,
             )
 
 
@@ -160,7 +156,7 @@ def load_writer(path: str, decode: DecodeConfig, seed: int, *, device: str = "au
     from mtp_dist.data.tokenizer import text_tokenizer
     from mtp_dist.decoding.draft_lengths import DraftLengths
     from mtp_dist.decoding.drafters import draft_length
-    from mtp_dist.decoding.preparation import prepare
+    from mtp_dist.decoding.preparation import prepare, require_tools
     from mtp_dist.decoding.stopping import StopStrings
 
     checkpoint = open_checkpoint(path)
@@ -172,6 +168,7 @@ def load_writer(path: str, decode: DecodeConfig, seed: int, *, device: str = "au
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("launch.device=cuda, but torch sees no GPU here; choose launch.device=cpu (or auto)")
     dtype, place = getattr(torch, decode.dtype), "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    require_tools(decode, place)
     model = prepare(checkpoint.load_model(dtype).to(place), decode)
     draft_model = None if drafting is None else load_draft_model(drafting, decode, dtype, place)
     most = draft_length(replace(decode, mode="speculative"), model.depth)

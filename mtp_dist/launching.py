@@ -21,8 +21,8 @@ from types import FrameType
 import psutil
 
 from mtp_dist import exit_codes
-from mtp_dist.config.layout import processes_per_node
-from mtp_dist.config.schema import Evaluation, Generation, TrainingRun
+from mtp_dist.config.layout import Job, processes_per_node
+from mtp_dist.config.schema import TrainingRun
 from mtp_dist.errors import UserError
 from mtp_dist.training.status import was_stopped
 
@@ -31,7 +31,7 @@ RENDEZVOUS_PORT = 29400
 _PR_SET_PDEATHSIG = 1
 
 
-def torchrun_command(config: TrainingRun | Evaluation | Generation, module: str, arguments: list[str]) -> list[str]:
+def torchrun_command(config: Job, module: str, arguments: list[str]) -> list[str]:
     """The command that starts this node's processes, each running ``python -m module arguments``.
 
     One node: a rendezvous of its own on a free port, or ``launch.master_port``. Several nodes: the static rendezvous, which takes
@@ -53,7 +53,7 @@ def torchrun_command(config: TrainingRun | Evaluation | Generation, module: str,
 
 
 def process_environment(
-    config: TrainingRun | Evaluation | Generation, cores: int, cuda_devices: int, outer: Mapping[str, str]
+    config: Job, cores: int, cuda_devices: int, outer: Mapping[str, str]
 ) -> dict[str, str]:
     """The environment of the processes of one node: ``outer`` with the threads and the accelerator of ``launch``.
 
@@ -75,7 +75,7 @@ def process_environment(
     return environment
 
 
-def threads_of_each(config: TrainingRun | Evaluation | Generation, cores: int, outer: Mapping[str, str]) -> int:
+def threads_of_each(config: Job, cores: int, outer: Mapping[str, str]) -> int:
     """CPU threads of a process where none are asked for: OMP_NUM_THREADS of ``outer``, else an equal share of ``cores``."""
     given = outer.get("OMP_NUM_THREADS", "")
     if given.isdigit() and int(given):
@@ -91,18 +91,18 @@ def start(config: TrainingRun, *, kill_on_second: bool = True) -> int:
     return exit_codes.STOPPED if status == 0 and was_stopped(Path(config.run_dir)) else status
 
 
-def start_module(config: TrainingRun | Evaluation | Generation, module: str, arguments: list[str]) -> int:
+def start_module(config: Job, module: str, arguments: list[str]) -> int:
     """Run this node's share of the processes of any entry point, each with the same arguments; returns as ``start``."""
     return run_child(torchrun_command(config, module, arguments), node_environment(config))
 
 
-def node_environment(config: TrainingRun | Evaluation | Generation) -> dict[str, str]:
+def node_environment(config: Job) -> dict[str, str]:
     """``process_environment`` of this machine."""
     devices = 0 if config.launch.device == "cpu" else _cuda_devices()
     return process_environment(config, available_cores(), devices, os.environ)
 
 
-def environment_alone(config: TrainingRun | Evaluation | Generation) -> dict[str, str]:
+def environment_alone(config: Job) -> dict[str, str]:
     """``node_environment`` of a process that is a world of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -24,7 +24,6 @@ if TYPE_CHECKING:  # torch takes seconds to load: wrong settings are answered be
     from mtp_dist.serving.worker import Worker
 
 LIBRARIES = ("starlette", "uvicorn")
-WARM_UP_TOKENS = 8
 
 
 def validate(config: Serving) -> None:
@@ -98,19 +97,12 @@ def _served(config: Serving, path: Path, trained: int, writer: "Writer") -> "Ser
 
 def _worker(writer: "Writer", waiting: int) -> "Worker":
     """Started, and the first text written: threads and kernels start there, and a model that cannot decode fails there."""
-    from mtp_dist.data.tokenizer import end_of_document, vocabulary_size
     from mtp_dist.decoding.engine import grow
     from mtp_dist.decoding.stopping import StopStrings
+    from mtp_dist.generate import WARM_UP_TOKENS
     from mtp_dist.serving.worker import FAILED, Piece, Text, Worker
 
-    decoder = partial(
-        grow,
-        writer.model,
-        end=end_of_document(writer.tokenizer)[1],
-        vocabulary=vocabulary_size(writer.tokenizer),
-        draft_model=writer.draft_model,
-        lengths=writer.lengths,
-    )
+    decoder = partial(grow, writer.model, lengths=writer.lengths, **writer.told)
     worker = Worker(decoder, writer.decode, waiting, writer.model.device)
     worker.start()
     ended, endings = Event(), []

@@ -7,6 +7,9 @@ import math
 
 from mtp_dist.config.schema import Evaluation, Generation, ParallelConfig, TrainingRun
 
+Job = TrainingRun | Evaluation | Generation
+"""Settings of what runs in several processes."""
+
 V_SCHEDULES = ("zbv", "dualpipev")
 SCHEDULES = ("1f1b", "interleaved", *V_SCHEDULES)
 
@@ -75,6 +78,6 @@ def total_steps(config: TrainingRun) -> int:
     return math.ceil(config.train.tokens / tokens_per_step(config))
 
 
-def processes_per_node(config: TrainingRun | Evaluation | Generation) -> int:
+def processes_per_node(config: Job) -> int:
     """Processes on each machine."""
     return config.launch.processes_per_node or world_size(config.parallel) // config.launch.nodes

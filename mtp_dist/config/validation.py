@@ -8,7 +8,7 @@ import math
 
 from mtp_dist.config.attention import BACKENDS, require
 from mtp_dist.config.compose import settings, value
-from mtp_dist.config.heads import KINDS, learns_inside, lookahead, one_module
+from mtp_dist.config.heads_validation import validate_mtp
 from mtp_dist.config.layout import (
     SCHEDULES,
     chunks,
@@ -21,7 +21,7 @@ from mtp_dist.config.layout import (
 )
 from mtp_dist.config.resolution import head_dim, matched, vocabulary_rows
 from mtp_dist.config.rules import above, alternatives, at_least, between, divisors, finite, given, one_of
-from mtp_dist.config.schema import LaunchConfig, ModelConfig, MTPConfig, ParallelConfig, TrainingRun
+from mtp_dist.config.schema import LaunchConfig, ModelConfig, ParallelConfig, TrainingRun
 from mtp_dist.errors import UserError
 
 
@@ -45,9 +45,7 @@ def validate_training(config: TrainingRun, vocabulary: int | None) -> None:
     validate_model(config.model, vocabulary)
     validate_parallel(config.parallel, config.model, vocabulary)
     validate_launch(config.launch, config.parallel)
-    _validate_mtp(config.mtp, config.train.sequence_length)
-    _validate_taps(config.mtp, config.model)
-    _validate_draft_vocabulary(config.mtp, vocabulary or config.model.vocab_size)
+    validate_mtp(config.mtp, config.model, vocabulary or config.model.vocab_size, config.train.sequence_length)
     _validate_zero(config)
     _validate_attention(config)
     _validate_optimizer(config)
@@ -187,134 +185,6 @@ def _validate_costs(costs: list[float]) -> None:
         at_least("parallel.costs", cost, 0)
     if costs and not costs[0]:
         raise UserError(f"parallel.costs={costs}: the first, a block's forward pass, is 0")
-
-
-def _validate_mtp(mtp: MTPConfig, sequence_length: int) -> None:
-    one_of("mtp.kind", mtp.kind, KINDS)
-    one_of("mtp.concat", mtp.concat, ["embedding_first", "hidden_first"])
-    one_of("mtp.h0", mtp.h0, ["post_norm", "pre_norm"])
-    one_of("mtp.recycle", mtp.recycle, ["post_norm", "pre_norm"])
-    one_of("mtp.branch", mtp.branch, ["penultimate", "final"])
-    one_of("mtp.targets", mtp.targets, ["tokens", "trunk"])
-    one_of("mtp.projection", mtp.projection, ["shared", "own"])
-    if mtp.projection == "own" and mtp.kind != "medusa":
-        raise UserError(f"mtp.projection=own is for mtp.kind=medusa, not {mtp.kind}; choose mtp.projection=shared")
-    at_least("mtp.adversarial", mtp.adversarial, 0)
-    for key, has, needed in (("targets", mtp.targets, "trunk"), ("projection", mtp.projection, "shared")):
-        if mtp.adversarial and has != needed:
-            raise UserError(
-                f"mtp.adversarial={mtp.adversarial:g} holds the heads' states against the trunk's, which do not stand for "
-                f"the same with mtp.{key}={has}; choose mtp.{key}={needed}, or mtp.adversarial=0"
-            )
-    if mtp.adversarial and mtp.kind == "none":
-        raise UserError(f"mtp.adversarial={mtp.adversarial:g} with mtp.kind=none has no heads to tell; choose mtp.adversarial=0")
-    if mtp.repeat and one_module(mtp):
-        raise UserError(f"mtp.repeat=true: the module of mtp.kind={mtp.kind} serves every depth anyway; choose mtp.repeat=false")
-    if mtp.kind == "eagle3" and mtp.blocks > 1:
-        raise UserError(f"mtp.blocks={mtp.blocks}: mtp.kind=eagle3 is one layer; choose mtp.blocks=1, or mtp.kind=eagle")
-    if mtp.repeat and mtp.kind not in ("none", "sequential", "notebook"):
-        raise UserError(f"mtp.repeat=true with mtp.kind={mtp.kind} would make all depths equal; choose mtp.repeat=false")
-    one_of("mtp.normalize", mtp.normalize, ["mean", "sum", "weights"])
-    one_of("mtp.loss_weight_shape", mtp.loss_weight_shape, ["step", "linear"])
-    at_least("mtp.blocks", mtp.blocks, 1)
-    if mtp.kind == "none" and mtp.depth != 0:
-        raise UserError(f"mtp.depth={mtp.depth} with mtp.kind=none; choose mtp.depth=0 (mtp=none does) or mtp.kind=sequential")
-    if mtp.kind != "none" and mtp.depth < 1:
-        raise UserError(f"mtp.depth={mtp.depth} with mtp.kind={mtp.kind} must be at least 1; mtp=none trains without MTP heads")
-    at_least("mtp.stride", mtp.stride, 1)
-    if lookahead(mtp) >= sequence_length:
-        shown = f"mtp.depth={mtp.depth}" + (f" x mtp.stride={mtp.stride}" if mtp.stride > 1 else "")
-        if mtp.kind == "top":
-            shown = f"mtp.window={mtp.window} - 1"
-        raise UserError(f"{shown} must be less than train.sequence_length={sequence_length}")
-    _validate_order(mtp)
-    if mtp.stride > 1 and (one_module(mtp) or learns_inside(mtp)):
-        raise UserError(
-            f"mtp.stride={mtp.stride} with mtp.kind={mtp.kind} and mtp.targets={mtp.targets}, which follow the trunk position by "
-            "position; choose mtp.stride=1"
-        )
-    if mtp.freeze_trunk and mtp.depth == 0:
-        raise UserError("mtp.freeze_trunk=true with mtp.depth=0 leaves nothing to train; choose mtp.freeze_trunk=false")
-    at_least("mtp.loss_weight", mtp.loss_weight, 0)
-    at_least("mtp.cross_entropy_weight", mtp.cross_entropy_weight, 0)
-    if mtp.depth_weights and len(mtp.depth_weights) != mtp.depth:
-        raise UserError(f"mtp.depth_weights has {len(mtp.depth_weights)} entries, but mtp.depth={mtp.depth}; empty: by mtp.decay")
-    above("mtp.decay", mtp.decay, 0)
-    if mtp.depth_weights and mtp.decay != 1:
-        raise UserError(f"mtp.decay={mtp.decay:g} and mtp.depth_weights={mtp.depth_weights} say the same thing twice; choose one")
-    if mtp.normalize == "weights" and mtp.depth_weights and not sum(mtp.depth_weights):
-        raise UserError("mtp.normalize=weights divides by the sum of mtp.depth_weights, 0; choose mtp.normalize=mean or sum")
-    for weight in mtp.depth_weights:
-        finite("mtp.depth_weights", weight)
-        at_least("mtp.depth_weights", weight, 0)
-    _validate_weight_points(mtp.loss_weight_points)
-    _validate_curriculum(mtp)
-
-
-def _validate_order(mtp: MTPConfig) -> None:
-    between("mtp.window", mtp.window, 2, 64)
-    for name, needed in (("depth", 1), ("stride", 1), ("blocks", 1), ("targets", "tokens")):
-        if mtp.kind == "top" and (has := getattr(mtp, name)) != needed:
-            raise UserError(f"mtp.{name}={has}: mtp.kind=top is one matrix that ranks mtp.window tokens; choose {needed}")
-
-
-def _validate_taps(mtp: MTPConfig, model: ModelConfig) -> None:
-    if not mtp.taps:
-        return
-    if mtp.kind != "eagle3":
-        raise UserError(f"mtp.taps={mtp.taps} are for mtp.kind=eagle3, not {mtp.kind}; choose mtp.taps=[]")
-    for layer in mtp.taps:
-        if not 0 <= layer <= model.layers:
-            raise UserError(
-                f"mtp.taps={mtp.taps}: {layer} is no state of a trunk of model.layers={model.layers}; choose from 0 (embeddings) "
-                f"to {model.layers} (its output), or [] for the default"
-            )
-    if sorted(set(mtp.taps)) != mtp.taps:
-        raise UserError(f"mtp.taps={mtp.taps} must ascend; choose mtp.taps={sorted(set(mtp.taps))}")
-
-
-def _validate_draft_vocabulary(mtp: MTPConfig, vocabulary: int | None) -> None:
-    if mtp.draft_vocabulary is None:
-        return
-    shown = f"mtp.draft_vocabulary={mtp.draft_vocabulary}"
-    if not one_module(mtp):
-        raise UserError(f"{shown} is for mtp.kind=eagle and eagle3, not {mtp.kind}; choose mtp.draft_vocabulary=null")
-    at_least("mtp.draft_vocabulary", mtp.draft_vocabulary, 1)
-    if vocabulary is not None and mtp.draft_vocabulary > vocabulary:
-        raise UserError(f"{shown} is more than the {vocabulary} tokens of the vocabulary; choose {vocabulary} or fewer, or null")
-
-
-def _validate_weight_points(points: list[list[float]]) -> None:
-    last = 0.0
-    for point in points:
-        if len(point) != 2:
-            raise UserError(f"mtp.loss_weight_points: {point} is not a pair [tokens seen, lambda]")
-        tokens, weight = point
-        finite("mtp.loss_weight_points", tokens)
-        finite("mtp.loss_weight_points", weight)
-        if not tokens > last:
-            raise UserError(f"mtp.loss_weight_points: {tokens:g} tokens after {last:g}; the tokens must ascend from above 0")
-        at_least("mtp.loss_weight_points", weight, 0)
-        last = tokens
-
-
-def _validate_curriculum(mtp: MTPConfig) -> None:
-    least, last = int(mtp.freeze_trunk), -1.0
-    if mtp.curriculum and mtp.kind == "none":
-        raise UserError("mtp.curriculum with mtp.kind=none has no depths to choose from; choose mtp.curriculum=[]")
-    for point in mtp.curriculum:
-        if len(point) != 2:
-            raise UserError(f"mtp.curriculum: {point} is not a pair [tokens seen, depth]")
-        tokens, depth = point
-        finite("mtp.curriculum", tokens)
-        at_least("mtp.curriculum", tokens, 0)
-        if not tokens > last:
-            raise UserError(f"mtp.curriculum: {tokens:g} tokens after {last:g}; the tokens must ascend")
-        if depth not in range(least, mtp.depth + 1):
-            reason = " (mtp.freeze_trunk=true leaves nothing else to train)" if least and not depth else ""
-            allowed = f"a whole number from {least} to mtp.depth={mtp.depth}"
-            raise UserError(f"mtp.curriculum: depth {depth:g} is not {allowed}{reason}")
-        last = tokens
 
 
 def _validate_zero(config: TrainingRun) -> None:

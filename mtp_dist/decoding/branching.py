@@ -60,14 +60,8 @@ class ChainBranching(ChainDrafter):
             ready = self._all(texts, grown, level)[:, -max(newest, 1) :]
         else:
             ready = self._newest(texts, grown, newest)
-        kept = self.model.chunk.draft_vocabulary
-        if kept is None:
-            return self.model.logits(ready)
-        if self.model.chunk.group.size > 1:
-            few = self.model.logits(ready)[..., :kept]
-        else:
-            few = self.model.logits(ready, self.model.chunk.output_weight()[:kept])
-        return F.pad(few, (0, self.model.vocabulary - few.shape[-1]), value=float("-inf"))
+        logits = self.model.logits(ready, kept=self.model.chunk.draft_vocabulary)
+        return F.pad(logits, (0, self.model.vocabulary - logits.shape[-1]), value=float("-inf"))
 
     def done(self, texts: Texts) -> None:
         for depth, cache in enumerate(self.caches, start=1):

@@ -60,9 +60,7 @@ class Chooser:
     ) -> tuple[Tensor, Tensor | None]:
         """states [B, d] ready for the head (matrix: its own one; kept: among the first so many tokens) -> (drafts [B], their
         distributions [B, V], 0 for the other tokens; greedy: None)."""
-        if kept is not None and self.model.chunk.group.size == 1:
-            matrix = self.model.chunk.output_weight()[:kept]  # the others are not computed
-        logits = self.model.logits(states, matrix)[..., :kept]
+        logits = self.model.logits(states, matrix, kept=kept)
         token, distribution = pick(logits, self.sampling, self.source)
         if distribution is not None:
             distribution = F.pad(distribution, (0, self.model.vocabulary - logits.shape[-1]))

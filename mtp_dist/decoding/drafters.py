@@ -1,5 +1,9 @@
 """Which drafter the settings ask for, and how many tokens it drafts a round."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
 from torch import nn
 
 from mtp_dist.config.schema import DecodeConfig
@@ -19,6 +23,31 @@ from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.mtp.medusa import MedusaHeads
 from mtp_dist.model.mtp.notebook import NotebookHeads
 from mtp_dist.model.mtp.parallel import ParallelHeads
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ByHeads(Generic[T]):
+    """What drafts with each kind of heads: chains, those of Gloeckle, those of one state."""
+
+    chained: Callable[..., T]
+    parallel: Callable[..., T]
+    pointed: Callable[..., T]
+
+    def build(self, model: DecodingModel, batch: int, sampling: Sampling, source: Source, *, most: int) -> T:
+        """The one for the heads that the model has."""
+        heads, chain = model.heads, chain_of(model)
+        if chain is not None:
+            return self.chained(model, chain, batch, sampling, source, most=most)
+        if isinstance(heads, ParallelHeads):
+            return self.parallel(model, heads, batch, sampling, source, most=most)
+        assert isinstance(heads, MedusaHeads | NotebookHeads)
+        return self.pointed(model, heads, sampling, source)
+
+
+DRAFTERS = ByHeads[Drafter](ChainDrafter, ParallelDrafter, PointDrafter)
+BRANCHINGS = ByHeads[Branching](ChainBranching, ParallelBranching, PointBranching)
 
 WITHOUT_DEPTH = 4
 """Drafts a round of a drafter that has no depth, unless the settings say."""
@@ -63,8 +92,7 @@ def build_drafter(
     model: DecodingModel, batch: int, config: DecodeConfig, sampling: Sampling, source: Source, *, other: nn.Module | None = None
 ) -> Drafter:
     """The drafter that ``config`` asks for. ``other``: the model that drafts, where it is to be another, one of ours or of
-    `transformers`; of ranks that decode
-    together only the one that decides needs it."""
+    `transformers`; of ranks that decode together only the one that decides needs it."""
     if isinstance(model, LayoutModel):
         drafts = model.chunk.last if config.drafter == "heads" else model.leads
         return Announced(model, _own_drafter(model, batch, config, sampling, source, other) if drafts else None)
@@ -98,21 +126,9 @@ def build_branching(
     if other is not None:
         assert isinstance(other, Chunk)
         return ModelBranching(model.beside(other), batch, sampling, source)
-    heads, chain = model.heads, chain_of(model)
-    if chain is not None:
-        return ChainBranching(model, chain, batch, sampling, source, most=most)
-    if isinstance(heads, ParallelHeads):
-        return ParallelBranching(model, heads, batch, sampling, source, most=most)
-    assert isinstance(heads, MedusaHeads | NotebookHeads)
-    return PointBranching(model, heads, sampling, source)
+    return BRANCHINGS.build(model, batch, sampling, source, most=most)
 
 
 def head_drafter(model: DecodingModel, batch: int, sampling: Sampling, source: Source, *, most: int) -> Drafter:
     """The drafter of the model's own heads. ``most``: the largest count that will be asked for."""
-    heads, chain = model.heads, chain_of(model)
-    if chain is not None:
-        return ChainDrafter(model, chain, batch, sampling, source, most=most)
-    if isinstance(heads, ParallelHeads):
-        return ParallelDrafter(model, heads, batch, sampling, source, most=most)
-    assert isinstance(heads, MedusaHeads | NotebookHeads)
-    return PointDrafter(model, heads, sampling, source)
+    return DRAFTERS.build(model, batch, sampling, source, most=most)

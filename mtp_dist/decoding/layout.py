@@ -99,18 +99,18 @@ class LayoutModel(DecodingModel):
         if after != self.mesh.pipeline_rank:
             dist.send(states.contiguous(), self.mesh.pipeline_peer(after), group=self.mesh.pipeline)
 
-    def logits(self, states: Tensor, matrix: Tensor | None = None) -> Tensor:
-        """As in one process, [.., V] on each of the tensor ranks. Collective over them."""
+    def logits(self, states: Tensor, matrix: Tensor | None = None, *, kept: int | None = None) -> Tensor:
+        """As in one process, on each of the tensor ranks. Collective over them."""
         group = self.mesh.tensor
         if group.size == 1:
-            return super().logits(states, matrix)
+            return super().logits(states, matrix, kept=kept)
         rows = self.chunk.output_weight() if matrix is None else matrix
         spec = spec_of(rows)
         # Shares differ by a row, and a gather takes equal ones.
         gathered = group.stacked(F.pad(states @ rows.T, (0, spec.largest_share - len(rows))))
         bounds = [rank * spec.shape[0] // group.size for rank in range(group.size + 1)]
         shares = [share[..., : end - begin] for share, begin, end in zip(gathered, bounds, bounds[1:], strict=False)]
-        logits = torch.cat(shares, dim=-1)[..., : self.vocabulary]
+        logits = torch.cat(shares, dim=-1)[..., : kept or self.vocabulary]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def decide(self, states: Tensor, rule: Callable[[Tensor], T]) -> T:

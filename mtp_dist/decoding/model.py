@@ -169,9 +169,10 @@ class DecodingModel:
         embedded = self.embedding(span.read(tokens, ahead=depth))
         return module(hidden, embedded, self.turned(span, branches), self.visible(tokens, span, branches), cache.at(span))
 
-    def logits(self, states: Tensor, matrix: Tensor | None = None) -> Tensor:
-        """states [.., d] ready for the head -> [.., V], float32 or wider. matrix [>= V, d]: of another head than the main one."""
-        logits = states @ (self.chunk.output_weight() if matrix is None else matrix)[: self.vocabulary].T
+    def logits(self, states: Tensor, matrix: Tensor | None = None, *, kept: int | None = None) -> Tensor:
+        """states [.., d] ready for the head -> [.., V], float32 or wider. matrix [>= V, d]: of another head than the main one.
+        kept: of the first so many tokens alone, [.., kept]."""
+        logits = states @ (self.chunk.output_weight() if matrix is None else matrix)[: kept or self.vocabulary].T
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def turned(self, span: Span, branches: Branches | None = None) -> Tensor:

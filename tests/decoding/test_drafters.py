@@ -1,6 +1,7 @@
 """Whoever drafts, texts are the trunk's own: the same greedy tokens, and samples from the same distribution."""
 
 import copy
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from mtp_dist.config.schema import DecodeConfig
 from mtp_dist.decoding import verification
+from mtp_dist.decoding.drafter import Drafter
 from mtp_dist.decoding.drafters import draft_length
 from mtp_dist.decoding.engine import generate_batch
 from mtp_dist.decoding.lookup import Followers
@@ -19,6 +21,7 @@ from mtp_dist.decoding.text import Texts
 from mtp_dist.model.chunk import Chunk
 from tests.decoding.chi_square import excess
 from tests.decoding.models import random_model, taught
+from tests.decoding.roll_back import check_roll_back
 from tests.decoding.test_engine import PATTERN, exact_texts
 
 # A vocabulary of three: drafts are right by chance, and wrong as often.
@@ -128,25 +131,12 @@ def test_a_models_drafts_equal_those_from_rebuilt_caches() -> None:
     model = DecodingModel(random_model(1, dtype=torch.float64, seed=3), 48, end=4)
     unused = TrunkPass(torch.empty(0), torch.empty(0), {})
 
-    def start(prompts: list[list[int]]) -> tuple[Texts, ModelDrafter]:
+    def start(prompts: Sequence[list[int]]) -> tuple[Texts, Drafter]:
         texts, drafter = Texts(prompts, 48, model.device), ModelDrafter(model, len(prompts), Sampling(), None)
         drafter.prefill(texts, unused)
         return texts, drafter
 
-    texts, drafter = start([[1, 2, 3], [5], [7, 7, 1, 4, 9, 2]])
-    drafts: list[list[int]] = [[], [], []]
-    for token, accepted in enumerate([[0, 0, 0], [0, 3, 1], [2, 0, 3], [0, 1, 0], [3, 3, 0]]):
-        texts.extend([[*row[:count], token] for row, count in zip(drafts, accepted, strict=False)])
-        drafter.observe(texts, unused)
-        drafts = drafter.propose(texts, 3).tokens.tolist()
-        for row, found in zip(texts.rows, drafts, strict=True):
-            alone, fresh = start([row[:-1]])
-            alone.extend([row[-1:]])
-            assert fresh.propose(alone, 3).tokens.tolist() == [found]
-        if token == 2:
-            texts.keep([0, 2])
-            drafter.keep([0, 2])
-            drafts = [drafts[0], drafts[2]]
+    check_roll_back(start, [[1, 2, 3], [5], [7, 7, 1, 4, 9, 2]], lambda number: number)
 
 
 def test_a_model_that_lacks_tokens_cannot_draft() -> None:

@@ -64,6 +64,10 @@ CASES: dict[str, dict[str, Any]] = {
     "tree": {"rows": [0, 1, 2, 3], "mode": "speculative", "tree": "static", **GREEDY},
     "drawn tree": {"rows": [3, 1], "mode": "speculative", "tree": "static", "max_new_tokens": 12, "temperature": 0.9},
     "dynamic tree": {"rows": [2, 1], "mode": "speculative", "tree": "dynamic", "tree_nodes": 7, "tree_width": 3, **GREEDY},
+    "drawn dynamic tree": {
+        "rows": [3, 1], "mode": "speculative", "tree": "dynamic", "tree_nodes": 7, "tree_width": 3, "max_new_tokens": 12,
+        "temperature": 0.9,
+    },
     "auto": {"rows": [0], "mode": "speculative", "auto": True, **GREEDY},
 }
 TIMED = ("auto",)
@@ -151,7 +155,7 @@ def test_a_layout_writes_what_one_process_writes(
 @pytest.mark.parametrize("kind", KINDS)
 def test_drafts_were_accepted_and_rejected(kind: str, alone: Callable[[str], list[Any]]) -> None:
     """Else the test above says little."""
-    for names in (("drafts batch", "drawn"), ("another model",), ("tree", "drawn tree", "dynamic tree")):
+    for names in (("drafts batch", "drawn"), ("another model",), ("tree", "drawn tree", "dynamic tree", "drawn dynamic tree")):
         texts = [text for name in names for text in alone(kind)[list(CASES).index(name)]]
         drafted, accepted = (sum(sum(text[column]) for text in texts) for column in (2, 3))
         assert 0 < accepted < drafted, names

@@ -4,6 +4,7 @@ cache says after any roll-back, in ragged batches too, what a fresh one would sa
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mtp_dist.checkpoint.manifest import TOKENIZER
 from mtp_dist.checkpoint.reader import Checkpoint
 from mtp_dist.config.schema import DecodeConfig, Export, Generation, MTPConfig
 from mtp_dist.data.tokenizer import byte_tokenizer
+from mtp_dist.decoding.drafter import Drafter
 from mtp_dist.decoding.engine import Generated, generate_batch
 from mtp_dist.decoding.hugging_face import HuggingFaceDrafter
 from mtp_dist.decoding.model import DecodingModel, TrunkPass
@@ -26,6 +28,7 @@ from mtp_dist.generate import open_writer
 from mtp_dist.interop.causal_model import load_causal_model
 from mtp_dist.model.chunk import Chunk
 from tests.decoding.models import random_model, taught
+from tests.decoding.roll_back import check_roll_back
 from tests.decoding.test_generate import SENTENCE, save
 
 VOCABULARY = 257
@@ -101,31 +104,23 @@ def test_drafts_equal_those_of_a_fresh_cache(trunk: Chunk, foreign: Path, monkey
     other, unused = load_causal_model(foreign, "x", torch.float64), TrunkPass(torch.empty(0), torch.empty(0), {})
     model = DecodingModel(trunk, 40, vocabulary=VOCABULARY)
 
-    def start(prompts: list[list[int]]) -> tuple[Texts, HuggingFaceDrafter]:
+    cleared: list[HuggingFaceDrafter] = []
+    clear = HuggingFaceDrafter._clear
+    monkeypatch.setattr(HuggingFaceDrafter, "_clear", lambda drafter: (cleared.append(drafter), clear(drafter)))
+    started: list[HuggingFaceDrafter] = []
+
+    def start(prompts: Sequence[list[int]]) -> tuple[Texts, Drafter]:
         texts, drafter = Texts(prompts, 40, model.device), HuggingFaceDrafter(model, other, len(prompts), Sampling(), None)
         drafter.prefill(texts, unused)
+        started.append(drafter)
         return texts, drafter
 
-    texts, drafter = start(PROMPTS[:3])
-    clear, cleared = drafter._clear, []
-    monkeypatch.setattr(drafter, "_clear", lambda: (cleared.append(texts.known), clear()))
-    drafts: list[list[int]] = [[], [], []]
-    for token, accepted in enumerate([[0, 0, 0], [0, 3, 1], [2, 0, 3], [0, 1, 0], [3, 3, 0], [0, 0, 0]]):
-        texts.extend([[*row[:count], 97 + token] for row, count in zip(drafts, accepted, strict=False)])
-        drafter.observe(texts, unused)
-        drafts = drafter.propose(texts, 3).tokens.tolist()
-        for row, found in zip(texts.rows, drafts, strict=True):
-            alone, fresh = start([row[:-1]])
-            alone.extend([row[-1:]])
-            assert fresh.propose(alone, 3).tokens.tolist() == [found]
-        if token == 2:
-            texts.keep([0, 2])
-            drafter.keep([0, 2])
-            drafts = [drafts[0], drafts[2]]
-        if token == 4:
-            assert not cleared
-            model.capacity = 8
-    assert cleared
+    def narrow() -> None:
+        assert cleared.count(started[0]) == 1, "as it starts"
+        model.capacity = 8
+
+    check_roll_back(start, PROMPTS[:3], lambda number: 97 + number, narrow)
+    assert cleared.count(started[0]) == 2
 
 
 def test_texts_beyond_the_models_positions_get_no_drafts(trunk: Chunk, foreign: Path) -> None:
