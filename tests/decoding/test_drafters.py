@@ -119,10 +119,12 @@ def test_a_model_never_rejects_its_own_drafts(temperature: float) -> None:
     """So its caches, rolled back and caught up with in a ragged batch, say what the trunk's say."""
     chunk = random_model(2, dtype=torch.float64, seed=3)
     config = DecodeConfig(mode="speculative", drafter="model", temperature=temperature, draft=3, max_new_tokens=23)
-    prompts = [[1, 2, 3], [5], [7, 7, 1, 4, 9, 2]]
-    for result in generate_batch(chunk, prompts, config, end=4, draft_model=chunk):
+    prompts = [[1, 2, 3], [5], [7, 7, 1, 4, 9, 2]] * 4
+    results = generate_batch(chunk, prompts, config, end=4, draft_model=chunk)
+    for result in results:
         assert result.statistics.accepted == result.statistics.drafted
-        assert sum(result.statistics.accepted) > 0
+    # Which text ends at once is the machine's own chance: draws differ between processors.
+    assert sum(sum(result.statistics.accepted) for result in results) > 0
 
 
 @torch.no_grad()
