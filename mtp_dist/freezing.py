@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mtp_dist.checkpoint import folder
+from mtp_dist.checkpoint import draft_tokens, folder
 from mtp_dist.checkpoint.compatibility import require_same_model, require_start
 from mtp_dist.checkpoint.manifest import TOKENIZER, read_manifest
 from mtp_dist.config import versions
@@ -109,10 +109,16 @@ def check(config: TrainingRun, cores: int | None = None) -> TrainingRun:
 
 
 def freeze(config: TrainingRun) -> Path:
-    """Write ``resolved.yaml`` unless the same is there; keep one that differs, refuse one of another model or data."""
+    """Write ``resolved.yaml`` unless the same is there; keep one that differs, refuse one of another model or data. Before it
+    the tokens that the heads draft among, where the settings ask for some."""
     path = resolved_file(config.run_dir)
     old = _frozen_before(config.run_dir)
-    if old is not None and not _changes(old, config):
+    changes = _changes(old, config) if old is not None else []
+    try:
+        draft_tokens.choose(config)
+    except OSError as error:
+        raise UserError(f"run_dir={config.run_dir} cannot be written: {error.strerror}") from None
+    if old is not None and not changes:
         return path
     kept = None
     try:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mtp_dist.checkpoint import folder as folders
+from mtp_dist.checkpoint.draft_tokens import of_checkpoint
 from mtp_dist.checkpoint.manifest import CONFIG, TOKENIZER, FragmentRecord, Manifest, damage, read_manifest
 from mtp_dist.config import compose
 from mtp_dist.config.schema import ParallelConfig, TrainingRun
@@ -54,6 +55,11 @@ class Checkpoint:
     @property
     def tokenizer_path(self) -> Path:
         return self.path / TOKENIZER
+
+    @cached_property
+    def draft_tokens(self) -> list[int] | None:
+        """Those among which its heads draft; None: all. Raises UserError."""
+        return of_checkpoint(self.path, self.config)
 
     def damages(self, share: int = 0, shares: int = 1) -> list[str]:
         """What is wrong with its files, by size and SHA-256; every `shares`-th file from number `share` on."""
@@ -117,13 +123,14 @@ class Checkpoint:
     def load_model(self, dtype: torch.dtype = torch.float32) -> Chunk:
         """The whole model in this process, in evaluation mode."""
         with torch.device("meta"):
-            model = Chunk(self.config.model, self.config.mtp, range(self.config.model.layers))
+            layers = range(self.config.model.layers)
+            model = Chunk(self.config.model, self.config.mtp, layers, draft_tokens=self.draft_tokens)
         self.load_weights([model], dtype)
         return model.eval().requires_grad_(False)
 
     def load_part(self, parallel: ParallelConfig, mesh: Mesh, dtype: torch.dtype) -> nn.ModuleList:
         """This rank's chunks of the model under a layout, ascending, in evaluation mode on the mesh's device."""
-        chunks = build_chunks(dataclasses.replace(self.config, parallel=parallel), mesh)
+        chunks = build_chunks(dataclasses.replace(self.config, parallel=parallel), mesh, self.draft_tokens)
         self.load_weights(chunks, dtype)
         return chunks.eval().requires_grad_(False).to(mesh.device)
 

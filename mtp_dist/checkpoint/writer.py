@@ -33,6 +33,7 @@ import torch.distributed as dist
 
 import mtp_dist
 from mtp_dist.checkpoint import folder as folders
+from mtp_dist.checkpoint.draft_tokens import DRAFT_TOKENS
 from mtp_dist.checkpoint.fault import point
 from mtp_dist.checkpoint.fragment_file import FragmentFile
 from mtp_dist.checkpoint.manifest import (
@@ -104,9 +105,11 @@ class Saver:
         engine: Engine,
         tokenizer: Path,
         announce: Callable[[Path], None] = lambda folder: None,
+        draft_tokens: Path | None = None,
     ) -> None:
-        """`announce` is called on every rank with each checkpoint that has become complete."""
-        self.announce = announce
+        """`announce` is called on every rank with each checkpoint that has become complete. `draft_tokens`: the file of those of
+        a run that has some, kept in each checkpoint as the tokenizer is."""
+        self.announce, self.draft_tokens = announce, draft_tokens
         self.root, self.config, self.mesh, self.engine, self.tokenizer = root, config, mesh, engine, tokenizer
         self.file = FragmentFile(f"rank_{mesh.rank:05d}.safetensors", engine, buffered=config.checkpoint.asynchronous)
         self._parameters: dict[str, ParameterRecord] | None = None
@@ -237,8 +240,10 @@ class Saver:
         temporary, manifest = save.temporary, save.manifest
         compose.save(self.config, temporary / CONFIG)
         point("commit.files")
-        shutil.copyfile(self.tokenizer, temporary / TOKENIZER)
-        for name in (CONFIG, TOKENIZER):
+        copied = {TOKENIZER: self.tokenizer} | ({} if self.draft_tokens is None else {DRAFT_TOKENS: self.draft_tokens})
+        for name, source in copied.items():
+            shutil.copyfile(source, temporary / name)
+        for name in (CONFIG, *copied):
             sync_path(temporary / name)
             manifest.files[name] = file_record(temporary / name)
         for name, record in manifest.files.items():

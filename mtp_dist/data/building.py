@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from mtp_dist.config.schema import ShardBuild
+from mtp_dist.data import token_counts
 from mtp_dist.data.dataset import FORMAT, MANIFEST, SPLITS, Dataset, file_sha256, read_manifest
 from mtp_dist.data.shards import SplitWriter, token_dtype
 from mtp_dist.data.sources.source import Document, Source, open_source
@@ -52,7 +53,8 @@ def build(config: ShardBuild) -> tuple[Dataset, bool]:
     check_free(out, _estimate(source, config) + RESERVE)
     with building_folder(out) as folder:
         _make_tokenizer(source, config).save(str(folder / TOKENIZER))
-        _write_manifest(folder, settings, _write_shards(source, config, folder))
+        splits, counts = _write_shards(source, config, folder)
+        _write_manifest(folder, settings, splits, token_counts.save(folder, counts))
     return Dataset.open(out), True
 
 
@@ -162,26 +164,33 @@ def _training_text(source: Source, config: ShardBuild) -> Iterator[str]:
                     return
 
 
-def _write_shards(source: Source, config: ShardBuild, folder: Path) -> dict[str, Any]:
-    """Tokenise and write all documents; the `splits` entry of dataset.json."""
+def _write_shards(source: Source, config: ShardBuild, folder: Path) -> tuple[dict[str, Any], np.ndarray]:
+    """Tokenise and write all documents; the `splits` entry of dataset.json, and how often each token stands in those of the
+    training split, int64 [V]."""
     tokenizer = text_tokenizer(folder / TOKENIZER)
     eos_id = end_of_document(tokenizer)[1]
-    dtype = token_dtype(vocabulary_size(tokenizer))
+    vocabulary = vocabulary_size(tokenizer)
+    dtype, counts = token_dtype(vocabulary), np.zeros(vocabulary, dtype=np.int64)
     shard_bytes = int(config.shard_mb * MIB)
     writers = {split: SplitWriter(folder, split, shard_bytes, dtype) for split in SPLITS}
     written = 0
     with _bar("shards", source.size()) as bar:
         for batch in _batches(_limited(source, config.limit_mb)):
             encodings = tokenizer.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
+            learned: list[np.ndarray] = []
             for document, encoding in zip(batch, encodings, strict=True):
                 tokens = np.array([*encoding.ids, eos_id], dtype=dtype)
-                if writers[split_of(document.name, config.validation_share)].add(document.name, tokens):
+                split = split_of(document.name, config.validation_share)
+                if writers[split].add(document.name, tokens):
                     check_free(folder, shard_bytes + RESERVE)
+                if split == "train":
+                    learned.append(tokens)
                 bar.update(len(document.text.encode()))
                 written += 1
+            counts += token_counts.counted(learned, vocabulary)
     if not written:
         raise UserError(f"source={config.source} has no documents with text; name other input")
-    return {split: writer.close() for split, writer in writers.items()}
+    return {split: writer.close() for split, writer in writers.items()}, counts
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -195,7 +204,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _write_manifest(folder: Path, settings: dict[str, Any], splits: dict[str, Any]) -> None:
+def _write_manifest(folder: Path, settings: dict[str, Any], splits: dict[str, Any], counts: dict[str, Any]) -> None:
     tokenizer = load_tokenizer(folder / TOKENIZER)
     eos_token, eos_id = end_of_document(tokenizer)
     vocab_size = vocabulary_size(tokenizer)
@@ -210,6 +219,7 @@ def _write_manifest(folder: Path, settings: dict[str, Any], splits: dict[str, An
         },
         "dtype": token_dtype(vocab_size).name,
         "splits": splits,
+        "token_counts": counts,
         "settings": settings,
         "settings_sha256": settings_hash(settings),
     }

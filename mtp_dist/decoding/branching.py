@@ -8,10 +8,10 @@ in the pass that it needs anyway, so that the caches hold nothing that a chain's
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_dist.decoding.chain import ChainDrafter
+from mtp_dist.decoding.drafter import spread
 from mtp_dist.decoding.model import DecodingModel, TrunkPass
 from mtp_dist.decoding.side_by_side import ParallelDrafter, PointDrafter
 from mtp_dist.decoding.small_model import ModelDrafter
@@ -60,8 +60,8 @@ class ChainBranching(ChainDrafter):
             ready = self._all(texts, grown, level)[:, -max(newest, 1) :]
         else:
             ready = self._newest(texts, grown, newest)
-        logits = self.model.logits(ready, kept=self.model.chunk.draft_vocabulary)
-        return F.pad(logits, (0, self.model.vocabulary - logits.shape[-1]), value=float("-inf"))
+        logits, tokens = self.model.draft_logits(ready), self.model.drafted
+        return logits if tokens is None else spread(logits, tokens, self.model.vocabulary, float("-inf"))
 
     def done(self, texts: Texts) -> None:
         for depth, cache in enumerate(self.caches, start=1):

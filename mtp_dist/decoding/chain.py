@@ -114,7 +114,7 @@ class ChainDrafter:
                 ready, handed = self._run(depth, texts.tokens, self.positions)
             else:
                 ready, handed = self._recycle(handed, texts.tokens)
-            token, distribution = self.chooser.choose(ready, kept=self.model.chunk.draft_vocabulary)
+            token, distribution = self.chooser.choose_drafted(ready)
             texts.draft(depth - 1, token)
             distributions.append(distribution)
         self.used = Snapshot(texts, count)

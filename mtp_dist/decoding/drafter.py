@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_dist.decoding.model import DecodingModel, TrunkPass
@@ -55,16 +54,25 @@ class Chooser:
     def __init__(self, model: DecodingModel, sampling: Sampling, source: Source) -> None:
         self.model, self.sampling, self.source = model, sampling, source
 
-    def choose(
-        self, states: Tensor, matrix: Tensor | None = None, *, kept: int | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """states [B, d] ready for the head (matrix: its own one; kept: among the first so many tokens) -> (drafts [B], their
-        distributions [B, V], 0 for the other tokens; greedy: None)."""
-        logits = self.model.logits(states, matrix, kept=kept)
-        token, distribution = pick(logits, self.sampling, self.source)
-        if distribution is not None:
-            distribution = F.pad(distribution, (0, self.model.vocabulary - logits.shape[-1]))
+    def choose(self, states: Tensor, matrix: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """states [B, d] ready for the head (matrix: its own one) -> (drafts [B], their distributions [B, V]; greedy: None)."""
+        token, distribution = pick(self.model.logits(states, matrix), self.sampling, self.source)
         return self.model.same(token), distribution
+
+    def choose_drafted(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As ``choose``, among the model's ``drafted`` tokens: a distribution is 0 for all others."""
+        tokens = self.model.drafted
+        if tokens is None:
+            return self.choose(states)
+        place, distribution = pick(self.model.draft_logits(states), self.sampling, self.source)
+        if distribution is not None:
+            distribution = spread(distribution, tokens, self.model.vocabulary, 0.0)
+        return self.model.same(tokens[place]), distribution
+
+
+def spread(values: Tensor, tokens: Tensor, vocabulary: int, rest: float) -> Tensor:
+    """values [.., n] of these tokens [n] -> [.., V], `rest` for all others."""
+    return values.new_full((*values.shape[:-1], vocabulary), rest).index_copy_(-1, tokens, values)
 
 
 def pick(logits: Tensor, sampling: Sampling, source: Source) -> tuple[Tensor, Tensor | None]:

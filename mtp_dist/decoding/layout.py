@@ -99,19 +99,24 @@ class LayoutModel(DecodingModel):
         if after != self.mesh.pipeline_rank:
             dist.send(states.contiguous(), self.mesh.pipeline_peer(after), group=self.mesh.pipeline)
 
-    def logits(self, states: Tensor, matrix: Tensor | None = None, *, kept: int | None = None) -> Tensor:
+    def logits(self, states: Tensor, matrix: Tensor | None = None) -> Tensor:
         """As in one process, on each of the tensor ranks. Collective over them."""
         group = self.mesh.tensor
         if group.size == 1:
-            return super().logits(states, matrix, kept=kept)
+            return super().logits(states, matrix)
         rows = self.chunk.output_weight() if matrix is None else matrix
         spec = spec_of(rows)
         # Shares differ by a row, and a gather takes equal ones.
         gathered = group.stacked(F.pad(states @ rows.T, (0, spec.largest_share - len(rows))))
         bounds = [rank * spec.shape[0] // group.size for rank in range(group.size + 1)]
         shares = [share[..., : end - begin] for share, begin, end in zip(gathered, bounds, bounds[1:], strict=False)]
-        logits = torch.cat(shares, dim=-1)[..., : kept or self.vocabulary]
+        logits = torch.cat(shares, dim=-1)[..., : self.vocabulary]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def draft_logits(self, states: Tensor) -> Tensor:
+        """Tensor ranks have unequal parts of these tokens: they make all logits."""
+        whole = self.mesh.tensor.size > 1 and self.drafted is not None
+        return self.logits(states)[..., self.drafted] if whole else super().draft_logits(states)
 
     def decide(self, states: Tensor, rule: Callable[[Tensor], T]) -> T:
         logits = self.logits(states) if self.chunk.last else None

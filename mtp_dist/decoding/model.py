@@ -6,6 +6,7 @@ belongs to the document it ends.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -169,11 +170,25 @@ class DecodingModel:
         embedded = self.embedding(span.read(tokens, ahead=depth))
         return module(hidden, embedded, self.turned(span, branches), self.visible(tokens, span, branches), cache.at(span))
 
-    def logits(self, states: Tensor, matrix: Tensor | None = None, *, kept: int | None = None) -> Tensor:
-        """states [.., d] ready for the head -> [.., V], float32 or wider. matrix [>= V, d]: of another head than the main one.
-        kept: of the first so many tokens alone, [.., kept]."""
-        logits = states @ (self.chunk.output_weight() if matrix is None else matrix)[: kept or self.vocabulary].T
+    def logits(self, states: Tensor, matrix: Tensor | None = None) -> Tensor:
+        """states [.., d] ready for the head -> [.., V], float32 or wider. matrix [>= V, d]: of another head than the main one."""
+        logits = states @ (self.chunk.output_weight() if matrix is None else matrix)[: self.vocabulary].T
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @cached_property
+    def drafted(self) -> Tensor | None:
+        """int64 [n], ascending: the tokens that a chain drafts among; None: all."""
+        known = self.chunk.drafted_tokens()
+        return None if known is None else known.tokens
+
+    @cached_property
+    def _drafted_rows(self) -> Tensor:
+        """[n, d], a copy: picked once, not a draft at a time."""
+        return self.chunk.output_weight()[self.drafted]
+
+    def draft_logits(self, states: Tensor) -> Tensor:
+        """As ``logits``, of the tokens ``drafted`` alone: [.., n]."""
+        return self.logits(states) if self.drafted is None else self.logits(states, self._drafted_rows)
 
     def turned(self, span: Span, branches: Branches | None = None) -> Tensor:
         """The rotation of a span's positions: [2, n, c], or [2, B, 1, n, c] where rows differ."""

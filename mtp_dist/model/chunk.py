@@ -4,6 +4,7 @@ The first chunk looks tokens up, the last one holds the final norm, the MTP head
 one chunk that is both. Parameter names are global: chunk 3's layer 7 is `layers.7` in every layout.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -26,6 +27,7 @@ from mtp_dist.config.heads import (
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.adversary import Adversary
 from mtp_dist.model.attention import Mask, build_mask
+from mtp_dist.model.draft_tokens import DraftTokens
 from mtp_dist.model.embedding import Embedding
 from mtp_dist.model.feature_loss import feature_loss
 from mtp_dist.model.head_loss import STATISTICS, Order
@@ -48,7 +50,8 @@ class Chunk(nn.Module):
     after them.
 
     `embedding` hands in an embedding built elsewhere: in a V placement the first and the last chunk are neighbours on one rank
-    and share it.
+    and share it. `draft_tokens`: the `mtp.draft_vocabulary` tokens among which the depths draft; a last chunk that has such a
+    setting computes nothing without them.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Chunk(nn.Module):
         last: bool = True,
         group: TensorGroup = ALONE,
         embedding: Embedding | None = None,
+        draft_tokens: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         assert model.vocab_size is not None
@@ -70,6 +74,10 @@ class Chunk(nn.Module):
         self.detach, self.reads_tokens, self.inside = detaches(mtp), reads_tokens(mtp), learns_inside(mtp)
         self.soft, self.cross_entropy_weight = soft_targets(mtp), mtp.cross_entropy_weight
         self.draft_vocabulary, self.window = mtp.draft_vocabulary, order_window(mtp)
+        self.draft_tokens: DraftTokens | None = None
+        if last and mtp.draft_vocabulary is not None and draft_tokens is not None:
+            assert len(set(draft_tokens)) == mtp.draft_vocabulary
+            self.draft_tokens = DraftTokens(draft_tokens, model.vocab_size, group)
         needs_embedding = first or (last and embeds_on_last(model, mtp))
         self.embedding: Embedding | None = None
         if needs_embedding:
@@ -128,6 +136,11 @@ class Chunk(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+    def drafted_tokens(self) -> DraftTokens | None:
+        """Those that the depths know; None: all. Only on the last chunk."""
+        assert self.draft_vocabulary is None or self.draft_tokens is not None, "mtp.draft_vocabulary without its tokens"
+        return self.draft_tokens
 
     def output_weight(self) -> nn.Parameter:
         """[V/R, d]: the matrix that turns states into logits. Only on the last chunk."""
@@ -191,7 +204,7 @@ class Chunk(nn.Module):
         order = Order(*upcoming(tokens, documents, self.window)) if self.window else None
         loss, statistics = self.head(
             states, wanted=wanted, scale=of_head, queue=self.weight_gradients, main_only=self.detach, soft=self.soft,
-            kept=self.draft_vocabulary, own=self.mtp.projections() if self.mtp is not None else (), order=order,
+            kept=self.drafted_tokens(), own=self.mtp.projections() if self.mtp is not None else (), order=order,
         )
         columns = F.pad(statistics, (0, len(COLUMNS) - len(STATISTICS)))
         if imitated is not None:

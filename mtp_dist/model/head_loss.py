@@ -8,14 +8,12 @@ have been through ``TensorGroup.enter``: what comes back for them is this slice'
 A target is a token, or with a ``Teacher`` the whole distribution that the trunk's main head gives k positions further on
 (self-distillation): what a draft of depth k will be held against. Its logits, too, exist a chunk at a time.
 
-The depths may know a part of the vocabulary only, the first `kept` tokens: their softmax is over those. A target beyond them has
-no loss, be it a token or what a teacher gives to others, and is not right; but it stays among those that means are taken of, so
-an accuracy is still that of a decoder. (EAGLE-3's code leaves a target out whole where the teacher's likeliest token is beyond: a
-near tie then decides about a term of the loss.) Tensor ranks have unequal shares of the work: those that hold the last rows,
-none.
+The depths may know a part of the vocabulary only, the tokens `kept`: their softmax is over those. Another target has no loss, be
+it a token or what a teacher gives to others, and is not right; but it stays among those that means are taken of, so an accuracy
+is still that of a decoder. (EAGLE-3's code leaves a target out whole where the teacher's likeliest token is another: a near tie
+then decides about a term of the loss.) Tensor ranks may have unequal shares of the work: as many rows as of these tokens.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mtp_dist.model.draft_tokens import DraftTokens
 from mtp_dist.model.parameter import spec_of
 from mtp_dist.model.targets import IGNORE
 from mtp_dist.model.tensor_group import TensorGroup
@@ -69,13 +68,13 @@ def head_loss(
     *,
     main_only: bool = False,
     teacher: Teacher | None = None,
-    kept: int | None = None,
+    kept: DraftTokens | None = None,
 ) -> tuple[Tensor, Tensor]:
     """states: 1+D tensors [B, S, d]; weight [V/R, d] (where R > 1: of ``parameter``); wanted: ``targets`` [B, S, 1+D]; scale
     float32 [B, 1+D].
     main_only: of the losses only the first, the main head's, gives the weight a gradient; the states get all of theirs.
     teacher: then `wanted` only says which targets count, and must leave out (`inside`) those beyond the last position.
-    kept: tokens that the depths >= 1 know, from the first on; None: all.
+    kept: the tokens that the depths >= 1 know; None: all.
 
     Returns (float32 scalar: sum over valid targets of scale[b, k] * cross-entropy, float32 [1+D, 4]: ``STATISTICS``).
     """
@@ -95,7 +94,7 @@ def depth_losses(
     *,
     main_only: bool = False,
     teacher: Teacher | None = None,
-    kept: int | None = None,
+    kept: DraftTokens | None = None,
     order: Order | None = None,
     first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,7 +108,7 @@ def depth_losses(
     if teacher is not None:
         teacher = Teacher(teacher.state.detach(), teacher.weight)
     share = _Share.of(weight, group)
-    options = _Options(share, share if kept is None else share.of_first(kept), queue, learn, main_only, teacher, order, first)
+    options = _Options(share, share if kept is None else share.among(kept), queue, learn, main_only, teacher, order, first)
     return _HeadLoss.apply(weight, wanted, scale, options, *states)
 
 
@@ -126,13 +125,13 @@ def statistics(sums: Tensor, right: Tensor, wanted: Tensor, *, soft: bool) -> Te
 
 @dataclass(frozen=True)
 class _Share:
-    """This rank's rows of the vocabulary: from `first` on. `most`: rows of the rank with most; ranks must cut positions alike.
-    `kept`: tokens that count, None for all."""
+    """This rank's rows of the vocabulary: from `first` on. `most`: rows that no rank exceeds; ranks must cut positions alike.
+    `kept`: tokens that count, None for all. Columns of logits are those of ``rows``."""
 
     group: TensorGroup
     first: int
     most: int
-    kept: int | None = None
+    kept: DraftTokens | None = None
 
     @staticmethod
     def of(weight: nn.Parameter, group: TensorGroup) -> "_Share":
@@ -141,16 +140,33 @@ class _Share:
         spec = spec_of(weight)
         return _Share(group, spec.start[0], spec.largest_share)
 
-    def of_first(self, kept: int) -> "_Share":
-        return replace(self, most=min(self.most, kept), kept=kept)
+    def among(self, kept: DraftTokens) -> "_Share":
+        return replace(self, most=min(self.most, len(kept)), kept=kept)
 
     def rows(self, weight: Tensor) -> Tensor:
-        """Those of the matrix [V/R, d] that count; one at least, which ``hide`` takes back."""
-        return weight if self.kept is None else weight[: max(1, self.kept - self.first)]
+        """Those of the matrix [V/R, d] that count, a copy where not all do; one at least, which ``hide`` takes back."""
+        return weight if self.kept is None else weight[self.kept.rows]
 
     def hide(self, logits: Tensor) -> Tensor:
         """A rank without a row that counts says something impossible, yet finite: 0 times it must be 0."""
-        return logits.fill_(-1e30) if self.kept is not None and self.kept <= self.first else logits
+        return logits.fill_(-1e30) if self.kept is not None and self.kept.empty else logits
+
+    def known(self, target: Tensor) -> Tensor:
+        """Which targets (no ``IGNORE``; those mean nothing) are tokens that count, on any rank."""
+        return torch.ones_like(target, dtype=torch.bool) if self.kept is None else self.kept.known[target.clamp(min=0)]
+
+    def columns(self, target: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Which targets have one of this rank's `width` columns, and which; a column that exists for the others."""
+        local = target - self.first
+        if self.kept is not None:
+            size = len(self.kept.places)
+            places = self.kept.places[local.clamp(0, size - 1)]
+            local = torch.where((local >= 0) & (local < size), places, -1)
+        return (local >= 0) & (local < width), local.clamp(0, width - 1)
+
+    def tokens(self, columns: Tensor) -> Tensor:
+        """The tokens of this rank's columns."""
+        return self.first + (columns if self.kept is None else self.kept.rows[columns])
 
 
 @dataclass(frozen=True)
@@ -186,10 +202,14 @@ class _HeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=weight.device)
         sums = torch.zeros(len(states), dtype=torch.float32, device=weight.device)
         all_right = torch.empty(rows, len(states), dtype=torch.bool, device=weight.device)
+        drafted, picked, kept = options.drafts.rows(weight), None, options.drafts.kept
+        if kept is not None and learn_weight and not options.main_only:
+            # Their gradients go back to their rows once, not a chunk at a time.
+            picked = torch.zeros(drafted.shape, dtype=torch.float32, device=weight.device)
         for column, state in enumerate(states):
             k = options.first + column
             share = options.drafts if k > 0 else options.share
-            matrix = share.rows(weight)
+            matrix = drafted if k > 0 else weight
             taught = teacher.state.reshape(rows, width) if teacher is not None and k > 0 else None
             # A teacher's logits are in flight beside the head's own.
             step = max(1, LOGITS_IN_FLIGHT // (share.most if taught is None else share.most + options.share.most))
@@ -198,7 +218,7 @@ class _HeadLoss(torch.autograd.Function):
             for begin in range(0, rows, step):
                 part = slice(begin, min(rows, begin + step))
                 valid = target[part] != IGNORE
-                known = valid if taught is not None or share.kept is None else valid & (target[part] < share.kept)
+                known = valid if taught is not None else valid & share.known(target[part])
                 weights = row_scale[part, column] * known
                 asked = weights if teaches_weight or learn_states[column] else None
                 if options.order is not None:
@@ -210,7 +230,8 @@ class _HeadLoss(torch.autograd.Function):
                     assert teacher is not None
                     # Past the end of a row stands another one: such targets do not count.
                     ahead = torch.arange(part.start + k, part.stop + k, device=weight.device).clamp(max=rows - 1)
-                    loss, right, slope = _soft_chunk(hidden[part], matrix, taught[ahead], teacher.weight, asked, share)
+                    tutor = (taught[ahead], teacher.weight, options.share)
+                    loss, right, slope = _soft_chunk(hidden[part], matrix, *tutor, asked, share)
                 loss = torch.where(known, loss, 0.0)
                 all_right[part, column] = right & valid
                 total += (loss * weights).sum()
@@ -220,7 +241,10 @@ class _HeadLoss(torch.autograd.Function):
                 if learn_states[column]:
                     torch.mm(slope, matrix, out=ctx.state_gradients[column].view(rows, width)[part])
                 if teaches_weight:
-                    ctx.weight_gradient[: len(matrix)] += slope.T @ hidden[part]
+                    gradient = picked if k > 0 and picked is not None else ctx.weight_gradient
+                    gradient += slope.T @ hidden[part]
+        if picked is not None and kept is not None:
+            ctx.weight_gradient.index_add_(0, kept.rows, picked)
         ctx.weight, ctx.queue = weight, options.queue
         all_right = all_right.view(*wanted.shape[:2], -1)
         ctx.mark_non_differentiable(sums, all_right)
@@ -249,10 +273,10 @@ def _chunk(
     loss)/d(logits) [n, v] or None)."""
     logits = share.hide((hidden @ weight.T).float())
     group, rows = share.group, logits.shape[1]
-    local = target - share.first
-    here = (local >= 0) & (local < rows)
-    local = local.clamp(0, rows - 1).unsqueeze(1)
-    top, best = _largest(logits.max(dim=1), share)
+    here, local = share.columns(target, rows)
+    local = local.unsqueeze(1)
+    top, column = logits.max(dim=1)
+    top, best = _largest(top, share.tokens(column), share.group)
     wanted_logit = torch.where(here, logits.gather(1, local).squeeze(1) - top, 0.0)
     exponential = logits.sub_(top.unsqueeze(1)).exp_()
     sums = group.all_reduce(torch.stack((exponential.sum(1), wanted_logit)))
@@ -269,10 +293,9 @@ def _order_chunk(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As ``_chunk``, with several targets [n, W] and the part of each [n, W]. Right: the likeliest token is the first target."""
     logits = (hidden @ weight.T).float()
-    rows, local = logits.shape[1], target - share.first
-    here = (local >= 0) & (local < rows)
-    local = local.clamp(0, rows - 1)
-    top, best = _largest(logits.max(dim=1), share)
+    here, local = share.columns(target, logits.shape[1])
+    top, column = logits.max(dim=1)
+    top, best = _largest(top, share.tokens(column), share.group)
     logits.sub_(top.unsqueeze(1))
     expected = (torch.where(here, logits.gather(1, local), 0.0) * part).sum(1)
     exponential = logits.exp_()
@@ -286,19 +309,20 @@ def _order_chunk(
 
 
 def _soft_chunk(
-    hidden: Tensor, weight: Tensor, taught: Tensor, teacher: Tensor, weights: Tensor | None, share: _Share
+    hidden: Tensor, weight: Tensor, taught: Tensor, teacher: Tensor, whole: _Share, weights: Tensor | None, share: _Share
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As ``_chunk``, with softmax(teacher taught) for targets: taught [n, d], teacher [V/R, d]. Right: both have the same
-    likeliest token, of all that the teacher knows."""
+    """As ``_chunk``, with softmax(teacher taught) for targets: taught [n, d], teacher [V/R, d] (`whole`). Right: both have the
+    same likeliest token, of all that the teacher knows."""
     logits, target = share.hide((hidden @ weight.T).float()), (taught @ teacher.T).float()
     # Both at once: a collective for each would be as long.
-    both = [torch.stack(pair) for pair in zip(logits.max(dim=1), target.max(dim=1), strict=True)]
-    top, best = _largest(both, share)
+    (own_top, own_best), (taught_top, taught_best) = logits.max(dim=1), target.max(dim=1)
+    tokens = torch.stack((share.tokens(own_best), whole.tokens(taught_best)))
+    top, best = _largest(torch.stack((own_top, taught_top)), tokens, share.group)
     logits.sub_(top[0].unsqueeze(1))
     target.sub_(top[1].unsqueeze(1)).exp_()
     every = target.sum(1)
     if share.kept is not None:
-        target = target[:, : logits.shape[1]] * (share.kept > share.first)
+        target = target[:, share.kept.rows] * (not share.kept.empty)
     expected = torch.linalg.vecdot(target, logits)
     exponential = logits.exp_()
     sums = share.group.all_reduce(torch.stack((exponential.sum(1), every, expected, target.sum(1))))
@@ -310,13 +334,12 @@ def _soft_chunk(
     return loss, best[0] == best[1], slope.to(hidden.dtype)
 
 
-def _largest(own: Sequence[Tensor], share: _Share) -> tuple[Tensor, Tensor]:
-    """Largest logits of this rank's rows and their places -> those of the whole vocabulary."""
-    top, best = own
-    if share.group.size > 1:
+def _largest(top: Tensor, best: Tensor, group: TensorGroup) -> tuple[Tensor, Tensor]:
+    """Largest logits of this rank's columns and their tokens -> those of all ranks."""
+    if group.size > 1:
         own_top = top.clone()
-        share.group.all_reduce(top, dist.ReduceOp.MAX)
-        # The smallest index among the ranks that hold the maximum, as argmax over the whole row would find.
-        best = torch.where(own_top == top, best + share.first, torch.iinfo(torch.int64).max)
-        share.group.all_reduce(best, dist.ReduceOp.MIN)
+        group.all_reduce(top, dist.ReduceOp.MAX)
+        # The smallest token among the ranks that hold the maximum, as argmax over the whole row would find.
+        best = torch.where(own_top == top, best, torch.iinfo(torch.int64).max)
+        group.all_reduce(best, dist.ReduceOp.MIN)
     return top, best

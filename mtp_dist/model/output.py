@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_dist.config.schema import ModelConfig
+from mtp_dist.model.draft_tokens import DraftTokens
 from mtp_dist.model.embedding import Embedding
 from mtp_dist.model.head_loss import Order, Teacher, depth_losses, head_loss, statistics
 from mtp_dist.model.parameter import parameter
@@ -42,12 +43,12 @@ class OutputHead(nn.Module):
         queue: WeightGradients | None,
         main_only: bool = False,
         soft: bool = False,
-        kept: int | None = None,
+        kept: DraftTokens | None = None,
         own: Sequence["OwnProjection"] = (),
         order: Order | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As ``head_loss``; soft: the first state and this head's matrix teach the depths; kept: tokens that the depths
-        know; own: the depths' own matrices, which learn from their losses whatever `main_only` says; order:
+        """As ``head_loss``; soft: the first state and this head's matrix teach the depths; kept: the tokens that the
+        depths know; own: the depths' own matrices, which learn from their losses whatever `main_only` says; order:
         the targets of such a matrix, instead of tokens."""
         matrix = self.matrix()
         teacher = Teacher(states[0], matrix) if soft else None

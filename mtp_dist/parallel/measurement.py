@@ -52,7 +52,9 @@ class _Timed:
         self.device, dtype = device, getattr(torch, config.train.dtype)
         layers = range(1, 1 + blocks) if blocks else range(config.model.layers, config.model.layers)
         with torch.device("meta"):
-            self.chunk = Chunk(config.model, config.mtp, layers, first=False, last=blocks == 0)
+            # Which tokens are drafted makes no difference to the time.
+            drafted = range(config.mtp.draft_vocabulary or 0)
+            self.chunk = Chunk(config.model, config.mtp, layers, first=False, last=blocks == 0, draft_tokens=drafted)
         initialize(self.chunk, config.seed)
         self.chunk.to(device, dtype)
         self.chunk.recompute = config.train.recompute

@@ -1,5 +1,7 @@
 """The chunks of this rank, built from the settings with this rank's slice of every parameter."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -11,8 +13,9 @@ from mtp_dist.parallel.mesh import Mesh
 from mtp_dist.parallel.placement import layers_of_chunks
 
 
-def build_chunks(config: TrainingRun, mesh: Mesh) -> nn.ModuleList:
-    """This rank's chunks on the meta device, ascending. In a V placement the first and the last share one embedding module."""
+def build_chunks(config: TrainingRun, mesh: Mesh, draft_tokens: Sequence[int] | None = None) -> nn.ModuleList:
+    """This rank's chunks on the meta device, ascending. In a V placement the first and the last share one embedding module.
+    `draft_tokens`: as of ``Chunk``."""
     model, mtp, layers = config.model, config.mtp, layers_of_chunks(config)
     count = layout.chunks(mesh.parallel)
     embedding: Embedding | None = None
@@ -20,7 +23,8 @@ def build_chunks(config: TrainingRun, mesh: Mesh) -> nn.ModuleList:
     with torch.device("meta"):
         for number in layout.chunks_of_rank(mesh.parallel, mesh.pipeline_rank):
             chunk = Chunk(
-                model, mtp, layers[number], first=number == 0, last=number == count - 1, group=mesh.tensor, embedding=embedding
+                model, mtp, layers[number], first=number == 0, last=number == count - 1, group=mesh.tensor, embedding=embedding,
+                draft_tokens=draft_tokens,
             )
             embedding = embedding or chunk.embedding
             chunks.append(chunk)

@@ -12,6 +12,7 @@ from mtp_dist.data.building import build
 from mtp_dist.data.dataset import Dataset
 from mtp_dist.data.rows import Rows
 from mtp_dist.data.stream import training_stream
+from mtp_dist.data.token_counts import most_frequent, token_counts
 from mtp_dist.data.tokenizer import load_tokenizer
 from mtp_dist.parallel.budget import flops_per_token
 from mtp_dist.parallel.mesh import Mesh
@@ -52,7 +53,9 @@ def trained_on_text(config: Study, mesh: Mesh) -> Outcome:
 def learned(data: Dataset, config: Study, mesh: Mesh) -> Trained:
     """Train on the text."""
     stream = training_stream(data, config, replica=0, replicas=1)
-    trained = train(config, mesh, lambda step: stream.next()[0])
+    number = config.mtp.draft_vocabulary
+    listed = None if number is None else most_frequent(token_counts(data), number)
+    trained = train(config, mesh, lambda step: stream.next()[0], draft_tokens=listed)
     stream.close()
     return trained
 

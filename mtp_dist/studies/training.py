@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mtp_dist.config.layout import tokens_per_step
@@ -28,12 +28,18 @@ class Trained:
 
 
 def train(
-    config: TrainingRun, mesh: Mesh, read: Callable[[int], Batch], watch: Callable[[int, Workload], None] | None = None
+    config: TrainingRun,
+    mesh: Mesh,
+    read: Callable[[int], Batch],
+    watch: Callable[[int, Workload], None] | None = None,
+    draft_tokens: Sequence[int] | None = None,
 ) -> Trained:
     """Train the resolved `config` on the batches `read(0)`, `read(1)`, ..; `watch(step, workload)` sees the model before each
-    step, and after the last. Raises UserError where a step is not finite."""
+    step, and after the last. `draft_tokens`: as of ``Chunk``; None: the first ones, as made-up tokens are alike. Raises UserError
+    where a step is not finite."""
     assert config.train.steps is not None
-    workload, size, steps = build(config, mesh), tokens_per_step(config), config.train.steps
+    listed = range(config.mtp.draft_vocabulary or 0) if draft_tokens is None else draft_tokens
+    workload, size, steps = build(config, mesh, listed), tokens_per_step(config), config.train.steps
     losses, seconds = [], []
     for step in range(steps):
         if watch is not None:

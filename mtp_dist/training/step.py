@@ -1,5 +1,6 @@
 """One optimizer step under any layout: prologue (rows, counts) -> pipeline schedule -> epilogue (sums, reduce, norm, AdamW)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -95,11 +96,12 @@ class Workload(ForwardOnly):
         return gather(result, counts, self.mesh), outcome
 
 
-def build(config: TrainingRun, mesh: Mesh) -> Workload:
-    """This rank's part of the model with its initial weights, its pipeline and its optimizer. Collective."""
+def build(config: TrainingRun, mesh: Mesh, draft_tokens: Sequence[int] | None = None) -> Workload:
+    """This rank's part of the model with its initial weights, its pipeline and its optimizer. `draft_tokens`: as of ``Chunk``.
+    Collective."""
     dtype = getattr(torch, config.train.dtype)
     attention = choose(config.model, config.train, mesh.device.type, capability(mesh.device))
-    chunks = build_chunks(config, mesh)
+    chunks = build_chunks(config, mesh, draft_tokens)
     if config.mtp.freeze_trunk:
         freeze_trunk(chunks)
     for chunk in chunks:
@@ -126,7 +128,7 @@ def load_forward_only(config: TrainingRun, mesh: Mesh, checkpoint: Checkpoint) -
     """This rank's part of the model with a checkpoint's weights, whatever layout saved it, and with the attention that it was
     trained with or another one that runs here. Collective."""
     attention = _evaluating_attention(config, mesh)
-    chunks = build_chunks(config, mesh)
+    chunks = build_chunks(config, mesh, checkpoint.draft_tokens)
     for chunk in chunks:
         chunk.attention = attention.backend  # type: ignore[assignment]
     checkpoint.load_weights(chunks, getattr(torch, config.train.dtype))

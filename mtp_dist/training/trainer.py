@@ -13,6 +13,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from mtp_dist.checkpoint.draft_tokens import DRAFT_TOKENS, drafted
 from mtp_dist.checkpoint.writer import Saver
 from mtp_dist.config.layout import micro_batches, tokens_per_step
 from mtp_dist.config.schema import TrainingRun
@@ -71,10 +72,12 @@ class Trainer:
         self.data_state: State | None = None
         self.saved_step = -1
         self.dataset = Dataset.open(config.data.path)
-        self.workload: Workload = build(config, mesh)
+        self.draft_tokens = together(mesh, lambda: drafted(config))
+        self.workload: Workload = build(config, mesh, self.draft_tokens)
         run_id = self._resume()
         tokenizer = self.dataset.tokenizer_path
-        self.saver = Saver(self.checkpoints, config, mesh, self.workload.engine, tokenizer, announce=self._saved)
+        listed = None if self.draft_tokens is None else self.run_dir / DRAFT_TOKENS
+        self.saver = Saver(self.checkpoints, config, mesh, self.workload.engine, tokenizer, self._saved, listed)
         self.saver.clean()
         self.data_end: State | None = None
         self.source = together(mesh, self._open_stream)
@@ -105,6 +108,10 @@ class Trainer:
                 if self.mesh.rank == 0 and self.config.train.progress:
                     print(said, flush=True)
             return None
+        if checkpoint.draft_tokens != self.draft_tokens:
+            raise AgreedError(
+                f"{self.run_dir / DRAFT_TOKENS} holds other tokens than {checkpoint.path} was trained with; copy the checkpoint's"
+            )
         checkpoint.load_engine(self.workload.engine)
         checkpoint.load_random_state(self.mesh.rank, self.mesh.device)
         self.progress = Progress(**checkpoint.manifest.progress)

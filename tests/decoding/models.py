@@ -1,5 +1,7 @@
 """Tiny models for the decoding tests: random ones, and one taught a pattern so that its drafts are often right."""
 
+from collections.abc import Sequence
+
 import torch
 
 from mtp_dist.config.schema import ModelConfig, MTPConfig
@@ -21,10 +23,13 @@ def random_model(
     std: float = 0.3,
     layers: int = 2,
     kind: str = "sequential",
+    draft_tokens: Sequence[int] | None = None,
     **mtp: object,
 ) -> Chunk:
     """Two layers of width 32. The large initial values make texts that do not repeat themselves at once; heads that would start
     as copies of the main one get random values, too."""
+    if draft_tokens is not None:
+        mtp["draft_vocabulary"] = len(draft_tokens)
     model = ModelConfig(
         vocab_size=vocabulary,
         layers=layers,
@@ -39,7 +44,7 @@ def random_model(
     )
     heads = MTPConfig(kind=kind if depth else "none", depth=depth, **mtp)  # type: ignore[arg-type]
     with torch.device("meta"):
-        chunk = Chunk(model, heads, range(layers))
+        chunk = Chunk(model, heads, range(layers), draft_tokens=draft_tokens)
     initialize(chunk, seed)
     if kind == "medusa":
         assert chunk.mtp is not None

@@ -26,7 +26,7 @@ from tests.decoding.test_engine import PATTERN, exact_texts
 
 # A vocabulary of three: drafts are right by chance, and wrong as often.
 TINY: dict[str, Any] = {"vocabulary": 3, "layers": 1, "std": 0.35, "tie": False}
-TINY_OF = {"eagle of few tokens": {"draft_vocabulary": 2}}
+TINY_OF: dict[str, Any] = {"eagle of few tokens": {"draft_tokens": [0, 2]}}
 DRAFTERS: dict[str, dict[str, Any]] = {
     "sequential": {},
     "two blocks": {"blocks": 2},
@@ -35,7 +35,7 @@ DRAFTERS: dict[str, dict[str, Any]] = {
     "notebook": {"kind": "notebook"},
     "eagle": {"kind": "eagle"},
     "eagle3": {"kind": "eagle3"},
-    "eagle of few tokens": {"kind": "eagle", "draft_vocabulary": 9},
+    "eagle of few tokens": {"kind": "eagle", "draft_tokens": [2, 3, 4, 7, 9, 11, 14, 17, 22]},
     "ngram": {},
     "model": {},
 }

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
+from mtp_dist.checkpoint.draft_tokens import DRAFT_TOKENS
 from mtp_dist.checkpoint.manifest import CONFIG, MANIFEST, TOKENIZER, FragmentRecord, Manifest, ParameterRecord, file_record
 from mtp_dist.config import compose
 from mtp_dist.config.command import application
@@ -35,7 +36,9 @@ def save(folder: Path, chunk: Chunk, mtp: MTPConfig, tokenizer: Tokenizer | None
         name: ParameterRecord(list(p.shape), [FragmentRecord(file, name, [0] * p.dim(), list(p.shape), 0, p.numel())])
         for name, p in chunk.named_parameters()
     }
-    files = {name: file_record(folder / name) for name in (file, CONFIG, TOKENIZER)}
+    if chunk.draft_tokens is not None:
+        (folder / DRAFT_TOKENS).write_text(json.dumps(chunk.draft_tokens.tokens.tolist()))
+    files = {path.name: file_record(path) for path in folder.iterdir()}
     Manifest(60, {}, {}, asdict(mtp), {}, {}, {}, {}, parameters, files).write(folder / MANIFEST)
     return folder
 

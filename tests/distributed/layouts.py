@@ -196,7 +196,7 @@ ESSENTIAL = frozenset({
     "dp2_zero3_frozen", "pp2_1f1b_frozen", "pp2_1f1b_head_rate", "pp2_1f1b_repeat", "tp2_sequence_blocks2_detach",
     "pp2_zbv_heads_alone_parallel", "dp2_medusa", "pp2_zbv_medusa", "pp2_1f1b_medusa_own", "tp2_sequence_notebook",
     "pp2_1f1b_frozen_eagle", "dp2_zero3_eagle", "pp2_zbv_eagle3", "tp2_sequence_eagle3", "tp2_sequence_soft",
-    "tp2_sequence_koala", "pp2_zbv_curriculum", "tp2_sequence_stride",
+    "tp2_sequence_koala", "pp2_zbv_curriculum", "tp2_sequence_stride", "tp2_odd_eagle_draft_vocabulary",
 })  # fmt: skip
 """Layouts that every test run trains; the others are for a full one. Of each schedule, stage and kind of head there is one."""
 
@@ -215,13 +215,13 @@ LAYOUTS |= {
     }.items()
 }
 LAYOUTS |= {
-    f"{name}_draft_vocabulary": where | {"draft_vocabulary": 30}  # of 96, so that the second tensor rank has none of it
+    f"{name}_draft_vocabulary": where | {"draft_vocabulary": 30}  # which ones: ``draft_tokens``
     for name, where in {
         "one_process_eagle3": {"kind": "eagle3", "depth": 3},
         "pp2_zbv_eagle": {"pipeline": 2, "schedule": "zbv", "kind": "eagle", "targets": "trunk"},
         "pp2_1f1b_untied_eagle3": {"pipeline": 2, "schedule": "1f1b", "kind": "eagle3", "tie": False},
         "tp2_sequence_eagle3": {"tensor": 2, "sequence_parallel": True, "kind": "eagle3", "targets": "trunk"},
-        "tp2_odd_eagle": {"tensor": 2, "vocabulary": 97, "kind": "eagle"},
+        "tp2_odd_eagle": {"tensor": 2, "vocabulary": 97, "kind": "eagle", "targets": "trunk"},
         "dp2_eagle3": {"data": 2, "kind": "eagle3"},
         "dp2_zero3_eagle": {"data": 2, "stage": 3, "kind": "eagle", "targets": "trunk"},
         "pp2_zbv_tp2_frozen_eagle": {
@@ -310,6 +310,13 @@ def configuration(layout: str | dict[str, Any], **train: object) -> TrainingRun:
         setattr(config.train, name, value)
     validate_training(config, None)
     return resolve(config, None)
+
+
+def draft_tokens(config: TrainingRun) -> list[int]:
+    """As many as ``mtp.draft_vocabulary`` asks for, here and there, the last one included; under sequence parallelism the first
+    ones, of which the second tensor rank has none."""
+    number, last = config.mtp.draft_vocabulary or 0, (config.model.vocab_size or 0) - 1
+    return list(range(number)) if config.parallel.sequence_parallel else [last - 3 * place for place in range(number)][::-1]
 
 
 def global_batch(config: TrainingRun, step: int) -> Batch:

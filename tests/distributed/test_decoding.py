@@ -32,7 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "medusa": {"kind": "medusa", "projection": "own"},
     "notebook": {"kind": "notebook"},
     "eagle": {"kind": "eagle"},
-    "eagle3": {"kind": "eagle3", "draft_vocabulary": 17},
+    "eagle3": {"kind": "eagle3", "draft_tokens": [1, 2, 3, 4, 5, 7, 9, *range(13, 23)]},
 }
 STEPS = {"other": 25}
 """Steps that a model is taught, where not 60: one that drafts for others."""
@@ -92,7 +92,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         assert chunk.mtp is not None
         for p in chunk.mtp.parameters():
             p.data += torch.empty_like(p).normal_(0, 0.1, generator=generator)
-        mtp = {key: value for key, value in KINDS.get(kind, {}).items() if key != "tie"}
+        mtp = {key: value for key, value in KINDS.get(kind, {}).items() if key not in ("tie", "draft_tokens")}
+        mtp["draft_vocabulary"] = chunk.draft_vocabulary
         return save(folder / kind, chunk, MTPConfig(**{"kind": "sequential", "depth": 2, **mtp}))
 
     return of

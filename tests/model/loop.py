@@ -270,10 +270,15 @@ def row_states(
 
 
 def losses(
-    weights: Weights, model: ModelConfig, mtp: MTPConfig, tokens: list[list[int]], documents: list[list[int]]
+    weights: Weights,
+    model: ModelConfig,
+    mtp: MTPConfig,
+    tokens: list[list[int]],
+    documents: list[list[int]],
+    drafted: list[int] | None = None,
 ) -> tuple[Tensor, list[Tensor], list[int]]:
     """(L = L_main + lambda / D * sum_k w_k L_k, [L_main, L_1 .. L_D], valid targets of each) of a whole batch; an L_k without
-    valid targets is 0; what is beyond the `draft_vocabulary` has no loss. With `targets` of the trunk a term is -sum_v p(v) log
+    valid targets is 0; what is not among the `drafted` tokens has no loss. With `targets` of the trunk a term is -sum_v p(v) log
     q(v), p what the main head says at i + k, a constant."""
     head = weights["embedding.weight"] if model.tie_embeddings else weights["head.weight"]
     sums = [torch.zeros((), dtype=head.dtype) for _ in range(mtp.depth + 1)]
@@ -288,13 +293,14 @@ def losses(
                 if not one_document or ((soft or drawn) and i + k >= len(states)):
                     continue
                 own = k > 0 and mtp.projection == "own"
-                matrix = weights[f"mtp.{k}.head.weight"] if own else head[: mtp.draft_vocabulary] if k else head
-                logits = matrix @ state
+                matrix = weights[f"mtp.{k}.head.weight"] if own else head
+                among = drafted if k and drafted is not None else list(range(len(matrix)))
+                logits = torch.stack([matrix[v] @ state for v in among])
                 if soft:
                     taught = (head @ every[0][i + k]).exp().detach()
-                    known = [taught[v] / taught.sum() for v in range(len(logits))]
+                    known = [taught[v] / taught.sum() for v in among]
                 else:
-                    known = [float(v == row[i + 1 + k * mtp.stride]) for v in range(len(logits))]
+                    known = [float(v == row[i + 1 + k * mtp.stride]) for v in among]
                 loss = sum(part * (logits.exp().sum().log() - logit) for part, logit in zip(known, logits, strict=True))
                 if drawn:
                     loss = distances[k - 1][i] + mtp.cross_entropy_weight * loss

@@ -28,7 +28,7 @@ def small_model(depth: int = 2, *, tie: bool = True, document_mask: bool = True,
     )
     heads = MTPConfig(**{"kind": "sequential" if depth else "none", "depth": depth} | mtp)  # type: ignore[arg-type]
     with torch.device("meta"):
-        chunk = Chunk(model, heads, range(layers))
+        chunk = Chunk(model, heads, range(layers), draft_tokens=draft_tokens(heads))
     initialize(chunk, seed=3)
     chunk.double()
     generator = torch.Generator().manual_seed(5)
@@ -37,6 +37,11 @@ def small_model(depth: int = 2, *, tie: bool = True, document_mask: bool = True,
             if p.ndim == 1 or not p.any() or spec_of(p).copy_of:  # also what starts as zeros or as a copy
                 p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.3)
     return chunk
+
+
+def draft_tokens(mtp: MTPConfig) -> list[int]:
+    """As many as `mtp.draft_vocabulary` asks for, here and there: every other one, from the last but one down."""
+    return [(VOCABULARY - 2 - 2 * place) % VOCABULARY for place in range(mtp.draft_vocabulary or 0)]
 
 
 def rows(depth: int, positions: int = 6) -> tuple[Tensor, Tensor]:

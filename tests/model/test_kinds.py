@@ -16,7 +16,7 @@ from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.mtp.medusa import MedusaHeads
 from mtp_dist.model.parameter import initialize
 from tests.model import loop
-from tests.model.small import close, rows, small_model
+from tests.model.small import close, draft_tokens, rows, small_model
 from tests.model.test_sequential import TOLERANCE, copies, run, settings
 
 KINDS: list[dict[str, Any]] = [
@@ -57,7 +57,8 @@ def test_losses_and_gradients_equal_the_loop(kind: dict[str, Any], tie: bool, de
     tokens, documents = rows(2 * mtp.stride)
     weights = copies(chunk)
     assert set(weights) == {name for name, _ in chunk.named_parameters()}
-    want, means, counts = loop.losses(weights, chunk.model, mtp, tokens.tolist(), documents.tolist())
+    drafted = draft_tokens(mtp) if mtp.draft_vocabulary else None
+    want, means, counts = loop.losses(weights, chunk.model, mtp, tokens.tolist(), documents.tolist(), drafted)
     own = {name: weight for name, weight in weights.items() if name.startswith("mtp.")}
     others = {name: weight for name, weight in weights.items() if name not in own}
     wanted = dict(zip(own, torch.autograd.grad(want, list(own.values()), retain_graph=True), strict=True))

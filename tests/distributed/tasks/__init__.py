@@ -4,7 +4,7 @@ from tests.distributed.tasks.checkpoints import damage, load_under, make_folder,
 from tests.distributed.tasks.decoding import continued, decode
 from tests.distributed.tasks.oracle import reference
 from tests.distributed.tasks.poison import nonfinite
-from tests.distributed.tasks.runs import background_save, copy, evaluate, relay, start_from, train, trouble
+from tests.distributed.tasks.runs import background_save, copy, evaluate, relay, relist, start_from, train, trouble
 from tests.distributed.tasks.step import compiled, drift, parity
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "parity",
     "reference",
     "relay",
+    "relist",
     "save_under",
     "start_from",
     "train",

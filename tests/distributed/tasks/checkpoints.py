@@ -10,7 +10,7 @@ from mtp_dist.config.schema import TrainingRun
 from mtp_dist.parallel.mesh import build_mesh
 from mtp_dist.training.objective import coefficients
 from mtp_dist.training.step import Workload, build
-from tests.distributed.layouts import configuration
+from tests.distributed.layouts import configuration, draft_tokens
 from tests.distributed.tasks.step import own_rows
 
 
@@ -34,7 +34,7 @@ def _save(workload: Workload, config: TrainingRun, root: str, tokenizer: str) ->
 def save_under(layout: str, root: str, tokenizer: str) -> list[float]:
     """A checkpoint after two steps, in root/step_00000002. Returns the losses of the two steps after it."""
     config = configuration(layout)
-    workload = build(config, build_mesh(config.parallel, torch.device("cpu")))
+    workload = build(config, build_mesh(config.parallel, torch.device("cpu")), draft_tokens(config))
     _next_losses(workload, config, range(2))
     _save(workload, config, root, tokenizer)
     return _next_losses(workload, config, range(2, 4))
@@ -45,7 +45,7 @@ def load_under(layout: str, checkpoint: str, root: str, tokenizer: str) -> list[
     from mtp_dist.checkpoint.reader import Checkpoint
 
     config = configuration(layout)
-    workload = build(config, build_mesh(config.parallel, torch.device("cpu")))
+    workload = build(config, build_mesh(config.parallel, torch.device("cpu")), draft_tokens(config))
     Checkpoint(Path(checkpoint)).load_engine(workload.engine)
     _save(workload, config, root, tokenizer)
     return _next_losses(workload, config, range(2, 4))

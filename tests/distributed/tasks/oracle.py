@@ -15,7 +15,7 @@ from mtp_dist.model.parameter import initialize
 from mtp_dist.model.targets import targets, valid_counts
 from mtp_dist.training.objective import coefficients, target_scale
 from mtp_dist.training.statistics import Totals
-from tests.distributed.layouts import configuration, global_batch
+from tests.distributed.layouts import configuration, draft_tokens, global_batch
 
 STEPS = 3
 HEADS = ("mtp.", "adversary.")
@@ -76,7 +76,7 @@ def reference(layout: str | dict[str, Any]) -> dict[str, Any]:
 
 def _whole_model(config: TrainingRun) -> Chunk:
     with torch.device("meta"):
-        model = Chunk(config.model, config.mtp, range(config.model.layers))
+        model = Chunk(config.model, config.mtp, range(config.model.layers), draft_tokens=draft_tokens(config))
     initialize(model, config.seed)
     return model
 

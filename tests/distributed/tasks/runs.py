@@ -1,5 +1,6 @@
 """Whole runs under a layout: trained, stopped, handed on, evaluated."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mtp_dist.checkpoint import draft_tokens
 from mtp_dist.config.schema import Evaluation, ParallelConfig, TrainingRun
 from mtp_dist.errors import UserError
 from mtp_dist.parallel.mesh import build_mesh
@@ -27,6 +29,9 @@ class Stop:
 def train_once(config: TrainingRun, stop_at: int | None = None) -> None:
     from mtp_dist.training.trainer import Trainer
 
+    if dist.get_rank() == 0:
+        draft_tokens.choose(config)  # as ``freeze`` does
+    dist.barrier()
     trainer: Any = None
     stop = Stop(lambda: trainer.progress.step, stop_at)
     trainer = Trainer(config, build_mesh(config.parallel, torch.device("cpu")), stop)  # type: ignore[arg-type]
@@ -154,3 +159,11 @@ def start_from(layout: str, data: str, run_dir: str, depth: int, seed: int, over
         trainer.run()
     finally:
         trainer.close()
+
+
+def relist(run_dir: str) -> None:
+    """Other tokens to draft among than the run's checkpoints know."""
+    if dist.get_rank() == 0:
+        path = Path(run_dir) / draft_tokens.DRAFT_TOKENS
+        path.write_text(json.dumps([token + 100 for token in range(len(json.loads(path.read_text())))]))
+    dist.barrier()

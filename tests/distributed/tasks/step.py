@@ -19,7 +19,7 @@ from mtp_dist.parallel.mesh import Mesh, build_mesh
 from mtp_dist.training.objective import coefficients
 from mtp_dist.training.statistics import gather
 from mtp_dist.training.step import Workload, build
-from tests.distributed.layouts import configuration, replica_batch
+from tests.distributed.layouts import configuration, draft_tokens, replica_batch
 from tests.distributed.tasks.faults import FAULTS
 from tests.distributed.tasks.oracle import STEPS
 
@@ -69,7 +69,7 @@ def parity(layout: str | dict[str, Any], fault: str | None = None, **train: obje
     last, and an evaluation. `fault`: of ``FAULTS``, done to the product first."""
     config = configuration(layout, **train)
     mesh = build_mesh(config.parallel, torch.device("cpu"))
-    workload = build(config, mesh)
+    workload = build(config, mesh, draft_tokens(config))
     if fault is not None:
         FAULTS[fault](workload)
     losses, means, norms, gradients = [], [], [], {}
@@ -161,7 +161,7 @@ def drift(layout: str) -> list[float]:
     """What the check of the embedding's two copies finds after a step, and after one copy was touched."""
     config = configuration(layout)
     mesh = build_mesh(config.parallel, torch.device("cpu"))
-    workload = build(config, mesh)
+    workload = build(config, mesh, draft_tokens(config))
     workload.step(own_rows(config, mesh, 0), coefficients(config.mtp, 0), config.optim.lr)
     found = [workload.engine.replica_drift()]
     if mesh.pipeline_rank == 1:

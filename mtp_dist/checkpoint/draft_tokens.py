@@ -1,0 +1,76 @@
+"""draft_tokens.json: the tokens among which a run's heads draft (`mtp.draft_vocabulary`), ascending. It lies beside a run's
+settings and in each of its checkpoints, so that neither a resume nor a decoder asks the dataset. No torch.
+
+Chosen once for a run, where its settings are frozen: those of its own checkpoints, or of the heads that it starts from, else the
+most frequent of the training split. Heads of a checkpoint without the file (the first versions wrote none) know the first n.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from mtp_dist.checkpoint import folder
+from mtp_dist.checkpoint.compatibility import kept_heads
+from mtp_dist.checkpoint.manifest import CONFIG, read_manifest
+from mtp_dist.config import compose
+from mtp_dist.config.schema import TrainingRun
+from mtp_dist.data.dataset import Dataset
+from mtp_dist.errors import UserError
+
+DRAFT_TOKENS = "draft_tokens.json"
+
+
+def drafted(config: TrainingRun) -> list[int] | None:
+    """The tokens of a run that is frozen; None: its heads know all. Raises UserError where the file is missing or another's."""
+    return None if config.mtp.draft_vocabulary is None else _read(Path(config.run_dir) / DRAFT_TOKENS, config)
+
+
+def of_checkpoint(path: Path, config: TrainingRun) -> list[int] | None:
+    """As ``drafted``, of a checkpoint of these settings."""
+    number = config.mtp.draft_vocabulary
+    if number is None:
+        return None
+    return _read(path / DRAFT_TOKENS, config) if DRAFT_TOKENS in read_manifest(path).files else list(range(number))
+
+
+def choose(config: TrainingRun) -> None:
+    """Write those of a resolved run into its folder, unless they are there. Raises UserError."""
+    place = Path(config.run_dir) / DRAFT_TOKENS
+    if config.mtp.draft_vocabulary is None or place.exists():
+        return
+    tokens = _inherited(config)
+    if tokens is None:
+        # Here, so that a run without such a setting needs no numpy.
+        from mtp_dist.data.token_counts import most_frequent, token_counts
+
+        tokens = most_frequent(token_counts(Dataset.open(config.data.path)), config.mtp.draft_vocabulary)
+    temporary = place.with_name(f".{DRAFT_TOKENS}.{os.getpid()}")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(json.dumps(tokens) + "\n", encoding="utf-8")
+    temporary.replace(place)
+
+
+def _inherited(config: TrainingRun) -> list[int] | None:
+    """Those of the run's newest checkpoint, else of the heads that it starts from."""
+    for path in folder.complete(Path(config.run_dir) / "checkpoints")[-1:]:
+        return of_checkpoint(path, config)
+    if not config.init.checkpoint:
+        return None
+    path = Path(config.init.checkpoint)
+    saved = compose.load(path / CONFIG, TrainingRun)
+    return of_checkpoint(path, config) if kept_heads(saved, config) else None
+
+
+def _read(path: Path, config: TrainingRun) -> list[int]:
+    try:
+        tokens = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}); copy it from a checkpoint of the run") from None
+    number, rows = config.mtp.draft_vocabulary, config.model.vocab_size or 0
+    good = isinstance(tokens, list) and all(isinstance(token, int) and 0 <= token < rows for token in tokens)
+    if not good or len(set(tokens)) != number:
+        raise UserError(
+            f"{path} does not hold mtp.draft_vocabulary={number} different tokens below {rows}; "
+            "copy it from a checkpoint of the run"
+        )
+    return list(tokens)
