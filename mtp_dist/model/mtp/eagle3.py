@@ -7,9 +7,9 @@ positions j <= i, and the draft's own, (Emb(t[i+m]), h^{m-1}_i) at positions i+1
 visible at the same i alone: a diagonal for each. There is no loss on features; the paper weights step s by 0.8^s (`mtp.decay`).
 
 The released training code hides the trunk's newest s entries from step s, too, which a decoder does not; here nothing is hidden.
-Its draft vocabulary, the most frequent tokens (`mtp.draft_vocabulary`), is rows of the shared head, not a head of its own. A step with
-s > 0 needs a mask of its own, so SDPA with a mask runs, whatever `train.attention` the blocks have; step s costs s + 1 times the
-attention of a block.
+Its draft vocabulary, the most frequent tokens (`mtp.draft_vocabulary`), is rows of the shared head, not a head of its own. A step
+with s > 0 needs a mask of its own, so SDPA with a mask runs, whatever `train.attention` the blocks have; step s costs s + 1 times
+the attention of a block.
 """
 
 from collections.abc import Sequence
