@@ -121,7 +121,8 @@ def test_parameters_of_each_rank_are_those_that_it_builds(layout: list[str], tie
 
 def materialized(config: Plan) -> tuple[Chunk, dict[str, torch.Tensor]]:
     with torch.device("meta"):
-        model = Chunk(config.model, config.mtp, range(config.model.layers))
+        drafted = range(config.mtp.draft_vocabulary or 0)
+        model = Chunk(config.model, config.mtp, range(config.model.layers), draft_tokens=drafted)
     initialize(model, 0)
     model.defer_weight_gradients(WeightGradients())
     width = config.train.sequence_length + 1 + lookahead(config.mtp)
