@@ -22,7 +22,8 @@ DRAFT_TOKENS = "draft_tokens.json"
 
 def drafted(config: TrainingRun) -> list[int] | None:
     """The tokens of a run that is frozen; None: its heads know all. Raises UserError where the file is missing or another's."""
-    return None if config.mtp.draft_vocabulary is None else _read(Path(config.run_dir) / DRAFT_TOKENS, config)
+    way_out = "remove it and start the run without torchrun: its checkpoints, or else its data, give it anew"
+    return None if config.mtp.draft_vocabulary is None else _read(Path(config.run_dir) / DRAFT_TOKENS, config, way_out)
 
 
 def of_checkpoint(path: Path, config: TrainingRun) -> list[int] | None:
@@ -30,7 +31,9 @@ def of_checkpoint(path: Path, config: TrainingRun) -> list[int] | None:
     number = config.mtp.draft_vocabulary
     if number is None:
         return None
-    return _read(path / DRAFT_TOKENS, config) if DRAFT_TOKENS in read_manifest(path).files else list(range(number))
+    if DRAFT_TOKENS not in read_manifest(path).files:
+        return list(range(number))
+    return _read(path / DRAFT_TOKENS, config, "use another checkpoint")
 
 
 def choose(config: TrainingRun) -> None:
@@ -61,16 +64,13 @@ def _inherited(config: TrainingRun) -> list[int] | None:
     return of_checkpoint(path, config) if kept_heads(saved, config) else None
 
 
-def _read(path: Path, config: TrainingRun) -> list[int]:
+def _read(path: Path, config: TrainingRun, way_out: str) -> list[int]:
     try:
         tokens = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}); copy it from a checkpoint of the run") from None
+        raise UserError(f"{path} cannot be read ({type(error).__name__}); {way_out}") from None
     number, rows = config.mtp.draft_vocabulary, config.model.vocab_size or 0
     good = isinstance(tokens, list) and all(isinstance(token, int) and 0 <= token < rows for token in tokens)
     if not good or len(set(tokens)) != number:
-        raise UserError(
-            f"{path} does not hold mtp.draft_vocabulary={number} different tokens below {rows}; "
-            "copy it from a checkpoint of the run"
-        )
+        raise UserError(f"{path} does not hold mtp.draft_vocabulary={number} different tokens below {rows}; {way_out}")
     return list(tokens)

@@ -127,6 +127,10 @@ def test_another_list_is_refused(run: Path) -> None:
 def test_a_damaged_list_is_refused(run: Path, tmp_path: Path, tiny_dataset: Path, content: str) -> None:
     mine = Path(shutil.copytree(run, tmp_path / "run"))
     (mine / DRAFT_TOKENS).write_text(content)
-    with pytest.raises(UserError, match="copy it from a checkpoint of the run") as caught:
-        drafted(settings(mine, tiny_dataset))
+    config = settings(mine, tiny_dataset)
+    with pytest.raises(UserError, match="remove it and start the run without torchrun") as caught:
+        drafted(config)
     assert "\n" not in str(caught.value)
+    (mine / DRAFT_TOKENS).unlink()
+    choose(config)
+    assert drafted(config) == most_frequent(tiny_dataset)

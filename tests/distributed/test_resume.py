@@ -43,6 +43,7 @@ RESUMED = [
     "tp2_sequence_koala",
     "pp2_1f1b_frozen_eagle",
     "pp2_zbv_eagle3",
+    "pp2_zbv_eagle_draft_vocabulary",
     "pp2_zbv_tp2",
     "pp2_1f1b_tp2",
     "pp2_zbv_dp2",
