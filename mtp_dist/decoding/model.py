@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from mtp_dist.decoding.cache import HiddenStates, KeyValues, Span
 from mtp_dist.decoding.fused import FusedBlock
+from mtp_dist.decoding.product import packed
 from mtp_dist.decoding.tree import Branches
-from mtp_dist.model.attention import Mask
+from mtp_dist.model.attention import FEW, Mask, shared
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.embedding import Embedding
 from mtp_dist.model.mtp.heads import Heads
@@ -172,7 +173,9 @@ class DecodingModel:
 
     def logits(self, states: Tensor, matrix: Tensor | None = None) -> Tensor:
         """states [.., d] ready for the head -> [.., V], float32 or wider. matrix [>= V, d]: of another head than the main one."""
-        logits = states @ (self.chunk.output_weight() if matrix is None else matrix)[: self.vocabulary].T
+        rows = self.chunk.output_weight() if matrix is None else matrix
+        product = packed(rows)
+        logits = states @ rows[: self.vocabulary].T if product is None else product(states)[..., : self.vocabulary]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @cached_property
@@ -198,9 +201,15 @@ class DecodingModel:
             return self.turn[:, span.begin[0] : span.total]
         return self.turn[:, span.positions].unsqueeze(2)
 
-    def visible(self, tokens: Tensor, span: Span, branches: Branches | None = None) -> Tensor | None:
-        """tokens [B, >= total] -> bool mask of a span's positions (rows) over all positions below total (columns); None: all is
-        visible."""
+    def visible(self, tokens: Tensor, span: Span, branches: Branches | None = None) -> Mask:
+        """tokens int64 [B, >= total] -> who sees whom, a span's positions over all positions below total; None: all is seen."""
+        mask = self._visible(tokens, span, branches)
+        if mask is None or self.device.type != "cpu" or not 1 < span.width <= FEW:
+            return mask
+        return shared(mask, self.chunk.model.heads // self.chunk.model.kv_heads, self.dtype)
+
+    def _visible(self, tokens: Tensor, span: Span, branches: Branches | None) -> Tensor | None:
+        """bool, rows over columns."""
         if branches is not None:
             return branches.visible(tokens, span, self.end)
         columns = torch.arange(span.total, device=self.device)

@@ -22,11 +22,14 @@ def require_tools(config: DecodeConfig, device: str) -> None:
 
 
 def prepare(model: Chunk, config: DecodeConfig) -> Chunk:
-    """The same model with weights of 8 bits, or compiled blocks, where `config` asks for them; else with fused ones."""
+    """The same model with weights of 8 bits, or compiled blocks, where `config` asks for them; else with fused ones, packed where
+    the machine has a kernel."""
     if not config.int8 and not config.compile:
         from mtp_dist.decoding.fused import fuse
+        from mtp_dist.decoding.product import pack
 
         fuse(model)
+        pack(model)
     if config.int8:
         from mtp_dist.decoding.int8 import quantize
 

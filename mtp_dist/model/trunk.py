@@ -40,21 +40,21 @@ class KeyValueCache(Protocol):
 
 
 def rotation(positions: Tensor, head_dim: int, theta: float) -> Tensor:
-    """cos and sin of the rotary embedding (arXiv 2104.09864, half-split pairs as in Llama's released code).
+    """What turns a pair, by the rotary embedding (arXiv 2104.09864, half-split pairs as in Llama's released code): the cosine,
+    and the sine as each half takes it from the other, -sin the first and sin the second.
 
     positions int64 [.., n] -> float32 [2, .., n, head_dim].
     """
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angle = positions.unsqueeze(-1).float() * frequency
-    angle = torch.cat((angle, angle), dim=-1)
-    return torch.stack((angle.cos(), angle.sin()))
+    cosine, sine = angle.cos(), angle.sin()
+    return torch.stack((torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)))
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """Apply ``rotation`` [2, n, c] (or [2, B, 1, n, c]) to x [B, H, n, c], in float32, returned in x's dtype."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    left, right = wide.chunk(2, dim=-1)
-    return (wide * turn[0] + torch.cat((-right, left), dim=-1) * turn[1]).to(x.dtype)
+    return (wide * turn[0] + wide.roll(x.shape[-1] // 2, -1) * turn[1]).to(x.dtype)
 
 
 class Attention(nn.Module):

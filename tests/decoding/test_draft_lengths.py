@@ -12,11 +12,13 @@ from tests.decoding.test_engine import PROMPTS, half_taught
 
 class World:
     """Rounds that cost fixed + pass_ (γ+1) + draft γ, each draft accepted by chance; now and then a round takes ten times as
-    long."""
+    long. period: every so many rounds the machine becomes twice as slow, or as fast as it was."""
 
-    def __init__(self, share: float, *, fixed: float, pass_: float, draft: float, rows: int = 1) -> None:
-        self.share, self.fixed, self.pass_, self.draft, self.rows = share, fixed, pass_, draft, rows
-        self.random = random.Random(0)
+    def __init__(
+        self, share: float, *, fixed: float, pass_: float, draft: float, rows: int = 1, period: int | None = None
+    ) -> None:
+        self.share, self.fixed, self.pass_, self.draft, self.rows, self.period = share, fixed, pass_, draft, rows, period
+        self.random, self.rounds = random.Random(0), 0
 
     def cost(self, length: int) -> float:
         return self.fixed + self.pass_ * (length + 1) + self.draft * length
@@ -37,7 +39,9 @@ class World:
                     count += 1
                 accepted.append(count)
             hiccup = 10 if self.random.random() < 0.05 else 1
-            lengths.learn(length, accepted, self.cost(length) * hiccup * self.random.uniform(0.95, 1.05))
+            self.rounds += 1
+            slow = 2 if self.period and self.rounds // self.period % 2 else 1
+            lengths.learn(length, accepted, self.cost(length) * slow * hiccup * self.random.uniform(0.95, 1.05))
             chosen.append(length)
         return chosen
 
@@ -79,6 +83,15 @@ def test_what_may_win_is_tried_again_and_taken_up() -> None:
     assert world.speed(*chosen) > 0.98 * world.speed(0)
     chosen = World(0.95, fixed=10, pass_=1, draft=1).run(lengths, 500)
     assert chosen[-50:].count(3) > 45
+
+
+@pytest.mark.parametrize("period", [15, 40])
+def test_a_machine_that_changes_its_speed_costs_little(period: int) -> None:
+    """Each time that it slows down, lengths measured before look twice as fast, until they are tried."""
+    lengths = DraftLengths(3)
+    world = World(0.8, fixed=10, pass_=0.3, draft=1, period=period)
+    chosen = world.run(lengths, 800)
+    assert world.speed(*chosen) > 0.95 * world.speed(3)
 
 
 def test_a_batch_that_shrinks_keeps_what_it_knows() -> None:

@@ -1,20 +1,25 @@
-"""Promise: weights of 8 bits are the rounded ones, fused and compiled blocks the same ones, and decoding stays lossless."""
+"""Promise: weights of 8 bits are the rounded ones, packed, fused and compiled ones the same ones, and decoding stays lossless."""
 
 import copy
 
 import pytest
 import torch
 import torch._inductor.config
+import torch.nn.functional as F
 
 from mtp_dist.config.schema import DecodeConfig
 from mtp_dist.decoding import int8
 from mtp_dist.decoding.engine import generate_batch
+from mtp_dist.decoding.fused import Norm
 from mtp_dist.decoding.model import DecodingModel
 from mtp_dist.decoding.preparation import prepare, require_tools
+from mtp_dist.decoding.product import Product, packable, packed
 from mtp_dist.decoding.request import validate_decoding
 from mtp_dist.errors import UserError
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.linear import Linear
+from mtp_dist.model.tensor_group import ALONE
+from mtp_dist.model.trunk import RMSNorm
 from tests.decoding.models import VOCABULARY, random_model
 
 PROMPTS = [[1, 5, 9, 2, 2, 7, 14], [3], [20, 4, 4]]
@@ -49,6 +54,47 @@ def test_fused_blocks_are_the_same(kind: str, dtype: str) -> None:
     assert sum(type(module).__name__ == "FusedBlock" for module in fused.modules()) >= 4
     torch.testing.assert_close(logits(fused, tokens), expected, rtol=1e-5, atol=1e-5)
     assert [[text.tokens for text in generate_batch(fused, PROMPTS, config)] for config in settings] == texts
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "eagle3", "notebook"])
+def test_packed_weights_are_the_same(kind: str) -> None:
+    """In bfloat16 on a processor with such kernels; on others nothing is packed, and this says nothing new."""
+    model = random_model(2, kind=kind, dtype=torch.bfloat16)
+    tokens = torch.randint(0, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(0))
+    expected = logits(copy.deepcopy(model).float(), tokens)
+    before, after = logits(model, tokens), logits(prepare(model, DecodeConfig(dtype="bfloat16")), tokens)
+    if packable(model.output_weight()):
+        assert packed(model.output_weight()) is not None
+        assert not any(isinstance(module, Linear) for module in model.modules())
+    off, usual = ((found - expected).abs().max() for found in (after, before))
+    assert off <= 1.5 * usual + 0.002 * expected.abs().max(), "farther from float32 than the model as it was"
+    for mode in ("plain", "speculative"):
+        texts = generate_batch(model, PROMPTS, DecodeConfig(mode=mode, max_new_tokens=20, dtype="bfloat16"))
+        assert [len(text.tokens) for text in texts] == [20] * len(PROMPTS)
+
+
+@pytest.mark.parametrize("shape", [(576, 192), (5, 7)])
+def test_a_product_is_a_linear_layer(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight, bias = torch.randn(shape, generator=generator), torch.randn(shape[0], generator=generator)
+    x = torch.randn(2, 3, shape[1], generator=generator)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2**-6)):
+        given = [tensor.to(dtype) for tensor in (x, weight, bias)]
+        for extra in (None, given[2]):
+            with torch.inference_mode():
+                found = Product(given[1], extra)(given[0])
+            want = F.linear(given[0].double(), given[1].double(), None if extra is None else extra.double())
+            torch.testing.assert_close(found.double(), want, rtol=tolerance, atol=tolerance * shape[1] ** 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_norm_is_the_root_mean_square(dtype: torch.dtype) -> None:
+    norm = RMSNorm(24, 1e-5, ALONE).to(dtype)
+    torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
+    for size in (1e-4, 1.0, 1e3):
+        x = size * (3 + torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1), dtype=dtype))
+        with torch.inference_mode():
+            torch.testing.assert_close(Norm(norm)(x), norm(x))
 
 
 @pytest.mark.parametrize("rows", [1, int8.NARROW + 1], ids=["kernel", "converted"])

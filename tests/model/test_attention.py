@@ -28,6 +28,7 @@ from mtp_dist.model.attention import (
     document_starts,
     most_documents,
     segments,
+    shared,
     whole_heads,
 )
 from tests.model.small import rows, small_model
@@ -159,6 +160,21 @@ def test_short_rows_in_bfloat16_are_computed_in_float32(length: int) -> None:
 def test_no_mask_is_one_document() -> None:
     for got, want in zip(with_gradients(None), with_gradients(document_mask(torch.zeros(5, 9))), strict=True):
         assert (got - want).abs().max() <= EXACT
+
+
+@pytest.mark.parametrize("heads", [(6, 2), (4, 4), (3, 1)])
+@pytest.mark.parametrize("rows", [False, True], ids=["one mask", "a mask a row"])
+def test_a_shared_mask_is_the_mask(heads: tuple[int, int], rows: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, count, length, 8, generator=generator, dtype=torch.float64)
+        for count, length in ((heads[0], 4), (heads[1], 9), (heads[1], 9))
+    )
+    mask = torch.rand((2, 1, 4, 9) if rows else (4, 9), generator=generator) < 0.5
+    mask[..., 0] = True
+    ready = shared(mask, heads[0] // heads[1], torch.float64)
+    found, want = (attend(query, key, value, each, causal=False) for each in (ready, mask))
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
 
 
 def test_whole_heads_are_grouped_queries() -> None:
