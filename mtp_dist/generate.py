@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # torch takes seconds to load: wrong settings are answered be
     from mtp_dist.checkpoint.reader import Checkpoint
     from mtp_dist.decoding.comparison import Continuation
     from mtp_dist.decoding.draft_lengths import DraftLengths
-    from mtp_dist.decoding.engine import Generated
+    from mtp_dist.decoding.engine import Generated, Growing, NewText
     from mtp_dist.decoding.layout import ModelPart
     from mtp_dist.decoding.stopping import StopStrings, TextStream
     from mtp_dist.model.chunk import Chunk
@@ -99,41 +99,42 @@ class Writer:
     def follow(self, tokens: list[int], decode: DecodeConfig, number: int) -> "Iterator[tuple[list[int], str]]":
         """Continue one prompt, otherwise decoded than usual: after each forward its new tokens, and why they are the last, if
         they are. ``number`` seeds the sampling."""
-        import torch
-
         from mtp_dist.decoding.engine import grow
 
-        generator = torch.Generator(self.model.device).manual_seed(self.seed + number)
-        for (text,) in grow(
-            self.model, [tokens], decode, generators=[generator], stops=[self.stops], lengths=self.lengths, **self.told
-        ):
+        texts = [self._new(tokens, decode, number)]
+        longest = len(tokens) + decode.max_new_tokens
+        waiting = lambda free: [texts.pop()] if texts else []  # noqa: E731
+        for (text,) in grow(self.model, waiting, decode, rows=1, longest=longest, lengths=self.lengths, **self.told):
             yield text.latest, text.ending
+
+    def _new(self, tokens: list[int], decode: DecodeConfig, number: int) -> "NewText":
+        import torch
+
+        from mtp_dist.decoding.engine import NewText
+
+        generator = torch.Generator(self.model.device).manual_seed(self.seed + number)
+        return NewText(tokens, decode.max_new_tokens, self.stops, generator)
 
     def _generate(
         self, prompts: list[list[int]], decode: DecodeConfig, number: int, shown: "TextStream | None" = None
     ) -> "list[Generated]":
-        import torch
         from tqdm import tqdm
 
         from mtp_dist.decoding.engine import generate_batch
 
-        device = self.model.device
-        generators = [torch.Generator(device).manual_seed(self.seed + number + row) for row in range(len(prompts))]
         total = decode.max_new_tokens * len(prompts)
         hidden = True if self.quiet or shown is not None else None  # None: shown on a terminal
         with tqdm(total=total, desc=decode.mode, unit="tok", leave=False, disable=hidden) as bar:
 
-            def progress(row: int, tokens: list[int]) -> None:
-                bar.update(len(tokens))
+            def progress(text: "Growing") -> None:
+                bar.update(text.new)
                 if shown is not None:
-                    print(shown.feed(tokens), end="", flush=True)
+                    print(shown.feed(text.latest), end="", flush=True)
 
             return generate_batch(
                 self.model,
-                prompts,
+                [self._new(tokens, decode, number + row) for row, tokens in enumerate(prompts)],
                 decode,
-                generators=generators,
-                stops=self.stops,
                 lengths=self.lengths if decode.mode == "speculative" else None,
                 progress=progress,
                 **self.told,

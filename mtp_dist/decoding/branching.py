@@ -5,7 +5,7 @@ drafter's caches behind those of the known text, and ``done`` forgets them: the 
 in the pass that it needs anyway, so that the caches hold nothing that a chain's would not.
 """
 
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from mtp_dist.model.mtp.medusa import MedusaModule
 
 
 class Branching(Protocol):
-    """Grows trees behind one batch of texts. ``prefill``, ``observe`` and ``keep`` are a ``Drafter``'s."""
+    """Grows trees behind one batch of texts. ``prefill``, ``observe``, ``keep`` and ``join`` are a ``Drafter``'s."""
 
     model: DecodingModel
 
@@ -30,6 +30,8 @@ class Branching(Protocol):
     def observe(self, texts: Texts, trunk: TrunkPass) -> None: ...
 
     def keep(self, rows: list[int]) -> None: ...
+
+    def join(self, other: Self) -> None: ...
 
     def able(self, texts: Texts) -> bool:
         """Whether the texts are long enough."""

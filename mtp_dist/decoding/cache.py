@@ -100,6 +100,12 @@ class KeyValues:
             self.keys[layer], self.values[layer] = keys[rows], values[rows]
         self.lengths = [self.lengths[row] for row in rows]
 
+    def join(self, other: "KeyValues") -> None:
+        """The rows of another cache of the same sizes go on behind these."""
+        for own, new in ((self.keys, other.keys), (self.values, other.values)):
+            own[:] = [torch.cat(pair) for pair in zip(own, new, strict=True)]
+        self.lengths = self.lengths + other.lengths
+
 
 class Extension:
     """One pass's writing to a cache, by one layer after the other. It is the model's ``KeyValueCache``."""
@@ -159,6 +165,11 @@ class HiddenStates:
         """Only these rows go on, in this order."""
         self.states = self.states[rows]
         self.lengths = [self.lengths[row] for row in rows]
+
+    def join(self, other: "HiddenStates") -> None:
+        """The rows of others of the same sizes go on behind these."""
+        self.states = torch.cat((self.states, other.states))
+        self.lengths = self.lengths + other.lengths
 
 
 def cropped(lengths: list[int], most: list[int]) -> list[int]:

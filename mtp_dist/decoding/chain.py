@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -127,6 +128,15 @@ class ChainDrafter:
         self.positions = [self.positions[row] for row in rows]
         if self.used is not None:
             self.used.keep(rows)
+
+    def join(self, other: Self) -> None:
+        assert self.used is None
+        assert other.used is None
+        for own, new in zip(self.caches, other.caches, strict=True):
+            own.join(new)
+        for states, more in zip(self.inputs, other.inputs, strict=True):
+            states.join(more)
+        self.positions = self.positions + other.positions
 
     def _forget(self, texts: Texts) -> None:
         """Drop what was made from rejected tokens, or past the trunk's states of the time."""

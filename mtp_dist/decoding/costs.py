@@ -8,14 +8,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Self
 
 import torch
 from torch import nn
 
 from mtp_dist.config.schema import DecodeConfig
+from mtp_dist.decoding.batch import Batch
 from mtp_dist.decoding.drafter import Drafter, Proposal
 from mtp_dist.decoding.drafters import build_drafter, most_nodes, room
-from mtp_dist.decoding.engine import Batch
 from mtp_dist.decoding.layout import ModelPart, open_model
 from mtp_dist.decoding.model import TrunkPass
 from mtp_dist.decoding.sampling import Chance, Sampling
@@ -70,6 +71,9 @@ class Timed:
 
     def keep(self, rows: list[int]) -> None:
         self.drafter.keep(rows)
+
+    def join(self, other: Self) -> None:
+        self.drafter.join(other.drafter)
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@ One interface. A drafter may be wrong without harm: ``verification`` decides, so
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -45,6 +45,11 @@ class Drafter(Protocol):
 
     def keep(self, rows: list[int]) -> None:
         """Only these rows go on, in this order."""
+        ...
+
+    def join(self, other: Self) -> None:
+        """The rows of another drafter of the same kind for the same model go on behind these. Called between rounds: both have
+        seen all of their texts, and no drafts are open."""
         ...
 
 

@@ -1,30 +1,40 @@
-"""The decoding loop: draft, verify in one pass through the trunk, keep what is accepted and the trunk's own token after it.
+"""The decoding loop: texts that a model continues, so many side by side; where one ends, one that waits takes its place.
 
-Texts of a batch go on side by side, each as far as its own drafts are accepted; one that has ended leaves the batch. Plain
-decoding is the same loop without drafts, so that a comparison of the two compares nothing else.
+``batch`` has the rounds. Plain decoding is the same loop without drafts, so that a comparison of the two compares nothing else.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import nn
 
 from mtp_dist.config.schema import DecodeConfig
+from mtp_dist.decoding.batch import Batch, Round
 from mtp_dist.decoding.draft_lengths import DraftLengths
-from mtp_dist.decoding.drafter import Drafter, Proposal
 from mtp_dist.decoding.drafters import build_drafter, draft_length, room
 from mtp_dist.decoding.layout import ModelPart, open_model
-from mtp_dist.decoding.model import DecodingModel, TrunkPass
-from mtp_dist.decoding.sampling import Chance, Sampling, Source, draw
+from mtp_dist.decoding.sampling import Chance, Sampling
 from mtp_dist.decoding.statistics import Statistics
 from mtp_dist.decoding.stopping import StopStrings
-from mtp_dist.decoding.text import Texts
-from mtp_dist.decoding.tree import Branches, Tree, filled
-from mtp_dist.decoding.tree_verification import TreeVerdict, verify_drawn, verify_followed, verify_typical_tree
-from mtp_dist.decoding.verification import Verdict, verify_greedy, verify_sampled, verify_typical
 from mtp_dist.model.chunk import Chunk
+
+
+@dataclass(frozen=True, eq=False)
+class NewText:
+    """A text to be continued. prompt: one or more tokens; limit: new tokens at most; stops: strings that end it; generator: its
+    own chance, where texts are sampled (None: torch's)."""
+
+    prompt: list[int]
+    limit: int
+    stops: StopStrings | None = None
+    generator: torch.Generator | None = None
+
+
+Waiting = Callable[[int], Sequence[NewText]]
+"""Where texts come from: called with a number of free places, it gives so many or fewer."""
 
 
 @dataclass(frozen=True)
@@ -42,26 +52,16 @@ class Generated:
         return self.ending == "end_of_document"
 
 
-@dataclass(frozen=True)
-class Round:
-    """What one forward gave a text: ``tokens`` are the accepted drafts and one more; drafts of depths up to ``drafted`` were
-    verified, ``nodes`` in all: where they form no tree, as many."""
-
-    tokens: list[int]
-    drafted: int
-    nodes: int
-
-
-@dataclass
+@dataclass(eq=False)
 class Growing:
-    """A text of the batch: its number, how long it may become, its tokens so far, and of those how many the latest forward gave.
+    """A text on its way: its number (texts are counted as they come), its tokens so far, and of those how many the latest
+    forward gave.
 
     Whoever follows it may end it between two forwards by giving it an ``ending`` of his own; it then leaves the batch.
     """
 
     number: int
-    limit: int
-    stops: StopStrings | None
+    text: NewText
     statistics: Statistics
     tokens: list[int] = field(default_factory=list)
     new: int = 0
@@ -81,116 +81,188 @@ def generate(
     end: int | None = None,
     vocabulary: int | None = None,
     generator: torch.Generator | None = None,
-    progress: Callable[[int], object] | None = None,
 ) -> Generated:
-    """``generate_batch`` of one prompt; ``progress`` is called after each forward with the number of new tokens."""
-    report = None if progress is None else lambda _, tokens: progress(len(tokens))
-    return generate_batch(
-        model, [prompt], config, end=end, vocabulary=vocabulary, generators=[generator], progress=report
-    )[0]
+    """``generate_batch`` of one prompt."""
+    text = NewText(prompt, config.max_new_tokens, generator=generator)
+    return generate_batch(model, [text], config, end=end, vocabulary=vocabulary)[0]
 
 
 def generate_batch(
     model: Chunk | ModelPart,
-    prompts: Sequence[list[int]],
+    texts: Sequence[NewText | list[int]],
     config: DecodeConfig,
     *,
+    rows: int | None = None,
     end: int | None = None,
     vocabulary: int | None = None,
-    generators: Sequence[torch.Generator | None] | None = None,
-    stops: StopStrings | None = None,
     draft_model: nn.Module | None = None,
     lengths: DraftLengths | None = None,
-    progress: Callable[[int, list[int]], object] | None = None,
+    progress: Callable[[Growing], object] | None = None,
 ) -> list[Generated]:
-    """Continue prompts of one or more tokens, together, each by at most ``config.max_new_tokens``; see ``grow``.
-
-    ``progress`` is called after each forward with a prompt's number and its new tokens.
-    """
-    results: dict[int, Generated] = {}
-    for texts in grow(
+    """``continued`` of so many texts, all side by side unless ``rows`` says how many. A prompt alone goes on by at most
+    ``config.max_new_tokens``."""
+    given = [text if isinstance(text, NewText) else NewText(text, config.max_new_tokens) for text in texts]
+    found = continued(
         model,
-        prompts,
+        given,
         config,
+        rows=rows or len(given),
+        longest=max(len(text.prompt) + text.limit for text in given),
         end=end,
         vocabulary=vocabulary,
-        generators=generators,
-        stops=[stops] * len(prompts),
+        draft_model=draft_model,
+        lengths=lengths,
+        progress=progress,
+    )
+    return list(found)
+
+
+def continued(
+    model: Chunk | ModelPart,
+    texts: Iterable[NewText],
+    config: DecodeConfig,
+    *,
+    rows: int,
+    longest: int,
+    end: int | None = None,
+    vocabulary: int | None = None,
+    draft_model: nn.Module | None = None,
+    lengths: DraftLengths | None = None,
+    progress: Callable[[Growing], object] | None = None,
+) -> Iterator[Generated]:
+    """What becomes of the texts, in their order, each once it and all before it have ended; see ``grow``.
+
+    ``progress`` is called after each forward with each text that took part.
+    """
+    remaining, ended, next_ = iter(texts), dict[int, Generated](), 0
+    for growing in grow(
+        model,
+        lambda free: list(islice(remaining, free)),
+        config,
+        rows=rows,
+        longest=longest,
+        end=end,
+        vocabulary=vocabulary,
         draft_model=draft_model,
         lengths=lengths,
     ):
-        for text in texts:
+        for text in growing:
             if progress is not None:
-                progress(text.number, text.latest)
+                progress(text)
             if text.ending:
-                results[text.number] = Generated(text.tokens, text.statistics, text.ending)
-    return [results[number] for number in range(len(prompts))]
+                ended[text.number] = Generated(text.tokens, text.statistics, text.ending)
+        while next_ in ended:
+            yield ended.pop(next_)
+            next_ += 1
 
 
 @torch.inference_mode()
 def grow(
     model: Chunk | ModelPart,
-    prompts: Sequence[list[int]],
+    waiting: Waiting,
     config: DecodeConfig,
     *,
+    rows: int,
+    longest: int,
     end: int | None = None,
     vocabulary: int | None = None,
-    generators: Sequence[torch.Generator | None] | None = None,
-    limits: Sequence[int] | None = None,
-    stops: Sequence[StopStrings | None] | None = None,
     draft_model: nn.Module | None = None,
     lengths: DraftLengths | None = None,
 ) -> Iterator[list[Growing]]:
-    """Continue prompts of one or more tokens, together. Yields after each forward the texts that took part in it, with their new
-    tokens; one that has ended is among them for the last time.
+    """Continue the texts that ``waiting`` gives, at most ``rows`` side by side; it is asked before each round that has free
+    places. A prompt and its continuation have at most ``longest`` tokens. Ends when nothing grows and nothing waits.
+
+    Yields after each forward the texts that took part in it, with their new tokens; one that has ended is among them for the
+    last time. The pass over the prompts of new texts is a forward of theirs alone; then they join the others.
 
     ``config.mode`` is plain or speculative. ``end`` is the end-of-document token: it ends a text if ``config.stop_at_eos``, and
-    separates documents for attention. ``vocabulary``: see ``DecodingModel``. ``generators``: one a prompt, for sampling; None
-    takes torch's own. ``limits``: tokens of each text at most, instead of ``config.max_new_tokens``. ``stops``: strings that end
-    each text. ``draft_model``: needed where ``config.drafter`` is model. ``lengths``: what earlier calls with ``config.auto``
-    learnt. For what is timed see ``Statistics``; a text's seconds are its share of the time of the passes that it took part in.
+    separates documents for attention. ``vocabulary``: see ``DecodingModel``. ``draft_model``: needed where ``config.drafter`` is
+    model. ``lengths``: what earlier calls with ``config.auto`` learnt. For what is timed see ``Statistics``; a text's seconds are
+    its share of the time of the passes that it took part in, and of what lay between them.
     """
-    if not prompts or not all(prompts):
-        raise ValueError("a prompt has no token")
-    growing = [
-        Growing(number, limit, strings, Statistics(prompt_tokens=len(prompt)))
-        for number, (prompt, limit, strings) in enumerate(
-            zip(prompts, limits or [config.max_new_tokens] * len(prompts), stops or [None] * len(prompts), strict=True)
-        )
-    ]
     most = draft_length(config, model.depth)
-    longest = max(len(prompt) + text.limit for prompt, text in zip(prompts, growing, strict=True))
     decoder = open_model(model, longest + room(config, model.depth) + 1, end=end, vocabulary=vocabulary)
-    sampling, chance = Sampling.of(config), Chance(generators or [None] * len(prompts))
-    drafter = build_drafter(decoder, len(prompts), config, sampling, chance, other=draft_model) if most else None
-    batch = Batch(decoder, prompts, sampling, drafter, chance)
+    sampling, stop = Sampling.of(config), end if config.stop_at_eos else None
     if config.auto and lengths is None:
         lengths = DraftLengths(most)
-    stop = end if config.stop_at_eos else None
 
-    started = time.perf_counter()
-    rounds = batch.start()
+    def begun(texts: Sequence[NewText]) -> Batch:
+        if not all(text.prompt and len(text.prompt) + text.limit <= longest for text in texts):
+            raise ValueError(f"a prompt has no token, or may become a text of more than {longest}")
+        chance = Chance([text.generator for text in texts])
+        drafter = build_drafter(decoder, len(texts), config, sampling, chance, other=draft_model) if most else None
+        return Batch(decoder, [text.prompt for text in texts], sampling, drafter, chance)
+
+    places, number = Places(), 0
+    owed, started = 0.0, time.perf_counter()  # owed: by the next round, since it passed before the forward of new texts
     while True:
+        free = rows - len(places.growing)
+        new = waiting(free) if free else []
+        if new:
+            if places.growing:
+                elapsed, started = _lap(started)
+                owed += elapsed
+            came = [Growing(number + place, text, Statistics(len(text.prompt))) for place, text in enumerate(new)]
+            number += len(new)
+            batch = begun(new)
+            rounds = batch.start()
+            elapsed, started = _lap(started)
+            for text, made in zip(came, rounds, strict=True):
+                _take(text, made, stop)
+                text.statistics.tokens, text.statistics.prefill_seconds = 1, elapsed / len(came)
+            yield came
+            places.admit(came, batch)
+        elif not places.growing:
+            return
+        if places.batch is None:
+            continue
+        growing = places.growing
+        left = max(text.text.limit - len(text.tokens) for text in growing) - 1
+        if config.auto and most and lengths is not None:
+            count = decoder.agreed(lengths.choose(min(most, left)))
+            begin = time.perf_counter()
+            rounds = places.batch.advance(count)
+            lengths.learn(count, [len(made.tokens) - 1 for made in rounds], time.perf_counter() - begin)
+        else:
+            # What a text draws must not depend on how long the others may become.
+            rounds = places.batch.advance(min(most, left) if sampling.greedy else most)
         elapsed, started = _lap(started)
-        for text, new in zip(growing, rounds, strict=True):
-            first = not text.tokens
-            _take(text, new, stop)
-            _count(text.statistics, new, text.new, elapsed / len(growing), first=first)
+        for text, made in zip(growing, rounds, strict=True):
+            _take(text, made, stop)
+            _count(text.statistics, made, text.new, (elapsed + owed) / len(growing))
+        owed = 0.0
         yield growing
-        going = [place for place, text in enumerate(growing) if not text.ending]
+        places.clear()
+
+
+class Places:
+    """The texts that grow, and their batch; None where there are none."""
+
+    def __init__(self) -> None:
+        self.growing: list[Growing] = []
+        self.batch: Batch | None = None
+
+    def admit(self, texts: list[Growing], batch: Batch) -> None:
+        """These join, but for those that have ended."""
+        going = [place for place, text in enumerate(texts) if not text.ending]
         if not going:
             return
-        if len(going) < len(growing):
+        if len(going) < len(texts):
             batch.keep(going)
-            growing = [growing[place] for place in going]
-        count = min(most, max(text.limit - len(text.tokens) for text in growing) - 1)
-        if config.auto and most and lengths is not None:
-            count = decoder.agreed(lengths.choose(count))
-            begun = time.perf_counter()
-            rounds = batch.advance(count)
-            lengths.learn(count, [len(new.tokens) - 1 for new in rounds], time.perf_counter() - begun)
+        if self.batch is None:
+            self.batch = batch
         else:
-            rounds = batch.advance(count)
+            self.batch.join(batch)
+        self.growing = [*self.growing, *(texts[place] for place in going)]
+
+    def clear(self) -> None:
+        """Those that have ended leave."""
+        going = [place for place, text in enumerate(self.growing) if not text.ending]
+        if not going:
+            self.batch = None
+        elif self.batch is not None and len(going) < len(self.growing):
+            self.batch.keep(going)
+        self.growing = [self.growing[place] for place in going]
 
 
 def _lap(started: float) -> tuple[float, float]:
@@ -200,137 +272,24 @@ def _lap(started: float) -> tuple[float, float]:
 
 def _take(text: Growing, new: Round, stop: int | None) -> None:
     """Append what belongs to the text of a round's tokens; note why the text ends there, if it does."""
-    seen = len(text.tokens)
-    tokens = text.tokens + until(new.tokens, stop)[: text.limit - seen]
+    seen, limit, stops = len(text.tokens), text.text.limit, text.text.stops
+    tokens = text.tokens + until(new.tokens, stop)[: limit - seen]
     if stop is not None and tokens[-1] == stop:
         text.ending = "end_of_document"
-    elif len(tokens) == text.limit:
+    elif len(tokens) == limit:
         text.ending = "length"
-    cut = text.stops.within(tokens, seen) if text.stops is not None else None
+    cut = stops.within(tokens, seen) if stops is not None else None
     if cut is not None:
         tokens, text.ending = tokens[:cut], "stop_string"
     text.tokens, text.new = tokens, len(tokens) - seen
 
 
-def _count(statistics: Statistics, new: Round, kept: int, seconds: float, *, first: bool) -> None:
-    if first:
-        statistics.tokens = 1
-        statistics.prefill_seconds = seconds
-        return
+def _count(statistics: Statistics, new: Round, kept: int, seconds: float) -> None:
     accepted = min(len(new.tokens) - 1, kept)
     # Drafts behind the end of the text were never part of it.
     drafted, nodes = (accepted, accepted) if kept < len(new.tokens) else (new.drafted, new.nodes)
     statistics.count(drafted, accepted, kept, nodes)
     statistics.seconds += seconds
-
-
-class Batch:
-    """Texts that one model continues side by side. The caller says how many drafts a round may have, and which texts go on."""
-
-    def __init__(
-        self,
-        model: DecodingModel,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        drafter: Drafter | None,
-        chance: Chance,
-    ) -> None:
-        self.model, self.sampling, self.drafter, self.chance = model, sampling, drafter, chance
-        self.texts = Texts(prompts, model.capacity, model.device)
-        self.caches = model.caches(len(prompts))
-
-    def start(self) -> list[Round]:
-        """The pass over the prompts: each text's first token. Called once, first."""
-        trunk = self.model.trunk(self.texts.tokens, self.caches, self.texts.known)
-        if self.drafter is not None:
-            self.drafter.prefill(self.texts, trunk)
-        span = self.model.span([0] * len(self.texts), self.texts.known)
-        nothing = Proposal(self.texts.drafts(0), None)
-        none = [0] * len(self.texts)
-        found = self.model.decide(span.last(trunk.after_norm), lambda logits: self._judge(nothing, logits.unsqueeze(1)))
-        return self._extend(found, none, none)
-
-    def advance(self, drafts: int) -> list[Round]:
-        """A round: at most ``drafts`` drafts of each text, verified in one pass through the trunk."""
-        texts = self.texts
-        proposal: Proposal | Tree = Proposal(texts.drafts(0), None)
-        if self.drafter is not None and drafts:
-            proposal = self.drafter.propose(texts, drafts)
-        if isinstance(proposal, Tree):
-            return self._branch(proposal)
-        width = proposal.tokens.shape[1]
-        trunk = self.model.trunk(texts.tokens, self.caches, [known + width for known in texts.known])
-        found = self.model.decide(trunk.after_norm, lambda logits: self._judge(proposal, logits))
-        counts = proposal.counts or [width] * len(texts)
-        return self._close(found, trunk, counts, counts)
-
-    def _branch(self, tree: Tree) -> list[Round]:
-        """The round of a tree of drafts: of the entries and states of its nodes, those of each row's accepted path stay."""
-        texts, known = self.texts, self.texts.known
-        trunk = self.model.trunk(texts.tokens, self.caches, [n + tree.nodes for n in known], Branches(tree, known))
-        paths, tokens = self.model.decide(trunk.after_norm, lambda logits: self._follow(tree, logits))
-        slots = filled(paths)
-        if any(row != list(range(len(row))) for row in slots):
-            places = torch.tensor(slots, device=texts.tokens.device)
-            for cache in self.caches:
-                cache.pick(known, places)
-            trunk = trunk.picked(torch.cat((torch.zeros_like(places[:, :1]), places + 1), dim=1))
-        found = tree.tokens.tolist()
-        new = [[*(row[node] for node in path), token] for row, path, token in zip(found, paths, tokens, strict=True)]
-        return self._close(new, trunk, tree.depths.amax(1).tolist(), [tree.nodes] * len(texts))
-
-    def keep(self, rows: list[int]) -> None:
-        """Only these texts go on, in this order."""
-        self.texts.keep(rows)
-        self.chance.keep(rows)
-        for cache in self.caches:
-            cache.keep(rows)
-        if self.drafter is not None:
-            self.drafter.keep(rows)
-
-    def _judge(self, proposal: Proposal, logits: torch.Tensor) -> list[list[int]]:
-        """logits [B, γ+1, V] of the last known token and the drafts -> each text's new tokens."""
-        verdict = verify(proposal, logits, self.sampling, self.chance)
-        found = torch.cat((verdict.accepted.unsqueeze(1), verdict.token.unsqueeze(1), proposal.tokens), dim=1).tolist()
-        return [[*drafted[:accepted], token] for accepted, token, *drafted in found]
-
-    def _follow(self, tree: Tree, logits: torch.Tensor) -> tuple[list[list[int]], list[int]]:
-        """logits [B, 1+m, V] of the last known token and the m nodes -> each text's accepted path, and the token behind it."""
-        verdict = verify_tree(tree, logits, self.sampling, self.chance)
-        return tree.paths(verdict.node), verdict.token.tolist()
-
-    def _close(self, new: list[list[int]], trunk: TrunkPass, drafted: list[int], nodes: list[int]) -> list[Round]:
-        """The texts go on with the tokens new[b], whose states but the last one's lead the trunk's."""
-        rounds = self._extend(new, drafted, nodes)
-        for cache in self.caches:
-            cache.crop([known - 1 for known in self.texts.known])
-        if self.drafter is not None:
-            self.drafter.observe(self.texts, trunk)
-        return rounds
-
-    def _extend(self, new: list[list[int]], drafted: list[int], nodes: list[int]) -> list[Round]:
-        self.texts.extend(new)
-        return [Round(*made) for made in zip(new, drafted, nodes, strict=True)]
-
-
-def verify(proposal: Proposal, logits: torch.Tensor, sampling: Sampling, source: Source) -> Verdict:
-    """The trunk's logits [B, γ+1, V] of the last known token and the γ drafts, as greedy decoding or sampling asks."""
-    counts = None if proposal.counts is None else torch.tensor(proposal.counts, device=logits.device)
-    if sampling.greedy:
-        return verify_greedy(proposal.tokens, logits, counts)
-    if sampling.typical is not None:
-        return verify_typical(proposal.tokens, sampling.probabilities(logits), *sampling.typical, source, counts)
-    return verify_sampled(proposal.tokens, sampling.probabilities(logits), proposal.probabilities, source, counts)
-
-
-def verify_tree(tree: Tree, logits: torch.Tensor, sampling: Sampling, source: Source) -> TreeVerdict:
-    """The same for a tree: the trunk's logits [B, 1+m, V] of the last known token and the m nodes."""
-    if sampling.greedy:
-        return verify_followed(tree, logits.argmax(-1))
-    p = sampling.probabilities(logits)
-    if sampling.typical is not None:
-        return verify_typical_tree(tree, p, *sampling.typical, source)
-    return verify_followed(tree, draw(p, source)) if tree.probabilities is None else verify_drawn(tree, p, source)
 
 
 def until(tokens: list[int], stop: int | None) -> list[int]:

@@ -5,9 +5,10 @@ row: a copy that fills the row up, or a token that was rejected. Such slots are 
 given; slots at the end that no row needs are cropped. Where hidden slots pile up, the texts are run anew.
 """
 
-from typing import Any
+from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_dist.decoding.drafter import Proposal, pick, proposal
@@ -62,6 +63,20 @@ class HuggingFaceDrafter:
         self.lengths = [self.lengths[row] for row in rows]
         if self.used is not None:
             self.used.keep(rows)
+
+    def join(self, other: Self) -> None:
+        assert self.used is None
+        assert other.used is None
+        width = max(self.slots.shape[1], other.slots.shape[1])
+        full = min(self.slots.shape[1], other.slots.shape[1]) > 0
+        if full:
+            for own, new in zip(self.cache.layers, other.cache.layers, strict=True):
+                own.keys = torch.cat([F.pad(keys, (0, 0, 0, width - keys.shape[2])) for keys in (own.keys, new.keys)])
+                own.values = torch.cat([F.pad(values, (0, 0, 0, width - values.shape[2])) for values in (own.values, new.values)])
+        self.slots = torch.cat([F.pad(slots, (0, width - slots.shape[1])) for slots in (self.slots, other.slots)])
+        self.lengths = self.lengths + other.lengths
+        if not full:
+            self._clear()
 
     def _clear(self) -> None:
         from transformers import DynamicCache

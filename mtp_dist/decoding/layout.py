@@ -10,7 +10,7 @@ Contract: all ranks of a replica make the same calls in the same order, with the
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -161,6 +161,11 @@ class Announced:
     def keep(self, rows: list[int]) -> None:
         if self.inner is not None:
             self.inner.keep(rows)
+
+    def join(self, other: Self) -> None:
+        if self.inner is not None:
+            assert other.inner is not None
+            self.inner.join(other.inner)
 
 
 def _told(own: Proposal | Tree) -> tuple[type[Proposal | Tree], list[list[list[int]]], list[int] | None]:

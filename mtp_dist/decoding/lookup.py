@@ -1,5 +1,7 @@
 """Drafts without a model: what followed the same tokens earlier in the text ("prompt lookup")."""
 
+from typing import Self
+
 from mtp_dist.decoding.drafter import Proposal
 from mtp_dist.decoding.model import TrunkPass
 from mtp_dist.decoding.text import Texts
@@ -62,3 +64,6 @@ class LookupDrafter:
 
     def keep(self, rows: list[int]) -> None:
         self.followers = [self.followers[row] for row in rows]
+
+    def join(self, other: Self) -> None:
+        self.followers = self.followers + other.followers

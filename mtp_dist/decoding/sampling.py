@@ -65,6 +65,10 @@ class Chance:
         """Only these rows go on, in this order."""
         self.generators = [self.generators[row] for row in rows]
 
+    def join(self, other: "Chance") -> None:
+        """The rows of another one go on behind these."""
+        self.generators = self.generators + other.generators
+
 
 Source = Chance | torch.Generator | None
 """Where chance comes from: by row, or one generator (None: torch's own) for the whole batch."""
@@ -78,8 +82,14 @@ def draw(distribution: Tensor, source: Source) -> Tensor:
     return torch.multinomial(flat, 1, generator=source).view(distribution.shape[:-1])
 
 
-def uniform(like: Tensor, source: Source) -> Tensor:
-    """Numbers from [0, 1) in the shape and dtype of ``like`` [B, ..]."""
+def uniform(like: Tensor, source: Source, counts: Tensor | None = None) -> Tensor:
+    """Numbers from [0, 1) in the shape and dtype of ``like`` [B, ..]. counts int64 [B]: where a row needs fewer than its [n], no
+    more are drawn; the others are 0."""
     if isinstance(source, Chance):
-        return torch.stack([uniform(row, generator) for row, generator in zip(like, source.generators, strict=True)])
+        if counts is None:
+            return torch.stack([uniform(row, generator) for row, generator in zip(like, source.generators, strict=True)])
+        found = torch.zeros_like(like)
+        for row, count, generator in zip(found, counts.tolist(), source.generators, strict=True):
+            row[:count] = uniform(row[:count], generator)
+        return found
     return torch.rand(like.shape, generator=source, dtype=like.dtype, device=like.device)

@@ -1,5 +1,8 @@
 """Drafts by heads whose depths stand side by side on one state of the trunk (parallel, Medusa), or that have no attention."""
 
+from typing import Self
+
+import torch
 from torch import Tensor
 
 from mtp_dist.decoding.drafter import Chooser, Proposal, proposal
@@ -50,6 +53,12 @@ class ParallelDrafter:
         for cache in self.caches:
             cache.keep(rows)
         self.positions = [self.positions[row] for row in rows]
+
+    def join(self, other: Self) -> None:
+        self.input.join(other.input)
+        for own, new in zip(self.caches, other.caches, strict=True):
+            own.join(new)
+        self.positions = self.positions + other.positions
 
     def _show(self, trunk: TrunkPass, ends: list[int]) -> None:
         states = trunk.taps[self.taps[0]] if self.taps else trunk.before_norm
@@ -105,6 +114,12 @@ class PointDrafter:
         assert self.state is not None
         self.state = self.state[rows]
         self.positions = [self.positions[row] for row in rows]
+
+    def join(self, other: Self) -> None:
+        assert self.state is not None
+        assert other.state is not None
+        self.state = torch.cat((self.state, other.state))
+        self.positions = self.positions + other.positions
 
     def _show(self, trunk: TrunkPass, ends: list[int]) -> None:
         states = trunk.after_norm if self.normed else trunk.before_norm

@@ -1,5 +1,7 @@
 """Drafts by another, smaller model with the same tokenizer (arXiv 2211.17192, 2302.01318): its trunk, one token a pass."""
 
+from typing import Self
+
 from mtp_dist.decoding.drafter import Chooser, Proposal, proposal
 from mtp_dist.decoding.model import DecodingModel, TrunkPass
 from mtp_dist.decoding.sampling import Sampling, Source
@@ -42,3 +44,9 @@ class ModelDrafter:
             cache.keep(rows)
         if self.used is not None:
             self.used.keep(rows)
+
+    def join(self, other: Self) -> None:
+        assert self.used is None
+        assert other.used is None
+        for own, new in zip(self.caches, other.caches, strict=True):
+            own.join(new)

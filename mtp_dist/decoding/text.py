@@ -68,6 +68,12 @@ class Texts:
         self.rows = [self.rows[row] for row in rows]
         self.known = [self.known[row] for row in rows]
 
+    def join(self, other: "Texts") -> None:
+        """The rows of others of the same capacity go on behind these."""
+        self.tokens = torch.cat((self.tokens, other.tokens))
+        self.rows = self.rows + other.rows
+        self.known = self.known + other.known
+
 
 class Snapshot:
     """Known tokens and the drafts behind them, as they once were."""

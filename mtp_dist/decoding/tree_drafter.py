@@ -6,6 +6,7 @@ The tokens are the drafter's likeliest, or, where texts are sampled, drawn witho
 """
 
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -71,6 +72,9 @@ class TreeDrafter:
 
     def keep(self, rows: list[int]) -> None:
         self.branching.keep(rows)
+
+    def join(self, other: Self) -> None:
+        self.branching.join(other.branching)
 
 
 class Pool:

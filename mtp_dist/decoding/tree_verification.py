@@ -45,14 +45,16 @@ def verify_drawn(tree: Tree, p: Tensor, source: Source) -> TreeVerdict:
     at = torch.zeros_like(rows)  # 0: the root; node i is i + 1
     going = torch.ones_like(rows, dtype=torch.bool)
     final = p[:, 0]
+    # One for each node, also where it is not tried: what a text draws must not depend on the other rows' trees.
+    luck = uniform(p[:, 1:, 0], source)
     for _ in range(int(tree.depths.max()) + 1):
         rest, q = p[rows, at], tree.probabilities[rows, at]
         accepted, following = torch.zeros_like(going), at
         for child in table[rows, at].unbind(1):
             token = tree.tokens.gather(1, child.clamp(min=0).unsqueeze(1))
             tried = going & ~accepted & (child >= 0) & (q.gather(1, token).squeeze(1) > 0)
-            ratio = verification.acceptance(token, rest.unsqueeze(1), q.unsqueeze(1)).squeeze(1)
-            kept = tried & (uniform(ratio, source) < ratio)
+            ratio = verification.acceptance(token, rest.unsqueeze(1), q.unsqueeze(1))
+            kept = tried & (luck.gather(1, child.clamp(min=0).unsqueeze(1)) < ratio).squeeze(1)
             accepted, following = accepted | kept, torch.where(kept, child + 1, following)
             left = (tried & ~kept).unsqueeze(1)
             rest = torch.where(left, _scaled(verification.residual(rest, q)), rest)

@@ -41,7 +41,7 @@ def verify_sampled(drafts: Tensor, p: Tensor, q: Tensor | None, source: Source, 
         q = torch.zeros_like(p[:, :-1]).scatter_(-1, drafts.unsqueeze(-1), 1)
     here = made(drafts, counts)
     ratio = acceptance(drafts, p[:, :-1], q)
-    accepted = (uniform(ratio, source) < ratio) & here
+    accepted = (uniform(ratio, source, counts) < ratio) & here
     after = torch.cat((residual(p[:, :-1], q).where(here.unsqueeze(-1), p[:, :-1]), p[:, -1:]), dim=1)
     count = leading(accepted)
     return Verdict(count, draw(after[torch.arange(len(count), device=p.device), count], source))

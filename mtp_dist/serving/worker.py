@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from mtp_dist.config.schema import DecodeConfig
-from mtp_dist.decoding.engine import Growing
+from mtp_dist.decoding.engine import Growing, NewText, Waiting
 from mtp_dist.decoding.statistics import Statistics
 from mtp_dist.decoding.stopping import StopStrings
 from mtp_dist.serving.request import LARGEST_SEED
@@ -64,12 +64,11 @@ class Decoder(Protocol):
 
     def __call__(
         self,
-        prompts: Sequence[list[int]],
+        waiting: Waiting,
         config: DecodeConfig,
         *,
-        generators: Sequence[torch.Generator],
-        limits: Sequence[int],
-        stops: Sequence[StopStrings],
+        rows: int,
+        longest: int,
     ) -> Iterator[list[Growing]]: ...
 
 
@@ -157,12 +156,12 @@ class Worker:
 
     def _write(self, texts: list[Text]) -> None:
         temperature, top_k, top_p = texts[0].kind
+        new = [NewText(text.prompt, text.limit, text.stops, self._generator(text)) for text in texts]
         growth = self.decoder(
-            [text.prompt for text in texts],
+            lambda free: [new.pop(0) for _ in range(min(free, len(new)))],
             replace(self.decode, temperature=temperature, top_k=top_k, top_p=top_p),
-            generators=[self._generator(text) for text in texts],
-            limits=[text.limit for text in texts],
-            stops=[text.stops for text in texts],
+            rows=len(texts),
+            longest=max(len(text.prompt) + text.limit for text in texts),
         )
         for growing in growth:
             for grown in growing:

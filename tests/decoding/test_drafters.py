@@ -12,7 +12,7 @@ from mtp_dist.config.schema import DecodeConfig
 from mtp_dist.decoding import verification
 from mtp_dist.decoding.drafter import Drafter
 from mtp_dist.decoding.drafters import draft_length
-from mtp_dist.decoding.engine import generate_batch
+from mtp_dist.decoding.engine import NewText, generate_batch
 from mtp_dist.decoding.lookup import Followers
 from mtp_dist.decoding.model import DecodingModel, TrunkPass
 from mtp_dist.decoding.sampling import Sampling
@@ -85,8 +85,8 @@ def deviation(name: str, rows: int = 2000, **sampling: Any) -> float:
     chunk, prompt = tiny(name), [0, 2, 0]
     config = settings(name, max_new_tokens=3, draft=2, **sampling)
     exact = exact_texts(chunk, prompt, Sampling.of(config), 3, 3)
-    generators = [torch.Generator().manual_seed(1000 + row) for row in range(rows)]
-    results = generate_batch(chunk, [prompt] * rows, config, generators=generators, draft_model=tiny("model", seed=12))
+    texts = [NewText(prompt, 3, generator=torch.Generator().manual_seed(1000 + row)) for row in range(rows)]
+    results = generate_batch(chunk, texts, config, draft_model=tiny("model", seed=12))
     counts = torch.zeros(3, 3, 3)
     for result in results:
         counts[tuple(result.tokens)] += 1

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from mtp_dist.config.schema import DecodeConfig
 from mtp_dist.decoding import verification
+from mtp_dist.decoding.batch import Batch
 from mtp_dist.decoding.drafter import Proposal
 from mtp_dist.decoding.drafters import draft_length
-from mtp_dist.decoding.engine import Batch, Generated, Growing, generate, generate_batch, grow
+from mtp_dist.decoding.engine import Generated, Growing, NewText, generate, generate_batch
 from mtp_dist.decoding.model import DecodingModel, TrunkPass
 from mtp_dist.decoding.sampling import Chance, Sampling
 from mtp_dist.decoding.statistics import Statistics
@@ -200,7 +201,7 @@ def test_a_batch_writes_what_each_prompt_alone_gives(depth: int, dtype: torch.dt
         for mode in ("plain", "speculative"):
             config = DecodeConfig(mode=mode, max_new_tokens=24, draft=gamma)
             pieces: list[tuple[int, list[int]]] = []
-            heard = lambda *piece, pieces=pieces: pieces.append(piece)  # noqa: E731
+            heard = lambda text, pieces=pieces: pieces.append((text.number, text.latest))  # noqa: E731
             together = generate_batch(chunk, PROMPTS, config, end=end, progress=heard)
             shown = [[token for number, piece in pieces if number == row for token in piece] for row in range(len(PROMPTS))]
             assert [result.tokens for result in together] == [result.tokens for result in alone] == shown
@@ -216,27 +217,29 @@ def test_a_batch_writes_what_each_prompt_alone_gives(depth: int, dtype: torch.dt
 def test_a_seeded_text_does_not_depend_on_its_batch() -> None:
     settings = {"max_new_tokens": 20, "temperature": 1.0}
     config = DecodeConfig(mode="speculative", **settings)  # type: ignore[arg-type]
-    generators = [torch.Generator().manual_seed(row) for row in range(len(PROMPTS))]
-    together = generate_batch(half_taught(), PROMPTS, config, generators=generators, end=4)
+    texts = [NewText(prompt, 20, generator=torch.Generator().manual_seed(row)) for row, prompt in enumerate(PROMPTS)]
+    together = generate_batch(half_taught(), texts, config, end=4)
     alone = [decode(half_taught(), p, "speculative", seed=row, end=4, **settings) for row, p in enumerate(PROMPTS)]
     assert len({len(result.tokens) for result in alone}) > 1
-    # One row's draft length shrinks near its own limit, and with it what it draws; up to there texts are the same.
-    assert [result.tokens[:15] for result in together] == [result.tokens[:15] for result in alone]
+    assert [result.tokens for result in together] == [result.tokens for result in alone]
 
 
-def test_a_text_that_is_ended_from_outside_leaves_the_others_alone() -> None:
+@pytest.mark.parametrize("rows", [2, 6])
+def test_a_text_that_is_ended_from_outside_leaves_the_others_alone(rows: int) -> None:
     """Rows with limits of their own; one is not wanted any more after its fifth token and is seen no more."""
     chunk, limits = half_taught(), [24, 3, 24, 9, 1, 16]
     config = DecodeConfig(mode="speculative", draft=3)
-    texts: dict[int, Growing] = {}
     heard: dict[int, list[int]] = {row: [] for row in range(len(PROMPTS))}
     dropped_after = 0
-    for growing in grow(chunk, PROMPTS, config, limits=limits):
-        for text in growing:
-            texts[text.number] = text
-            heard[text.number] += text.latest
-            if text.number == 2 and len(text.tokens) >= 5:
-                text.ending, dropped_after = "not wanted", len(text.tokens)
+
+    def follow(text: Growing) -> None:
+        nonlocal dropped_after
+        heard[text.number] += text.latest
+        if text.number == 2 and len(text.tokens) >= 5:
+            text.ending, dropped_after = "not wanted", len(text.tokens)
+
+    new = [NewText(prompt, limit) for prompt, limit in zip(PROMPTS, limits, strict=True)]
+    texts = generate_batch(chunk, new, config, rows=rows, progress=follow)
     assert 5 <= dropped_after == len(texts[2].tokens) < 24
     for row, prompt in enumerate(PROMPTS):
         alone = decode(chunk, prompt, "plain", max_new_tokens=limits[row]).tokens

@@ -8,10 +8,10 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from mtp_dist.decoding.batch import Batch
 from mtp_dist.decoding.branching import ChainBranching
 from mtp_dist.decoding.drafter import Proposal
 from mtp_dist.decoding.drafters import build_branching
-from mtp_dist.decoding.engine import Batch
 from mtp_dist.decoding.model import TrunkPass
 from mtp_dist.decoding.sampling import Chance, Sampling
 from mtp_dist.decoding.text import Texts

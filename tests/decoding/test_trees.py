@@ -13,7 +13,7 @@ from mtp_dist.config.schema import DecodeConfig, MTPConfig
 from mtp_dist.decoding import tree_drafter, verification
 from mtp_dist.decoding.draft_lengths import DraftLengths
 from mtp_dist.decoding.drafters import draft_length, most_nodes
-from mtp_dist.decoding.engine import generate_batch
+from mtp_dist.decoding.engine import NewText, generate_batch
 from mtp_dist.decoding.request import validate_decoding, validate_heads
 from mtp_dist.decoding.sampling import Sampling, Source
 from mtp_dist.decoding.tree_drafter import race
@@ -55,8 +55,8 @@ def deviation(name: str, tree: str, rows: int = 2000, **sampling: Any) -> float:
     # The third token would be the last, which no draft of depth 2 may be.
     config = settings(name, max_new_tokens=4, **{**TREES[tree], "tree_width": 2}, **sampling)
     exact = exact_texts(chunk, prompt, Sampling.of(config), 3, 3)
-    generators = [torch.Generator().manual_seed(1000 + row) for row in range(rows)]
-    results = generate_batch(chunk, [prompt] * rows, config, generators=generators, draft_model=tiny("model", seed=12))
+    texts = [NewText(prompt, 4, generator=torch.Generator().manual_seed(1000 + row)) for row in range(rows)]
+    results = generate_batch(chunk, texts, config, draft_model=tiny("model", seed=12))
     counts = torch.zeros(3, 3, 3)
     for result in results:
         counts[tuple(result.tokens[:3])] += 1

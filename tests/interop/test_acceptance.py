@@ -12,7 +12,7 @@ from transformers.generation.candidate_generator import MTPCandidateGenerator
 
 from mtp_dist.checkpoint.reader import Checkpoint
 from mtp_dist.config.schema import DecodeConfig, Export, MTPConfig
-from mtp_dist.decoding.engine import generate
+from mtp_dist.decoding.engine import generate_batch
 from mtp_dist.export import export
 from tests.decoding.models import random_model, taught
 from tests.decoding.test_generate import SENTENCE, save
@@ -47,7 +47,8 @@ def ours(checkpoint: Path) -> list[Told]:
     for prompt in PROMPTS:
         rounds: list[int] = []
         config = DecodeConfig(max_new_tokens=LENGTH)
-        result = generate(model, list(prompt.encode()), config, end=END, vocabulary=VOCABULARY, progress=rounds.append)
+        heard = lambda text, rounds=rounds: rounds.append(text.new)  # noqa: E731
+        (result,) = generate_batch(model, [list(prompt.encode())], config, end=END, vocabulary=VOCABULARY, progress=heard)
         # The first one is the prompt's pass, which has no drafts.
         told.append(Told(result.tokens, [count - 1 for count in rounds[1:-1]]))
     return told

@@ -17,7 +17,7 @@ from mtp_dist.checkpoint.reader import Checkpoint
 from mtp_dist.config.schema import DecodeConfig, Export, Generation, MTPConfig
 from mtp_dist.data.tokenizer import byte_tokenizer
 from mtp_dist.decoding.drafter import Drafter
-from mtp_dist.decoding.engine import Generated, generate_batch
+from mtp_dist.decoding.engine import Generated, NewText, generate_batch
 from mtp_dist.decoding.hugging_face import HuggingFaceDrafter
 from mtp_dist.decoding.model import DecodingModel, TrunkPass
 from mtp_dist.decoding.sampling import Sampling
@@ -70,13 +70,10 @@ def foreign(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def decoded(trunk: Chunk, other: Any, rows: list[int], **settings: Any) -> list[Generated]:
+def decoded(trunk: Chunk, other: Any, rows: list[int], *, side_by_side: int | None = None, **settings: Any) -> list[Generated]:
     config = DecodeConfig(**{"mode": "speculative", "drafter": "model", "draft": 3, "max_new_tokens": 24, **settings})
-    prompts = [PROMPTS[row] for row in rows]
-    generators = [torch.Generator().manual_seed(row) for row in rows]
-    return generate_batch(
-        trunk, prompts, config, end=256, vocabulary=VOCABULARY, generators=generators, draft_model=other
-    )
+    texts = [NewText(PROMPTS[row], config.max_new_tokens, generator=torch.Generator().manual_seed(row)) for row in rows]
+    return generate_batch(trunk, texts, config, rows=side_by_side, end=256, vocabulary=VOCABULARY, draft_model=other)
 
 
 @pytest.mark.parametrize("rows", [[0], [0, 1, 2, 3]])

@@ -22,7 +22,7 @@ import torch
 from mtp_dist.checkpoint.reader import Checkpoint
 from mtp_dist.config.schema import DecodeConfig, MTPConfig
 from mtp_dist.data.tokenizer import byte_tokenizer
-from mtp_dist.decoding.engine import Generated, generate_batch
+from mtp_dist.decoding.engine import Generated, NewText, generate_batch
 from mtp_dist.decoding.stopping import StopStrings
 from mtp_dist.model.chunk import Chunk
 from tests.decoding.models import random_model, taught
@@ -141,7 +141,8 @@ def alone(model: Chunk, tokenizer: Any, prompt: str, tokens: int, stop: tuple, s
     stops = StopStrings(tokenizer, stop)
     config = DecodeConfig(max_new_tokens=tokens, **settings)
     ids = tokenizer.encode(prompt).ids
-    (found,) = generate_batch(model, [ids], config, end=END, vocabulary=VOCABULARY, generators=[generator], stops=stops)
+    new = NewText(ids, tokens, stops, generator)
+    (found,) = generate_batch(model, [new], config, end=END, vocabulary=VOCABULARY)
     return stops.cut(tokenizer.decode(found.tokens, skip_special_tokens=True)), found
 
 

@@ -10,7 +10,7 @@ import torch
 
 from mtp_dist.checkpoint.reader import Checkpoint
 from mtp_dist.config.schema import DecodeConfig, Generation, LaunchConfig, ParallelConfig
-from mtp_dist.decoding.engine import generate_batch
+from mtp_dist.decoding.engine import NewText, generate_batch
 from mtp_dist.decoding.layout import ModelPart
 from mtp_dist.decoding.request import read_prompts
 from mtp_dist.parallel.mesh import build_mesh
@@ -35,14 +35,13 @@ def run(model: Any, case: dict[str, Any], prompts: list[list[int]], vocabulary: 
     settings = dict(case)
     rows, other = settings.pop("rows"), settings.pop("draft_model", None)
     config = DecodeConfig(**settings)
-    generators = [torch.Generator().manual_seed(100 + row) for row in rows]
+    new = [NewText(prompts[row], config.max_new_tokens, generator=torch.Generator().manual_seed(100 + row)) for row in rows]
     texts = generate_batch(
         model,
-        [prompts[row] for row in rows],
+        new,
         config,
         end=8,
         vocabulary=vocabulary,
-        generators=generators,
         draft_model=None if other is None else Checkpoint(Path(other)).load_model(),
     )
     return [(text.tokens, text.ending, text.statistics.drafted, text.statistics.accepted) for text in texts]
