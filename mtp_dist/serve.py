@@ -67,7 +67,7 @@ def run(config: Serving) -> int:
 
         checkpoint, writer = load_writer(config.checkpoint, config.decode, seed=0)
         served = _served(config, checkpoint.path, checkpoint.config.train.sequence_length, writer)
-        worker = _worker(writer, config.waiting)
+        worker = _worker(writer, config.waiting, served.longest)
         service = Service(served, writer.tokenizer, worker, config.seconds, config.body_kib * 1024)
         ready = f"serving {served.name} (step {checkpoint.step}, {config.decode.dtype}) at {address(listening)}/v1"
         serve(Server(http(service), worker, config.patience, lambda: print(ready, flush=True)), listening)
@@ -95,14 +95,14 @@ def _served(config: Serving, path: Path, trained: int, writer: "Writer") -> "Ser
     )
 
 
-def _worker(writer: "Writer", waiting: int) -> "Worker":
+def _worker(writer: "Writer", waiting: int, longest: int) -> "Worker":
     """Started, and the first text written: threads and kernels start there, and a model that cannot decode fails there."""
     from mtp_dist.decoding.engine import grow
     from mtp_dist.decoding.stopping import StopStrings
     from mtp_dist.generate import WARM_UP_TOKENS
     from mtp_dist.serving.worker import FAILED, Piece, Text, Worker
 
-    decoder = partial(grow, writer.model, lengths=writer.lengths, **writer.told)
+    decoder = partial(grow, writer.model, longest=longest, lengths=writer.lengths, **writer.told)
     worker = Worker(decoder, writer.decode, waiting, writer.model.device)
     worker.start()
     ended, endings = Event(), []
@@ -113,7 +113,7 @@ def _worker(writer: "Writer", waiting: int) -> "Worker":
             ended.set()
 
     nothing, decode = StopStrings(writer.tokenizer, []), writer.decode
-    text = Text(0, [0], WARM_UP_TOKENS, decode.temperature, decode.top_k, decode.top_p, nothing, 0, heard)
+    text = Text(0, [0], min(WARM_UP_TOKENS, longest - 1), decode.temperature, decode.top_k, decode.top_p, nothing, 0, heard)
     worker.submit([text])
     ended.wait()
     if endings == [FAILED]:

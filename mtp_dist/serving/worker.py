@@ -1,8 +1,9 @@
 """Texts that wait and the one thread that decodes them, several together where their sampling is alike.
 
-A batch is what waits when the one before has ended: the oldest text, and others behind it with the same temperature, top-k and
-top-p, which need not have come with the same request. Its texts leave one by one, as each ends or is dropped. Nobody who submits
-or drops is kept waiting for the model.
+A batch begins with the oldest text that waits, and others behind it with the same temperature, top-k and top-p, which need not
+have come with the same request. Its texts leave one by one, as each ends or is dropped, and a text of their kind that waits takes
+the free place. Only one that is older than all of another kind does: so those get their turn once the batch has ended. Nobody who
+submits or drops is kept waiting for the model.
 """
 
 import secrets
@@ -11,6 +12,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Protocol
 
 import torch
@@ -24,6 +26,9 @@ from mtp_dist.serving.request import LARGEST_SEED
 FAILED, CLOSED = "failed", "closed"
 """Endings of a text that has no completion: the decoder raised an exception; the worker was closed."""
 _DROPPED = "dropped"
+
+Kind = tuple[float, int, float]
+"""Temperature, top-k and top-p."""
 
 
 @dataclass(frozen=True)
@@ -51,25 +56,17 @@ class Text:
     seed: int | None
     heard: Callable[[Piece], object]
     dropped: bool = field(default=False, init=False)
-    left: bool = field(default=False, init=False)
 
     @property
-    def kind(self) -> tuple[float, int, float]:
+    def kind(self) -> Kind:
         """Texts of one kind can be decoded together."""
         return (self.temperature, self.top_k, self.top_p) if self.temperature else (0.0, 0, 1.0)
 
 
 class Decoder(Protocol):
-    """``decoding.engine.grow`` with a model bound to it."""
+    """``decoding.engine.grow`` with a model, and the length of texts, bound to it."""
 
-    def __call__(
-        self,
-        waiting: Waiting,
-        config: DecodeConfig,
-        *,
-        rows: int,
-        longest: int,
-    ) -> Iterator[list[Growing]]: ...
+    def __call__(self, waiting: Waiting, config: DecodeConfig, *, rows: int) -> Iterator[list[Growing]]: ...
 
 
 class FullError(Exception):
@@ -87,7 +84,7 @@ class Worker:
         self.decoder, self.decode, self.room, self.device = decoder, decode, room, device
         self.changed = threading.Condition()
         self.waiting: deque[Text] = deque()
-        self.running: list[Text] = []
+        self.running: dict[NewText, Text] = {}
         self.open = True
         self.thread = threading.Thread(target=self._work, name="decoding", daemon=True)
 
@@ -115,7 +112,7 @@ class Worker:
     def counts(self) -> tuple[int, int]:
         """Texts that run, and that wait."""
         with self.changed:
-            return sum(not text.left for text in self.running), len(self.waiting)
+            return len(self.running), len(self.waiting)
 
     def refuse(self) -> None:
         """Take no more texts; those that are here go on."""
@@ -127,7 +124,7 @@ class Worker:
         """End what is here, with the ending ``CLOSED``, and the thread."""
         self.refuse()
         with self.changed:
-            ended = [*self.waiting, *(text for text in self.running if not text.left)]
+            ended = [*self.waiting, *self.running.values()]
             for text in ended:
                 if not text.dropped:
                     text.heard(Piece(text.index, [], CLOSED))
@@ -136,46 +133,59 @@ class Worker:
         self.thread.join()
 
     def _work(self) -> None:
-        while texts := self._together():
+        while kind := self._next():
             try:
-                self._write(texts)
+                self._write(kind)
             except Exception:  # whatever it was, the next texts are not to blame for it
                 traceback.print_exc()
-                for text in texts:
-                    self._hand(text, Piece(text.index, [], FAILED))
+                for new, text in list(self.running.items()):
+                    self._hand(new, Piece(text.index, [], FAILED))
 
-    def _together(self) -> list[Text]:
-        """The texts of the next batch; none: it is over."""
+    def _next(self) -> Kind | None:
+        """The kind of the next batch, which is empty yet; None: it is over."""
         with self.changed:
-            self.running = []
             self.changed.wait_for(lambda: self.waiting or not self.open)
-            alike = [text for text in self.waiting if text.kind == self.waiting[0].kind][: self.decode.batch]
+            return self.waiting[0].kind if self.waiting else None
+
+    def _take(self, kind: Kind, free: int) -> list[NewText]:
+        """Texts of the kind that wait and may begin now; they run from here on."""
+        with self.changed:
+            alike = list(self.waiting) if not self.running else []
+            if not alike or alike[0].kind != kind:
+                alike = list(takewhile(lambda text: text.kind == kind, self.waiting))
+            alike = [text for text in alike if text.kind == kind][:free]
             self.waiting = deque(text for text in self.waiting if text not in alike)
-            self.running = alike
-            return alike
+            begun = {NewText(text.prompt, text.limit, text.stops, self._generator(text)): text for text in alike}
+            self.running |= begun
+            return list(begun)
 
-    def _write(self, texts: list[Text]) -> None:
-        temperature, top_k, top_p = texts[0].kind
-        new = [NewText(text.prompt, text.limit, text.stops, self._generator(text)) for text in texts]
-        growth = self.decoder(
-            lambda free: [new.pop(0) for _ in range(min(free, len(new)))],
-            replace(self.decode, temperature=temperature, top_k=top_k, top_p=top_p),
-            rows=len(texts),
-            longest=max(len(text.prompt) + text.limit for text in texts),
-        )
-        for growing in growth:
+    def _write(self, kind: Kind) -> None:
+        first = self._take(kind, self.decode.batch)
+
+        def waiting(free: int) -> list[NewText]:
+            nonlocal first
+            here, first = first, []
+            return here or self._take(kind, free)
+
+        temperature, top_k, top_p = kind
+        config = replace(self.decode, temperature=temperature, top_k=top_k, top_p=top_p)
+        for growing in self.decoder(waiting, config, rows=self.decode.batch):
             for grown in growing:
-                text = texts[grown.number]
-                self._hand(text, Piece(text.index, grown.latest, grown.ending, grown.statistics))
+                text = self.running[grown.text]
+                self._hand(grown.text, Piece(text.index, grown.latest, grown.ending, grown.statistics))
                 if text.dropped and not grown.ending:
-                    grown.ending, text.left = _DROPPED, True
+                    grown.ending = _DROPPED
+                    with self.changed:
+                        del self.running[grown.text]
 
-    def _hand(self, text: Text, piece: Piece) -> None:
+    def _hand(self, new: NewText, piece: Piece) -> None:
         """Hand a piece on, unless nobody waits for it; one with an ending is the text's last."""
         with self.changed:
-            if not text.left and not text.dropped:
+            text = self.running[new]
+            if not text.dropped:
                 text.heard(piece)
-            text.left = text.left or bool(piece.ending)
+            if piece.ending:
+                del self.running[new]
 
     def _generator(self, text: Text) -> torch.Generator:
         """Texts of one request draw differently; its seed stands for the same texts again."""

@@ -1,7 +1,8 @@
 """What the thread promises beside texts: a failure is the failing texts' own; and settings that cannot be served are one line."""
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from mtp_dist import serve
 from mtp_dist.config.schema import DecodeConfig, Serving
 from mtp_dist.data.tokenizer import byte_tokenizer
-from mtp_dist.decoding.engine import Growing, grow
+from mtp_dist.decoding.engine import Growing, NewText, Waiting, grow
 from mtp_dist.decoding.stopping import StopStrings
 from mtp_dist.errors import UserError
 from mtp_dist.serving import answer
@@ -40,17 +41,28 @@ class Client:
 
 
 class Decoder:
-    """The engine on a random model; fails where the first prompt begins with 13. Remembers its batches; may be held up."""
+    """The engine on a random model; fails where a batch begins with a prompt of 13. Remembers what began together, and at which
+    temperature; may be held up before it begins, and after each forward."""
 
     def __init__(self) -> None:
         self.model, self.batches, self.free = random_model(1), [], threading.Event()
+        self.forwards, self.running = threading.Semaphore(0), 0
+        self.step_by_step = False
 
-    def __call__(self, prompts: Any, config: DecodeConfig, **settings: Any) -> Iterator[list[Growing]]:
-        self.batches.append((len(prompts), config.temperature))
-        assert self.free.wait(100)
-        if prompts[0][0] == 13:
-            raise RuntimeError("thirteen")
-        return grow(self.model, prompts, config, **settings)
+    def __call__(self, waiting: Waiting, config: DecodeConfig, *, rows: int) -> Iterator[list[Growing]]:
+        def watched(free: int) -> Sequence[NewText]:
+            new = waiting(free)
+            assert len(new) <= free
+            if new:
+                self.batches.append((len(new), config.temperature))
+                assert self.free.wait(100)
+                if new[0].prompt[0] == 13:
+                    raise RuntimeError("thirteen")
+            return new
+
+        for growing in grow(self.model, watched, config, rows=rows, longest=40):
+            yield growing
+            assert not self.step_by_step or self.forwards.acquire(timeout=100)
 
 
 @pytest.fixture
@@ -83,6 +95,51 @@ def test_texts_of_one_kind_go_together(worker: Worker, decoder: Decoder) -> None
     decoder.free.set()
     assert all(client.result() == ("length", 6) for client in (first, *clients))
     assert decoder.batches == [(1, 0.0), (2, 0.7), (3, 0.0), (1, 0.0)]
+
+
+def until(done: Callable[[], bool]) -> None:
+    """Something that another thread does soon."""
+    end = time.monotonic() + 100
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_a_text_that_comes_later_joins(worker: Worker, decoder: Decoder) -> None:
+    """While others go on, as soon as a place is free; and one that joined can be dropped."""
+    decoder.step_by_step = True
+    decoder.free.set()
+    long, short, dropped, next_ = Client(limit=30), Client(limit=3), Client(limit=30), Client(limit=4, prompt=[4])
+    worker.submit([long.text])
+    until(lambda: len(long.pieces) == 1)
+    worker.submit([short.text, dropped.text, next_.text])
+    decoder.forwards.release(3)  # a round of the first, the prompts of two, a round of all
+    until(lambda: len(short.pieces) == 2 and len(dropped.pieces) == 2)
+    assert decoder.batches == [(1, 0.0), (2, 0.0)]
+    assert worker.counts() == (3, 1)
+    worker.drop([dropped.text])
+    heard = len(dropped.pieces)
+    decoder.step_by_step = False
+    decoder.forwards.release()
+    assert short.result() == ("length", 3) and next_.result() == ("length", 4) and long.result() == ("length", 30)
+    assert len(dropped.pieces) == heard
+    assert [count for count, _ in decoder.batches] == [1, 2, 1]
+    until(lambda: worker.counts() == (0, 0))
+
+
+def test_texts_of_another_kind_get_their_turn(worker: Worker, decoder: Decoder) -> None:
+    """However many of the first kind still come: those behind one of another kind wait until the batch has ended."""
+    decoder.step_by_step = True
+    decoder.free.set()
+    first, second, other = Client(limit=30), Client(limit=2), Client(temperature=0.7)
+    worker.submit([first.text])
+    until(lambda: len(first.pieces) == 1)
+    late = [Client(limit=2) for _ in range(3)]
+    worker.submit([second.text, other.text, *(client.text for client in late)])
+    decoder.step_by_step = False
+    decoder.forwards.release()
+    assert all(client.result()[0] == "length" for client in (first, second, other, *late))
+    assert decoder.batches == [(1, 0.0), (1, 0.0), (1, 0.7), (3, 0.0)]
 
 
 def test_a_failure_is_not_the_next_texts(worker: Worker, decoder: Decoder, capsys: pytest.CaptureFixture[str]) -> None:
