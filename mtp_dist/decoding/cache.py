@@ -5,6 +5,8 @@ of their last one; what is computed from a copy goes to a place that nobody read
 length stay in memory until they are overwritten, and no position ever sees beyond itself.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -29,13 +31,18 @@ class Span:
             steps = first + torch.arange(self.width, device=device)
             self.inside = steps < behind
             self.positions = torch.minimum(steps, behind - 1).clamp(min=0)
+        self._places: dict[int, Tensor] = {}
 
     def read(self, x: Tensor, ahead: int = 0) -> Tensor:
         """x [B, total, ..] -> [B, width, ..]: its entries ``ahead`` of the positions."""
         if self.even:
             return x[:, self.begin[0] + ahead : self.end[0] + ahead]
-        rows = torch.arange(len(self.begin), device=x.device).unsqueeze(1)
-        return x[rows, self.positions + ahead]
+        return x[self.rows, self.positions + ahead]
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """int64 [B, 1]: 0 .. B-1."""
+        return torch.arange(len(self.begin), device=self.positions.device).unsqueeze(1)
 
     def last(self, x: Tensor) -> Tensor:
         """x [B, width, ..], made at the positions -> [B, ..]: that of each row's last."""
@@ -46,7 +53,11 @@ class Span:
 
     def places(self, capacity: int) -> Tensor:
         """int64 [B, width]: where entries are written; copies go to the place behind the capacity."""
-        return self.positions if self.inside is None else self.positions.where(self.inside, capacity)
+        if self.inside is None:
+            return self.positions
+        if capacity not in self._places:  # each layer asks
+            self._places[capacity] = self.positions.where(self.inside, capacity)
+        return self._places[capacity]
 
 
 class KeyValues:
@@ -123,9 +134,9 @@ class Extension:
             keys[:, :, span.begin[0] : span.total] = key
             values[:, :, span.begin[0] : span.total] = value
         else:
-            rows, places = torch.arange(len(key), device=key.device).unsqueeze(1), span.places(self.cache.capacity)
-            keys[rows, :, places] = key.transpose(1, 2)
-            values[rows, :, places] = value.transpose(1, 2)
+            places = span.places(self.cache.capacity)
+            keys[span.rows, :, places] = key.transpose(1, 2)
+            values[span.rows, :, places] = value.transpose(1, 2)
         self.layer += 1
         self.cache.lengths = list(span.end)
         return keys[:, :, : span.total], values[:, :, : span.total]
@@ -147,8 +158,7 @@ class HiddenStates:
         if span.even:
             self.states[:, span.begin[0] : span.total] = states[:, : span.width]
         else:
-            rows = torch.arange(len(states), device=states.device).unsqueeze(1)
-            self.states[rows, span.places(self.capacity)] = states[:, : span.width]
+            self.states[span.rows, span.places(self.capacity)] = states[:, : span.width]
         self.lengths = list(span.end)
 
     def read(self, span: Span) -> Tensor:
