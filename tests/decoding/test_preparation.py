@@ -133,11 +133,12 @@ def test_int8_has_no_kernel_for_float64() -> None:
         validate_decoding(DecodeConfig(int8=True, dtype="float64"))
 
 
-def test_compiling_without_a_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(UserError, match=r"decode\.compile=true needs a C\+\+ compiler.*install"):
-        require_tools(DecodeConfig(compile=True), "cpu")
-    require_tools(DecodeConfig(), "cpu")
+def test_compiling_without_a_compiler_is_one_line() -> None:
+    # Torch's own way to change it: pytest's would remove the setting at the end, for the tests after this one, too.
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        with pytest.raises(UserError, match=r"decode\.compile=true needs a C\+\+ compiler.*install"):
+            require_tools(DecodeConfig(compile=True), "cpu")
+        require_tools(DecodeConfig(), "cpu")
 
 
 @pytest.mark.full
