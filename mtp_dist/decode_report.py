@@ -53,17 +53,14 @@ def _part(writer: "Writer", prompts: list[str], tokens: list[list[int]]) -> dict
     from mtp_dist.decoding.costs import measure
     from mtp_dist.decoding.draft_lengths import DraftLengths
     from mtp_dist.decoding.drafters import draft_length, most_nodes
+    from mtp_dist.generate import numbered
 
     decode, size = writer.decode, writer.decode.batch
     drafts = draft_length(decode, writer.model.depth)
     # What was learnt of another set does not hold here.
     writer = replace(writer, lengths=DraftLengths(drafts) if decode.auto else None)
     writer.warm_up(tokens[:size])
-    items = [
-        item
-        for first in range(0, len(prompts), size)
-        for item in writer.write(prompts[first : first + size], tokens[first : first + size], first, None)
-    ]
+    items = list(writer.write(numbered(prompts, tokens)))
     vocabulary = vocabulary_size(writer.tokenizer)
     costs = measure(writer.model, tokens[:size], decode, drafts, vocabulary=vocabulary, draft_model=writer.draft_model)
     return report(items, costs, drafts, most_nodes(decode, writer.model.depth))

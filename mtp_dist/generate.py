@@ -7,7 +7,7 @@ notes and progress to the standard error. One process holds the whole model, unl
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,11 +33,13 @@ if TYPE_CHECKING:  # torch takes seconds to load: wrong settings are answered be
     from mtp_dist.decoding.draft_lengths import DraftLengths
     from mtp_dist.decoding.engine import Generated, Growing, NewText
     from mtp_dist.decoding.layout import ModelPart
-    from mtp_dist.decoding.stopping import StopStrings, TextStream
+    from mtp_dist.decoding.stopping import StopStrings
     from mtp_dist.model.chunk import Chunk
 
 MODES = {"plain": ["plain"], "speculative": ["speculative"], "both": ["plain", "speculative"]}
 WARM_UP_TOKENS = 8
+TURN = 4
+"""Batches that modes take turns by: a batch that nobody joins any more becomes slow, so it must not be one each."""
 EXAMPLES = (
     "python -m mtp_dist.generate checkpoint=runs/quickstart prompt='def main('",
     "python -m mtp_dist.generate checkpoint=runs/quickstart prompt='import os' decode.mode=both decode.draft=3",
@@ -49,6 +51,15 @@ EXAMPLES = (
     "python -m mtp_dist.generate checkpoint=runs/plain prompt='class ' decode.drafter=ngram decode.draft=8",
     "python -m mtp_dist.generate checkpoint=runs/big prompt='class ' parallel.pipeline=4 parallel.tensor=2",
 )
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One of those that the command is given. Its number seeds the sampling, so that its text does not depend on the others."""
+
+    number: int
+    text: str
+    tokens: list[int]
 
 
 @dataclass(frozen=True)
@@ -72,25 +83,30 @@ class Writer:
         end, entries = end_of_document(self.tokenizer)[1], vocabulary_size(self.tokenizer)
         return {"end": end, "vocabulary": entries, "draft_model": self.draft_model}
 
-    def warm_up(self, prompts: list[list[int]]) -> None:
+    def warm_up(self, prompts: "list[list[int]]") -> None:
         """Threads and kernels start here, so that the first mode is not the one that pays for them."""
         short = replace(self.decode, max_new_tokens=min(self.decode.max_new_tokens, WARM_UP_TOKENS))
         for mode in MODES[self.decode.mode]:
-            self._generate(prompts, replace(short, mode=mode), 0)
+            list(self._written([Prompt(0, "", tokens) for tokens in prompts], replace(short, mode=mode)))
 
-    def write(self, prompts: list[str], tokens: list[list[int]], number: int, shown: "TextStream | None") -> "list[Continuation]":
-        """Continue prompts together in every mode; ``number`` is the first one's. Sampling is seeded by a prompt's number, so
-        that its text does not depend on the others. ``shown`` prints the tokens as they come."""
+    def write(
+        self, prompts: "Sequence[Prompt]", heard: "Callable[[Growing], object] | None" = None
+    ) -> "Iterator[Continuation]":
+        """Continue prompts in every mode, ``decode.batch`` side by side: the continuations in order, each once it and those
+        before it have ended. Several modes take turns, so that they meet the same machine. ``heard`` is called as texts of the
+        last mode grow."""
         from mtp_dist.decoding.comparison import Continuation
 
-        results = {}
-        for mode in MODES[self.decode.mode]:
-            results[mode] = self._generate(tokens, replace(self.decode, mode=mode), number, shown)
-        items = []
-        for row, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True)):
-            found = {mode: rows[row] for mode, rows in results.items()}
-            items.append(Continuation(prompt, ids, found, {mode: self.text(result.tokens) for mode, result in found.items()}))
-        return items
+        *others, last = MODES[self.decode.mode]
+        turn = TURN * self.decode.batch if self.decode.batch > 1 else 1
+        size = turn if others else max(len(prompts), 1)
+        for first in range(0, len(prompts), size):
+            part = prompts[first : first + size]
+            before = {mode: list(self._written(part, replace(self.decode, mode=mode))) for mode in others}
+            for row, result in enumerate(self._written(part, replace(self.decode, mode=last), heard)):
+                found = {mode: rows[row] for mode, rows in before.items()} | {last: result}
+                texts = {mode: self.text(each.tokens) for mode, each in found.items()}
+                yield Continuation(part[row].text, part[row].tokens, found, texts)
 
     def text(self, tokens: list[int]) -> str:
         """A continuation as text: without the end-of-document token, cut before a stop string."""
@@ -115,30 +131,33 @@ class Writer:
         generator = torch.Generator(self.model.device).manual_seed(self.seed + number)
         return NewText(tokens, decode.max_new_tokens, self.stops, generator)
 
-    def _generate(
-        self, prompts: list[list[int]], decode: DecodeConfig, number: int, shown: "TextStream | None" = None
-    ) -> "list[Generated]":
+    def _written(
+        self, prompts: "Sequence[Prompt]", decode: DecodeConfig, heard: "Callable[[Growing], object] | None" = None
+    ) -> "Iterator[Generated]":
         from tqdm import tqdm
 
-        from mtp_dist.decoding.engine import generate_batch
+        from mtp_dist.decoding.engine import continued
 
-        total = decode.max_new_tokens * len(prompts)
-        hidden = True if self.quiet or shown is not None else None  # None: shown on a terminal
-        with tqdm(total=total, desc=decode.mode, unit="tok", leave=False, disable=hidden) as bar:
+        hidden = True if self.quiet or heard is not None else None  # None: shown on a terminal
+        with tqdm(total=decode.max_new_tokens * len(prompts), desc=decode.mode, unit="tok", leave=False, disable=hidden) as bar:
 
             def progress(text: "Growing") -> None:
                 bar.update(text.new)
-                if shown is not None:
-                    print(shown.feed(text.latest), end="", flush=True)
+                if heard is not None:
+                    heard(text)
 
-            return generate_batch(
+            for found in continued(
                 self.model,
-                [self._new(tokens, decode, number + row) for row, tokens in enumerate(prompts)],
+                [self._new(prompt.tokens, decode, prompt.number) for prompt in prompts],
                 decode,
+                rows=decode.batch,
+                longest=max(len(prompt.tokens) for prompt in prompts) + decode.max_new_tokens,
                 lengths=self.lengths if decode.mode == "speculative" else None,
                 progress=progress,
                 **self.told,
-            )
+            ):
+                bar.clear()
+                yield found
 
 
 def open_writer(config: Generation, prompts: list[str]) -> "tuple[Checkpoint, Writer, list[list[int]]]":
@@ -191,39 +210,47 @@ def run(config: Generation) -> int:
         return start(config)
     prompts = request.read_prompts(config)
     checkpoint, writer, encoded = open_writer(config, prompts)
-    items = continue_prompts(config, writer, prompts, encoded, range(0, len(prompts), config.decode.batch))
+    items = continue_prompts(config, writer, numbered(prompts, encoded))
     finish(config, checkpoint, items)
     return 0
 
 
-def continue_prompts(
-    config: Generation,
-    writer: Writer,
-    prompts: list[str],
-    encoded: list[list[int]],
-    begins: Iterable[int],
-    *,
-    show: bool = True,
-) -> "list[Continuation]":
-    """The batches of prompts that begin at these numbers, continued; each text is printed as it comes, unless not to be
-    shown."""
+def numbered(prompts: "Sequence[str]", encoded: "Sequence[list[int]]") -> "list[Prompt]":
+    """Texts and their tokens, counted."""
+    return [Prompt(number, *each) for number, each in enumerate(zip(prompts, encoded, strict=True))]
+
+
+def continue_prompts(config: Generation, writer: Writer, prompts: "list[Prompt]", *, show: bool = True) -> "list[Continuation]":
+    """The prompts, continued; unless not to be shown, texts are printed in order, each once those before it have ended, or
+    as it comes."""
+    if not prompts:
+        return []
+    writer.warm_up([prompt.tokens for prompt in prompts[: config.decode.batch]])
+    streamed = config.stream and show
+    items: list[Continuation] = []
+    for prompt, item in zip(prompts, writer.write(prompts, _streaming(writer, prompts) if streamed else None), strict=True):
+        items.append(item)
+        if show and not streamed:
+            print_text(item, prompt.number, len(prompts))
+    return items
+
+
+def _streaming(writer: Writer, prompts: "list[Prompt]") -> "Callable[[Growing], None]":
+    """Prints texts that come one after the other, piece by piece."""
     from mtp_dist.decoding.stopping import TextStream
 
-    items: list[Continuation] = []
-    for first in begins:
-        together, shown = slice(first, first + config.decode.batch), None
-        if not items:
-            writer.warm_up(encoded[together])
-        if config.stream and show:
-            print(f"--- {_title(first, len(prompts))}\n{prompts[first]}", end="", flush=True)
-            shown = TextStream(writer.tokenizer, writer.stops)
-        for row, item in enumerate(writer.write(prompts[together], encoded[together], first, shown)):
-            items.append(item)
-            if shown is not None:
-                print(shown.finish(next(iter(item.texts.values()))), flush=True)
-            elif show:
-                print_text(item, first + row, len(prompts))
-    return items
+    stream = TextStream(writer.tokenizer, writer.stops)
+
+    def show(text: "Growing") -> None:
+        nonlocal stream
+        if len(text.tokens) == text.new:  # its first
+            stream = TextStream(writer.tokenizer, writer.stops)
+            print(f"--- {_title(text.number, len(prompts))}\n{prompts[text.number].text}", end="")
+        print(stream.feed(text.latest), end="", flush=True)
+        if text.ending:
+            print(stream.finish(writer.text(text.tokens)), flush=True)
+
+    return show
 
 
 def finish(config: Generation, checkpoint: "Checkpoint", items: "Sequence[Continuation]") -> None:

@@ -2,7 +2,7 @@
 
 Started by hand it checks everything that needs no weights, writes the settings down, and starts torchrun on this machine. Under
 torchrun, or as one of several tasks of srun, it is one process of the job: it takes ``settings=FROZEN_FILE``, or the settings
-themselves, which rank 0 then checks for all. Prompts are dealt to the replicas, ``decode.batch`` at a time; rank 0 prints.
+themselves, which rank 0 then checks for all. Prompts are dealt to the replicas; rank 0 prints.
 """
 
 import os
@@ -22,7 +22,16 @@ from mtp_dist.decoding import request
 from mtp_dist.errors import AgreedError, UserError
 from mtp_dist.exit_codes import BAD_INPUT
 from mtp_dist.freezing import check_world
-from mtp_dist.generate import Writer, continue_prompts, draft_folder, finish, load_draft_model, note_length, print_text
+from mtp_dist.generate import (
+    Writer,
+    continue_prompts,
+    draft_folder,
+    finish,
+    load_draft_model,
+    note_length,
+    numbered,
+    print_text,
+)
 from mtp_dist.launching import start_module
 from mtp_dist.slurm_step import adopt
 
@@ -156,15 +165,15 @@ def write(
     replicas, speaks = config.parallel.data, mesh.rank == 0
     if speaks:
         note_length(encoded, config.decode, checkpoint.config.train.sequence_length)
-    size = config.decode.batch
-    begins = range(0, len(prompts), size)
-    own = continue_prompts(config, writer, prompts, encoded, begins[mesh.data_rank :: replicas], show=speaks and replicas == 1)
+    own = continue_prompts(
+        config, writer, numbered(prompts, encoded)[mesh.data_rank :: replicas], show=speaks and replicas == 1
+    )
     if replicas == 1:
         return own
     parts: list[list[Continuation] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, own if mesh.is_reader else None, group=mesh.control)
     waiting = [iter(part) for part in parts if part is not None]  # in the order of the replicas
-    items = [next(waiting[number // size % replicas]) for number in range(len(prompts))]
+    items = [next(waiting[number % replicas]) for number in range(len(prompts))]
     for number, item in enumerate(items if speaks else []):
         print_text(item, number, len(prompts))
     return items

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from mtp_dist.checkpoint import folder
@@ -80,7 +81,7 @@ def write(config: Evaluation, problems: list[Problem]) -> Iterator[tuple[str, li
 
     from mtp_dist.checkpoint.reader import open_checkpoint
     from mtp_dist.data.tokenizer import end_of_document, text_tokenizer, vocabulary_size
-    from mtp_dist.decoding.engine import generate
+    from mtp_dist.decoding.engine import NewText, continued
 
     checkpoint = open_checkpoint(config.checkpoint)
     # Without heads that can draft, one token a forward pass: the programs are the same.
@@ -93,22 +94,25 @@ def write(config: Evaluation, problems: list[Problem]) -> Iterator[tuple[str, li
     if decode.threads:
         torch.set_num_threads(decode.threads)
     model = checkpoint.load_model(getattr(torch, decode.dtype)).to("cuda" if torch.cuda.is_available() else "cpu")
-    samples = config.programs.samples
-    for number, problem in enumerate(tqdm(problems, desc="programs", unit="problem", disable=None)):
-        prompt = tokenizer.encode(problem.prompt, add_special_tokens=False).ids
-        found = []
-        for sample in range(samples):
-            generator = torch.Generator(model.output_weight().device).manual_seed(config.seed + number * samples + sample)
-            done = generate(
-                model,
-                prompt,
-                decode,
-                end=end_of_document(tokenizer)[1],
-                vocabulary=vocabulary_size(tokenizer),
-                generator=generator,
-            )
-            found.append(truncated(tokenizer.decode(done.tokens, skip_special_tokens=True)))
-        yield problem.task, found
+    device, samples = model.output_weight().device, config.programs.samples
+    prompts = [tokenizer.encode(problem.prompt, add_special_tokens=False).ids for problem in problems]
+
+    def new(number: int) -> NewText:
+        generator = torch.Generator(device).manual_seed(config.seed + number)
+        return NewText(prompts[number // samples], decode.max_new_tokens, generator=generator)
+
+    found = continued(
+        model,
+        map(new, range(len(problems) * samples)),
+        decode,
+        rows=decode.batch,
+        longest=max(map(len, prompts)) + decode.max_new_tokens,
+        end=end_of_document(tokenizer)[1],
+        vocabulary=vocabulary_size(tokenizer),
+    )
+    for problem in tqdm(problems, desc="programs", unit="problem", disable=None):
+        programs = [tokenizer.decode(done.tokens, skip_special_tokens=True) for done in islice(found, samples)]
+        yield problem.task, [truncated(program) for program in programs]
 
 
 def judge(config: Evaluation, problems: list[Problem], written: dict[str, list[str]]) -> dict:

@@ -57,6 +57,10 @@ CASES: dict[str, dict[str, Any]] = {
     "plain batch": {"rows": [0, 1, 2, 3], "mode": "plain", **GREEDY},
     "drafts": {"rows": [2], "mode": "speculative", "draft": 2, **GREEDY},
     "drafts batch": {"rows": [0, 1, 2, 3], "mode": "speculative", "draft": 2, **GREEDY},
+    "more than places": {"rows": [0, 1, 2, 3, 0], "side_by_side": 2, "mode": "speculative", "draft": 2, **GREEDY},
+    "drawn, more than places": {
+        "rows": [3, 1, 2], "side_by_side": 2, "mode": "speculative", "max_new_tokens": 12, "temperature": 0.9,
+    },
     "past the end": {"rows": [0, 3], "mode": "speculative", "stop_at_eos": False, **GREEDY},
     "drawn": {"rows": [3, 1], "mode": "speculative", "max_new_tokens": 12, "temperature": 0.9, "top_k": 9, "top_p": 0.95},
     "lookup": {"rows": [0, 1, 2], "mode": "speculative", "drafter": "ngram", **GREEDY},

@@ -24,7 +24,7 @@ from mtp_dist.decoding.sampling import Sampling
 from mtp_dist.decoding.text import Texts
 from mtp_dist.errors import UserError
 from mtp_dist.export import export
-from mtp_dist.generate import open_writer
+from mtp_dist.generate import numbered, open_writer
 from mtp_dist.interop.causal_model import load_causal_model
 from mtp_dist.model.chunk import Chunk
 from tests.decoding.models import random_model, taught
@@ -132,7 +132,7 @@ def test_the_command_reads_a_folder_of_hugging_face(checkpoint: Path, exported: 
     decode = DecodeConfig(drafter="model", draft_model=str(exported), draft=3, max_new_tokens=20)
     config = Generation(checkpoint=str(checkpoint), prompt="fox jump", decode=decode)
     _, writer, encoded = open_writer(config, ["fox jump"])
-    [item] = writer.write(["fox jump"], encoded, 0, None)
+    [item] = writer.write(numbered(["fox jump"], encoded))
     assert item.texts["speculative"].startswith("ed gray fox")
     statistics = item.results["speculative"].statistics
     assert statistics.accepted == statistics.drafted

@@ -31,15 +31,17 @@ def decode(
 
 
 def run(model: Any, case: dict[str, Any], prompts: list[list[int]], vocabulary: int) -> list[tuple[Any, ...]]:
-    """(tokens, why it ended, drafts made, drafts accepted) of each text. A case: rows, draft_model, and settings of decoding."""
+    """(tokens, why it ended, drafts made, drafts accepted) of each text. A case: rows (side_by_side of them at a time, if it says so),
+    draft_model, and settings of decoding."""
     settings = dict(case)
-    rows, other = settings.pop("rows"), settings.pop("draft_model", None)
+    rows, other, side_by_side = settings.pop("rows"), settings.pop("draft_model", None), settings.pop("side_by_side", None)
     config = DecodeConfig(**settings)
     new = [NewText(prompts[row], config.max_new_tokens, generator=torch.Generator().manual_seed(100 + row)) for row in rows]
     texts = generate_batch(
         model,
         new,
         config,
+        rows=side_by_side,
         end=8,
         vocabulary=vocabulary,
         draft_model=None if other is None else Checkpoint(Path(other)).load_model(),
