@@ -4,7 +4,10 @@
 
 Greedy, bfloat16, 128 tokens behind each of 64 prompts of 64 tokens; prompts come from held-out files that share no run of 32
 tokens with the training files. An end-of-document token ends no text here, so that everybody writes as many tokens. Contestants
-take turns prompt by prompt (at batch 8, eight prompts at a time), and the whole is repeated:
+take turns, so that they meet the same machine, and the whole is repeated. At batch 1 a turn is a prompt; at batch 8 it is
+`--turn` batches of prompts. This project is given all prompts of a turn and decodes eight side by side, the next one where a text
+has ended; `transformers`' generate knows no such thing and gets eight prompts at a time (its generate_batch is no contestant).
+Ours ends each turn with ever fewer texts side by side, where a run without turns does so once: turns cost us a little.
   plain       this project, one token a forward
   heads       this project, drafts by the model's own heads, `--draft` of them (default: D)
   auto        the same, the number of drafts chosen anew each round
@@ -13,9 +16,10 @@ take turns prompt by prompt (at batch 8, eight prompts at a time), and the whole
   hf use_mtp  the same with use_mtp=True (batch 1: it knows no other); each such call reads the modules' weights anew
   hf kept     the same, the modules kept from the first call on
 
-Ratios are times of the rival over ours, of all prompts together, with 95 % intervals over prompts. Against plain the loop behind
-the prompt counts, for which E / (v(γ+1) + γ c) is what costs measured in this run lead one to expect; against `transformers` the
-whole call counts.
+Ratios are times of the rival over ours, of all prompts together, with 95 % intervals over prompts (at batch 8, over groups of
+eight in the order of the prompts). Against plain the loop behind the prompt counts, for which E / (v(γ+1) + γ c) is what costs
+measured in this run lead one to expect; against `transformers` the whole call counts. The time of a group that shared its turn
+with others is its texts' share of each pass; the shares are scaled to the wall time of the turn, and the scale is printed.
 """
 
 import argparse
@@ -25,7 +29,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -47,19 +51,46 @@ from mtp_dist.errors import UserError
 from mtp_dist.export import export
 
 Prompts = list[list[int]]
+T = TypeVar("T")
 
 
 @dataclass
 class Contestant:
-    """``write`` continues prompts and returns their new tokens, and statistics where it is ours."""
+    """``write`` continues prompts and returns their new tokens, and the statistics of each where it is ours. Then it is called
+    with all prompts of a turn, else with a group at a time."""
 
-    write: Callable[[Prompts], tuple[Prompts, Statistics | None]]
+    write: Callable[[Prompts], tuple[Prompts, list[Statistics] | None]]
+    whole: bool = False
     seconds: list[float] = field(default_factory=list)
     """Of each group of prompts, the prompt's own pass included."""
     counted: list[Statistics] = field(default_factory=list)
+    """Of each group."""
     texts: list[list[int]] = field(default_factory=list)
     """Of the first repetition."""
     tokens: int = 0
+
+    def take_turn(self, prompts: Prompts, size: int) -> Prompts:
+        """Continue the prompts in groups of that size, or so many side by side; the new tokens of each."""
+        texts: Prompts = []
+        for part in [prompts] if self.whole else groups(prompts, size):
+            begin = time.perf_counter()
+            found, counted = self.write(part)
+            seconds = time.perf_counter() - begin
+            texts += found
+            if counted is None:
+                self.seconds.append(seconds)
+                continue
+            sums = [total(group) for group in groups(counted, size)]
+            scale = seconds / sum(each.prefill_seconds + each.seconds for each in sums)
+            self.seconds += [scale * (each.prefill_seconds + each.seconds) for each in sums]
+            self.counted += sums
+        self.tokens += sum(map(len, texts))
+        return texts
+
+    @property
+    def scale(self) -> float:
+        """Wall time over the time that statistics tell."""
+        return sum(self.seconds) / sum(part.prefill_seconds + part.seconds for part in self.counted)
 
     @property
     def loops(self) -> list[float]:
@@ -74,14 +105,15 @@ class Own:
         self.model = prepare(checkpoint.load_model(getattr(torch, config.dtype)), config)
         self.vocabulary = vocabulary_size(load_tokenizer(checkpoint.tokenizer_path))
 
-    def contestant(self, config: DecodeConfig) -> Contestant:
+    def contestant(self, config: DecodeConfig, size: int) -> Contestant:
+        """size: texts side by side."""
         lengths = DraftLengths(draft_length(config, self.model.depth)) if config.auto else None
 
-        def write(prompts: Prompts) -> tuple[Prompts, Statistics]:
-            found = generate_batch(self.model, prompts, config, vocabulary=self.vocabulary, lengths=lengths)
-            return [text.tokens for text in found], total(text.statistics for text in found)
+        def write(prompts: Prompts) -> tuple[Prompts, list[Statistics]]:
+            found = generate_batch(self.model, prompts, config, rows=size, vocabulary=self.vocabulary, lengths=lengths)
+            return [text.tokens for text in found], [text.statistics for text in found]
 
-        return Contestant(write)
+        return Contestant(write, whole=True)
 
     def costs(self, prompts: Prompts, config: DecodeConfig) -> Costs:
         return measure(self.model, prompts, config, draft_length(config, self.model.depth), vocabulary=self.vocabulary)
@@ -120,24 +152,31 @@ class Theirs:
         return Contestant(write)
 
 
-def compete(contestants: dict[str, Contestant], groups: list[Prompts], repeats: int, between: Callable[[Prompts], None]) -> None:
-    """Everyone continues every group, in an order that turns round from group to group; ``between`` is called after each."""
+def groups(items: list[T], size: int) -> list[list[T]]:
+    """So many at a time."""
+    return [items[first : first + size] for first in range(0, len(items), size)]
+
+
+def compete(
+    contestants: dict[str, Contestant],
+    turns: list[Prompts],
+    size: int,
+    repeats: int,
+    between: Callable[[Prompts], None],
+) -> None:
+    """Everyone continues the prompts of every turn, in an order that turns round from turn to turn; ``between`` is called after
+    each with every group of it. size: prompts of a group."""
     for contestant in contestants.values():
-        contestant.write(groups[0])  # threads and kernels start
+        contestant.write(turns[0][:size])  # threads and kernels start
     for repeat in range(repeats):
-        for number, prompts in enumerate(groups):
+        for number, prompts in enumerate(turns):
             order = list(contestants)
             for name in order if (number + repeat) % 2 == 0 else reversed(order):
-                contestant = contestants[name]
-                begin = time.perf_counter()
-                texts, counted = contestant.write(prompts)
-                contestant.seconds.append(time.perf_counter() - begin)
-                contestant.tokens += sum(map(len, texts))
-                if counted is not None:
-                    contestant.counted.append(counted)
+                texts = contestants[name].take_turn(prompts, size)
                 if repeat == 0:
-                    contestant.texts += texts
-            between(prompts)
+                    contestants[name].texts += texts
+            for group in groups(prompts, size):
+                between(group)
 
 
 def report(contestants: dict[str, Contestant], modes: dict[str, DecodeConfig], costs: dict[str, list[Costs]], depth: int) -> None:
@@ -150,6 +189,7 @@ def report(contestants: dict[str, Contestant], modes: dict[str, DecodeConfig], c
             shares = " ".join(f"{100 * share:.0f}" for share in found.conditional_acceptance if share is not None)
             line += f", loop {found.tokens_per_second:8.1f}; {found.tokens_per_forward:.2f} tokens a forward"
             line += f"; accepted of those reached: {shares} %" if shares else ""
+            line += f"; wall time / time counted {contestant.scale:.4f}"
         same = sum(own == other for own, other in zip(contestant.texts, plain.texts, strict=True))
         print(line + ("" if contestant is plain else f"; texts equal to plain: {same} of {len(plain.texts)}"))
     for name, config in modes.items():
@@ -213,16 +253,16 @@ def run(options: argparse.Namespace) -> None:
             out = export(Export(checkpoint=str(checkpoint.path), out=f"{folder}/export", dtype=options.dtype, heads=options.mtp))
             theirs = Theirs(out, model.layers, mtp.depth if options.mtp else 0, dtype)
         for size in options.batches:
-            contestants = {"plain": own.contestant(replace(base, mode="plain"))}
-            contestants |= {name: own.contestant(config) for name, config in modes.items()}
+            contestants = {"plain": own.contestant(replace(base, mode="plain"), size)}
+            contestants |= {name: own.contestant(config, size) for name, config in modes.items()}
             if theirs is not None:
                 contestants["hf plain"] = theirs.contestant(options.tokens)
                 if options.mtp and size == 1:
                     contestants["hf use_mtp"] = theirs.contestant(options.tokens, use_mtp=True)
                     contestants["hf kept"] = theirs.contestant(options.tokens, kept=True, use_mtp=True)
-            groups = [prompts[first : first + size] for first in range(0, len(prompts), size)]
+            turns = groups(prompts, size * options.turn if size > 1 else 1)
             costs: dict[str, list[Costs]] = {name: [] for name in modes}
-            _compete(own, contestants, modes, costs, groups, options.repeats)
+            _compete(own, contestants, modes, costs, turns, size, options.repeats)
             print(f"batch {size}:", flush=True)
             report(contestants, modes, costs, mtp.depth)
 
@@ -232,22 +272,23 @@ def _compete(
     contestants: dict[str, Contestant],
     modes: dict[str, DecodeConfig],
     costs: dict[str, list[Costs]],
-    groups: list[Prompts],
+    turns: list[Prompts],
+    size: int,
     repeats: int,
 ) -> None:
-    turn = 0
+    turn, rounds = 0, sum(len(groups(prompts, size)) for prompts in turns) * repeats
 
     def between(prompts: Prompts) -> None:
         """Costs of one mode in turn, so that they meet the same machine as the texts."""
         nonlocal turn
         fixed = [name for name, config in modes.items() if not config.auto]
-        period = max(1, len(groups) * repeats // (8 * len(fixed)))
+        period = max(1, rounds // (8 * len(fixed)))
         if turn % period == 0:
             name = fixed[turn // period % len(fixed)]
             costs[name].append(own.costs(prompts, modes[name]))
         turn += 1
 
-    compete(contestants, groups, repeats, between)
+    compete(contestants, turns, size, repeats, between)
 
 
 def _settings(text: str) -> tuple[str, dict[str, Any]]:
@@ -277,6 +318,7 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=128, help="new tokens of each text")
     parser.add_argument("--draft", type=int, default=None, help="drafts a round (default: D)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--turn", type=int, default=4, help="batches of prompts that each contestant continues in one turn")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")

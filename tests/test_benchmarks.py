@@ -18,6 +18,7 @@ from benchmarks.timing import median_interval, take_turns, total_ratio
 from mtp_dist.config.schema import ShardBuild
 from mtp_dist.data.building import build
 from mtp_dist.data.reading import SampleReader
+from mtp_dist.decoding.statistics import Statistics
 from mtp_dist.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -112,9 +113,24 @@ def test_decoding_contestants_meet_every_prompt_in_turn() -> None:
         return Contestant(write)
 
     both = {"a": contestant("a"), "b": contestant("b")}
-    compete(both, [[[1], [2]], [[3]]], 2, lambda _: None)
+    compete(both, [[[1], [2]], [[3]]], 2, 2, lambda _: None)
     assert calls == [("a", 1), ("b", 1), ("a", 1), ("b", 1), ("b", 3), ("a", 3), ("b", 1), ("a", 1), ("a", 3), ("b", 3)]
     assert [(len(each.seconds), each.tokens, len(each.texts)) for each in both.values()] == [(4, 18, 3)] * 2
+
+
+def test_groups_of_a_turn_share_its_time() -> None:
+    """By their texts' own seconds, those of the prompts' pass included."""
+    given: list[int] = []
+
+    def write(prompts: list[list[int]]) -> tuple[list[list[int]], list[Statistics]]:
+        given.append(len(prompts))
+        return [[7] for _ in prompts], [Statistics(prefill_seconds=1.0, seconds=float(prompt[0])) for prompt in prompts]
+
+    one = Contestant(write, whole=True)
+    compete({"one": one}, [[[1], [2], [3], [4], [5]]], 2, 1, lambda _: None)
+    assert given == [2, 5]
+    assert [second / one.seconds[0] for second in one.seconds] == pytest.approx([1, 9 / 5, 6 / 5])
+    assert one.loops == [3, 7, 5]
 
 
 def test_total_ratio() -> None:

@@ -31,8 +31,8 @@ def decode(
 
 
 def run(model: Any, case: dict[str, Any], prompts: list[list[int]], vocabulary: int) -> list[tuple[Any, ...]]:
-    """(tokens, why it ended, drafts made, drafts accepted) of each text. A case: rows (side_by_side of them at a time, if it says so),
-    draft_model, and settings of decoding."""
+    """(tokens, why it ended, drafts made, drafts accepted) of each text. A case: rows (side_by_side of them at a time, if it says
+    so), draft_model, and settings of decoding."""
     settings = dict(case)
     rows, other, side_by_side = settings.pop("rows"), settings.pop("draft_model", None), settings.pop("side_by_side", None)
     config = DecodeConfig(**settings)
