@@ -10,7 +10,7 @@ has ended; `transformers`' generate knows no such thing and gets eight prompts a
 Ours ends each turn with ever fewer texts side by side, where a run without turns does so once: turns cost us a little.
   plain       this project, one token a forward
   heads       this project, drafts by the model's own heads, `--draft` of them (default: D)
-  auto        the same, the number of drafts chosen anew each round
+  auto        the same, the number of drafts chosen anew each round (up to `--draft`; default: as `decode.auto`)
   NAME        `--also NAME:key=value,..`: any other settings of `decode`
   hf plain    `transformers`' generate on an export of the same checkpoint
   hf use_mtp  the same with use_mtp=True (batch 1: it knows no other); each such call reads the modules' weights anew
@@ -45,7 +45,7 @@ from mtp_dist.decoding.draft_lengths import DraftLengths
 from mtp_dist.decoding.drafters import draft_length, most_nodes
 from mtp_dist.decoding.engine import generate_batch
 from mtp_dist.decoding.preparation import prepare
-from mtp_dist.decoding.request import validate_decoding, validate_heads
+from mtp_dist.decoding.request import fitted, validate_decoding
 from mtp_dist.decoding.statistics import Statistics, total
 from mtp_dist.errors import UserError
 from mtp_dist.export import export
@@ -240,7 +240,7 @@ def run(options: argparse.Namespace) -> None:
     } | {name: replace(base, **settings) for name, settings in options.also}
     for config in modes.values():
         validate_decoding(config)
-        validate_heads(config, mtp)
+    modes = {name: fitted(config, mtp) for name, config in modes.items()}
     print(
         f"{checkpoint.path}: {mtp.kind}, D={mtp.depth}, {model.layers} layers of {model.hidden}, step {checkpoint.step};"
         f" {len(prompts)} prompts of {options.length} tokens, {options.tokens} new tokens, {options.dtype},"

@@ -37,7 +37,7 @@ def run(config: Evaluation) -> int:
     for file, prompts in sets.items():
         tokens, encoded = encoded[: len(prompts)], encoded[len(prompts) :]
         for temperature in config.temperatures or [asked.decode.temperature]:
-            decode = replace(asked.decode, temperature=temperature)
+            decode = replace(writer.decode, temperature=temperature)
             parts.append({"file": file, "temperature": temperature, **_part(replace(writer, decode=decode), prompts, tokens)})
     origin = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "seed": config.seed}
     result = origin | {"decode": asdict(asked.decode), "parts": parts}

@@ -180,7 +180,7 @@ def load_writer(path: str, decode: DecodeConfig, seed: int, *, device: str = "au
     from mtp_dist.decoding.stopping import StopStrings
 
     checkpoint = open_checkpoint(path)
-    request.validate_heads(decode, checkpoint.config.mtp)
+    decode = request.fitted(decode, checkpoint.config.mtp)
     drafting = draft_folder(decode, checkpoint.path)
     tokenizer = text_tokenizer(checkpoint.tokenizer_path)
     if decode.threads:
@@ -257,7 +257,7 @@ def finish(config: Generation, checkpoint: "Checkpoint", items: "Sequence[Contin
     """The numbers of all texts, printed, and written where the settings say."""
     from mtp_dist.decoding.comparison import summary
 
-    print(f"--- {_description(config.decode, checkpoint)}")
+    print(f"--- {_description(request.fitted(config.decode, checkpoint.config.mtp), checkpoint)}")
     print(summary(items, config.decode))
     if config.output:
         _write_json(config, checkpoint, items)

@@ -52,11 +52,12 @@ def prepare(config: Generation) -> Generation:
     validate_launch(config.launch, config.parallel)
     checkpoint = folder.sound(config.checkpoint)
     trained = load(checkpoint / CONFIG, TrainingRun)
-    request.validate_heads(config.decode, trained.mtp)
+    decode = request.fitted(config.decode, trained.mtp)
     validate_parallel(config.parallel, trained.model, None)
-    drafting = draft_folder(config.decode, checkpoint)
-    decode = replace(config.decode, draft_model="" if drafting is None else str(drafting.resolve()))
-    return replace(config, checkpoint=str(checkpoint.resolve()), decode=decode if drafting is not None else config.decode)
+    drafting = draft_folder(decode, checkpoint)
+    if drafting is not None:
+        decode = replace(decode, draft_model=str(drafting.resolve()))
+    return replace(config, checkpoint=str(checkpoint.resolve()), decode=decode)
 
 
 def start(config: Generation) -> int:

@@ -16,7 +16,7 @@ from mtp_dist.checkpoint import folder
 from mtp_dist.config import versions
 from mtp_dist.config.rules import above, at_least, between, given
 from mtp_dist.config.schema import Evaluation
-from mtp_dist.decoding.request import validate_decoding, validate_heads
+from mtp_dist.decoding.request import fitted, validate_decoding
 from mtp_dist.errors import UserError
 from mtp_dist.programs.pass_at_k import mean_pass_at_k
 from mtp_dist.programs.problems import Problem, read_completions, read_problems, truncated
@@ -87,7 +87,7 @@ def write(config: Evaluation, problems: list[Problem]) -> Iterator[tuple[str, li
     # Without heads that can draft, one token a forward pass: the programs are the same.
     decode = config.decode
     try:
-        validate_heads(decode, checkpoint.config.mtp)
+        decode = fitted(decode, checkpoint.config.mtp)
     except UserError:
         decode = replace(decode, mode="plain")
     tokenizer = text_tokenizer(checkpoint.tokenizer_path)

@@ -243,7 +243,7 @@ class DecodeConfig:
     mode: str = setting("speculative", "plain (one token a forward) | speculative (draft, verify in one forward, accept) | both (compare).")
     max_new_tokens: int = setting(128, "Tokens generated at most for each prompt.")
     drafter: str = setting("heads", "Who drafts: heads (the model's own) | ngram (what followed the same tokens earlier in the text) | model (a smaller one).")
-    draft: int | None = setting(None, "Gamma, tokens drafted a round; above D the last module is recycled (not parallel, medusa). null: D; other drafters: 4.")
+    draft: int | None = setting(None, "Gamma, tokens drafted a round; above D the last module is recycled (not parallel, medusa). null: D (with `auto` up to 2 D, at least 4); other drafters: 4.")
     auto: bool = setting(False, "Choose gamma (of a tree: its depth) anew each round, from 0 (plain) to `draft`, by measured costs and acceptance. Sampled texts then differ from run to run, their distribution does not.")
     tree: str = setting("none", "none (one chain of drafts) | static (a tree of drafts of a fixed shape, Medusa's) | dynamic (its shape follows the drafter's confidence, EAGLE-2's). All nodes are verified in one forward; `draft` is the depth.")
     tree_nodes: int = setting(16, "Nodes of the tree at most; static: of the default shape.")

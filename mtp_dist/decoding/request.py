@@ -6,6 +6,7 @@ No torch here: errors come at once.
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from mtp_dist.config.layout import world_size
@@ -18,6 +19,8 @@ MODES = ("plain", "speculative", "both")
 DRAFTERS = ("heads", "ngram", "model")
 DRAFTING = ("sequential", "parallel", "medusa", "notebook", "eagle", "eagle3")
 BLIND = ("parallel", "medusa")
+AUTO_REACH = 4
+"""Drafts that `decode.auto` may choose even of a model of few depths."""
 TREES = ("none", "static", "dynamic")
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -142,6 +145,18 @@ def validate_heads(decode: DecodeConfig, mtp: MTPConfig) -> None:
             f"decode.draft={decode.draft} is more than the model's mtp.depth={mtp.depth}: heads of mtp.kind={mtp.kind} stand side"
             f" by side and cannot be recycled; choose at most {mtp.depth}"
         )
+
+
+def fitted(decode: DecodeConfig, mtp: MTPConfig) -> DecodeConfig:
+    """The settings for a model with such heads. Raises UserError as ``validate_heads``.
+
+    `decode.auto` may choose drafts beyond D where the last module can be recycled, unless `decode.draft` says how many: an upper
+    bound costs a few rounds, and recycled drafts are often the fastest.
+    """
+    validate_heads(decode, mtp)
+    if decode.auto and decode.draft is None and decode.drafter == "heads" and decode.tree == "none" and mtp.kind not in BLIND:
+        return replace(decode, draft=max(2 * mtp.depth, AUTO_REACH))
+    return decode
 
 
 def read_prompts(config: Generation) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from mtp_dist.config.heads import KINDS
 from mtp_dist.config.schema import DecodeConfig, ModelConfig, MTPConfig
 from mtp_dist.decoding.engine import generate
-from mtp_dist.decoding.request import DRAFTING, validate_heads
+from mtp_dist.decoding.request import DRAFTING, fitted, validate_heads
 from mtp_dist.errors import UserError
 from mtp_dist.interop.hugging_face import require_expressible
 from mtp_dist.model.chunk import Chunk
@@ -73,3 +73,18 @@ def test_heads_side_by_side_are_not_recycled() -> None:
     with pytest.raises(UserError, match=r"decode\.draft=3 is more than the model's mtp\.depth=2: .* choose at most 2"):
         validate_heads(DecodeConfig(draft=3), MTPConfig(kind="medusa", depth=2))
     validate_heads(DecodeConfig(draft=3), MTPConfig(kind="eagle", depth=2))
+
+
+def test_auto_may_go_beyond_the_depth_where_a_module_can_be_recycled() -> None:
+    def asked(kind: str, depth: int, **decode: Any) -> int | None:
+        return fitted(DecodeConfig(**decode), MTPConfig(kind=kind, depth=depth)).draft
+
+    assert asked("sequential", 3, auto=True) == 6
+    assert asked("eagle", 1, auto=True) == 4
+    assert asked("sequential", 3, auto=True, draft=2) == 2
+    assert asked("sequential", 3) is None
+    assert asked("medusa", 3, auto=True) is None
+    assert asked("sequential", 3, auto=True, tree="dynamic") is None
+    assert asked("sequential", 3, auto=True, drafter="ngram") is None
+    with pytest.raises(UserError, match="this model has none"):
+        asked("none", 0, auto=True)
