@@ -60,6 +60,34 @@ class Span:
         return self._places[capacity]
 
 
+class Rows:
+    """A tensor [B, ..] of which rows leave and others join, with as few copies as can be: ``rows`` are the first of those that
+    there is memory for."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.memory = self.rows = rows
+
+    def keep(self, rows: list[int]) -> None:
+        """Only these rows go on, in this order. None is copied that stays in its place; those that move must move down to be
+        copied one by one."""
+        if any(row < place for place, row in enumerate(rows)):
+            self.memory = self.rows = self.rows[rows]
+            return
+        for place, row in enumerate(rows):
+            if row > place:
+                self.memory[place] = self.memory[row]
+        self.rows = self.memory[: len(rows)]
+
+    def join(self, other: "Rows") -> None:
+        """The rows of another one of the same sizes go on behind these, in memory that others have left where there is some."""
+        count = len(self.rows) + len(other.rows)
+        if count > len(self.memory):
+            self.memory = torch.cat((self.rows, other.rows))
+        else:
+            self.memory[len(self.rows) : count] = other.rows
+        self.rows = self.memory[:count]
+
+
 class KeyValues:
     """Keys and values of one attention layer, or of several in a row: [B, K, capacity, c] each; ``lengths``: how many positions
     each row holds."""
@@ -76,10 +104,9 @@ class KeyValues:
         layers: int = 1,
     ) -> None:
         # Not empty memory: what is masked out is multiplied by 0, and must be finite. One more place takes the copies.
-        self.keys, self.values = (
-            [torch.zeros(batch, heads, capacity + 1, head_dim, dtype=dtype, device=device) for _ in range(layers)]
-            for _ in range(2)
-        )
+        shape = (batch, heads, capacity + 1, head_dim)
+        self.memory = [Rows(torch.zeros(shape, dtype=dtype, device=device)) for _ in range(2 * layers)]
+        self._changed()
         self.capacity = capacity
         self.lengths = [0] * batch
 
@@ -107,15 +134,22 @@ class KeyValues:
 
     def keep(self, rows: list[int]) -> None:
         """Only these rows go on, in this order."""
-        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
-            self.keys[layer], self.values[layer] = keys[rows], values[rows]
+        for memory in self.memory:
+            memory.keep(rows)
+        self._changed()
         self.lengths = [self.lengths[row] for row in rows]
 
     def join(self, other: "KeyValues") -> None:
         """The rows of another cache of the same sizes go on behind these."""
-        for own, new in ((self.keys, other.keys), (self.values, other.values)):
-            own[:] = [torch.cat(pair) for pair in zip(own, new, strict=True)]
+        for own, new in zip(self.memory, other.memory, strict=True):
+            own.join(new)
+        self._changed()
         self.lengths = self.lengths + other.lengths
+
+    def _changed(self) -> None:
+        """Tensors [B, K, capacity + 1, c] of the rows as they are now, one a layer."""
+        layers = len(self.memory) // 2
+        self.keys, self.values = ([part.rows for part in half] for half in (self.memory[:layers], self.memory[layers:]))
 
 
 class Extension:
@@ -146,9 +180,14 @@ class HiddenStates:
     """Hidden states [B, capacity, d] by position, which a lagging MTP module still has to read."""
 
     def __init__(self, batch: int, capacity: int, width: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.states = torch.zeros(batch, capacity + 1, width, dtype=dtype, device=device)
+        self.memory = Rows(torch.zeros(batch, capacity + 1, width, dtype=dtype, device=device))
         self.capacity = capacity
         self.lengths = [0] * batch
+
+    @property
+    def states(self) -> Tensor:
+        """[B, capacity + 1, d]."""
+        return self.memory.rows
 
     def write(self, span: Span, states: Tensor) -> None:
         """states [B, >= width, d] of the span's positions; what follows the width is not read. Raises IndexError where positions
@@ -173,12 +212,12 @@ class HiddenStates:
 
     def keep(self, rows: list[int]) -> None:
         """Only these rows go on, in this order."""
-        self.states = self.states[rows]
+        self.memory.keep(rows)
         self.lengths = [self.lengths[row] for row in rows]
 
     def join(self, other: "HiddenStates") -> None:
         """The rows of others of the same sizes go on behind these."""
-        self.states = torch.cat((self.states, other.states))
+        self.memory.join(other.memory)
         self.lengths = self.lengths + other.lengths
 
 

@@ -257,12 +257,19 @@ class Places:
 
     def clear(self) -> None:
         """Those that have ended leave."""
-        going = [place for place, text in enumerate(self.growing) if not text.ending]
+        going = _closed_up([place for place, text in enumerate(self.growing) if not text.ending])
         if not going:
             self.batch = None
         elif self.batch is not None and len(going) < len(self.growing):
             self.batch.keep(going)
         self.growing = [self.growing[place] for place in going]
+
+
+def _closed_up(places: list[int]) -> list[int]:
+    """The same in another order: the last of them fill the gaps, so that the others stay where they are."""
+    low = {place for place in places if place < len(places)}
+    last = [place for place in places if place >= len(places)]
+    return [place if place in low else last.pop() for place in range(len(places))]
 
 
 def _lap(started: float) -> tuple[float, float]:

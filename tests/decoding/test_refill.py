@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from mtp_dist.config.schema import DecodeConfig
 from mtp_dist.decoding import engine
 from mtp_dist.decoding.batch import Batch
-from mtp_dist.decoding.cache import HiddenStates, KeyValues
+from mtp_dist.decoding.cache import HiddenStates, KeyValues, Rows
 from mtp_dist.decoding.drafter import Proposal
 from mtp_dist.decoding.drafters import build_drafter
-from mtp_dist.decoding.engine import Generated, Growing, NewText, continued, generate_batch, grow
+from mtp_dist.decoding.engine import Generated, Growing, NewText, _closed_up, continued, generate_batch, grow
 from mtp_dist.decoding.model import DecodingModel
 from mtp_dist.decoding.sampling import Chance, Sampling
 from mtp_dist.decoding.tree import Tree
@@ -233,6 +233,28 @@ def check_joins(kind: str, know: bool, script: list, prompts: list[int]) -> int:
     return compared
 
 
+@examples(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.lists(st.integers(0, 5), unique=True, min_size=1), st.integers(0, 3)), max_size=6))
+def test_rows_stay_whole_wherever_they_move(script: list[tuple[list[int], int]]) -> None:
+    """In any order, in memory that there is and in new memory."""
+    memory, expected = Rows(torch.arange(4.0).repeat(2, 1).T.contiguous()), [0.0, 1.0, 2.0, 3.0]
+    for number, (rows, more) in enumerate(script):
+        stay = [row for row in rows if row < len(expected)] or [0]
+        memory.keep(stay)
+        new = [10.0 * (number + 1) + place for place in range(more)]
+        memory.join(Rows(torch.tensor(new).repeat(2, 1).T.contiguous()))
+        expected = [expected[row] for row in stay] + new
+        assert memory.rows.tolist() == [[value] * 2 for value in expected]
+
+
+def test_a_gap_is_closed_by_the_last() -> None:
+    """So one row moves for each that leaves."""
+    assert _closed_up([0, 1, 3, 4, 7]) == [0, 1, 7, 3, 4]
+    assert _closed_up([2, 3]) == [3, 2]
+    assert _closed_up([0, 1]) == [0, 1]
+    assert _closed_up([]) == []
+
+
 RAGGED = [(3, set(), [2]), (2, {0}, []), (3, set(), [5, 1]), (1, {1, 2}, [4]), (3, set(), []), (3, set(), [])]
 
 
@@ -274,7 +296,7 @@ def test_stale_states_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     join = HiddenStates.join
 
     def mixed(self: HiddenStates, other: HiddenStates) -> None:
-        other.states = other.states.roll(1, 1)
+        other.memory.rows = other.states.roll(1, 1)
         join(self, other)
 
     monkeypatch.setattr(HiddenStates, "join", mixed)
