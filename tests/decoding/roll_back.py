@@ -9,7 +9,8 @@ from mtp_dist.decoding.model import TrunkPass
 from mtp_dist.decoding.text import Texts
 
 PATTERNS = [[0, 0, 0], [0, 3, 1], [2, 0, 3], [0, 1, 0], [3, 3, 0], [0, 0, 0]]
-"""Drafts that each of three texts accepts, round by round. After the third round the second text leaves."""
+"""Drafts that each of three texts accepts, round by round. After the third round the second text leaves; in the fourth another
+one joins, and comes last."""
 
 
 def check_roll_back(
@@ -27,6 +28,11 @@ def check_roll_back(
             before_last()
         texts.extend([[*row[:count], token(number)] for row, count in zip(drafts, accepted, strict=False)])
         drafter.observe(texts, unused)
+        if number == 3:
+            more, other = start([prompts[2][:-1]])
+            more.extend([prompts[2][-1:]])
+            texts.join(more)
+            drafter.join(other)
         drafts = drafter.propose(texts, 3).tokens.tolist()
         for row, found in zip(texts.rows, drafts, strict=True):
             alone, fresh = start([row[:-1]])
@@ -36,3 +42,4 @@ def check_roll_back(
             texts.keep([0, 2])
             drafter.keep([0, 2])
             drafts = [drafts[0], drafts[2]]
+    assert len(texts) == 3

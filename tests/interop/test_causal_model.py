@@ -82,6 +82,8 @@ def test_greedy_texts_are_the_trunks(trunk: Chunk, foreign: Path, rows: list[int
     plain = decoded(trunk, None, rows, mode="plain")
     drafted = decoded(trunk, other, rows)
     assert [text.tokens for text in drafted] == [text.tokens for text in plain]
+    two = decoded(trunk, other, rows, side_by_side=2)
+    assert [text.tokens for text in two] == [text.tokens for text in plain]
     accepted, reached = (sum(sum(getattr(text.statistics, name)) for text in drafted) for name in ("accepted", "reached"))
     assert accepted > 0
     assert accepted < reached or len(rows) == 1
@@ -93,6 +95,15 @@ def test_an_export_never_rejects_its_own_drafts(trunk: Chunk, exported: Path, te
     for text in decoded(trunk, other, [0, 1, 2, 3], temperature=temperature, max_new_tokens=23):
         assert text.statistics.accepted == text.statistics.drafted
         assert sum(text.statistics.accepted) > 0
+
+
+def test_an_export_never_rejects_its_own_drafts_of_texts_that_join(trunk: Chunk, exported: Path) -> None:
+    """Caches of whom is behind, and of whom is ahead, are filled up where they lack slots."""
+    other = load_causal_model(exported, "decode.draft_model", torch.float32)
+    for rows in ([0, 1, 2, 3], [3, 2, 1, 0], [1, 0, 3, 2]):
+        for text in decoded(trunk, other, rows, side_by_side=2, max_new_tokens=23):
+            assert text.statistics.accepted == text.statistics.drafted
+            assert sum(text.statistics.accepted) > 0
 
 
 @torch.no_grad()
