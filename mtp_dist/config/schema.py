@@ -259,7 +259,7 @@ class DecodeConfig:
     top_p: float = setting(1.0, "Sample among the likeliest tokens that hold this probability.")
     stop_at_eos: bool = setting(True, "End a text at the end-of-document token.")
     stop: list[str] = setting([], "Strings that end a text; it is cut before the first of them.")
-    batch: int = setting(1, "Prompts decoded together.")
+    batch: int = setting(1, "Prompts decoded side by side; the next one takes the place of one whose text has ended.")
     dtype: str = setting("float32", "float32 | bfloat16 | float64.")
     int8: bool = setting(False, "Weights of linear layers in 8 bits, one scale an output, activations in `dtype`: less memory to read a token, a slightly different model.")
     compile: bool = setting(False, "torch.compile of the blocks around attention; needs a C++ compiler on CPU, Triton on CUDA. The first passes then take seconds.")
