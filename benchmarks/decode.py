@@ -52,6 +52,8 @@ from mtp_dist.export import export
 
 Prompts = list[list[int]]
 T = TypeVar("T")
+ROUNDS = 16
+"""Of drafts, before costs are measured."""
 
 
 @dataclass
@@ -116,7 +118,9 @@ class Own:
         return Contestant(write, whole=True)
 
     def costs(self, prompts: Prompts, config: DecodeConfig) -> Costs:
-        return measure(self.model, prompts, config, draft_length(config, self.model.depth), vocabulary=self.vocabulary)
+        """In the middle of the texts, about."""
+        drafts = draft_length(config, self.model.depth)
+        return measure(self.model, prompts, config, drafts, vocabulary=self.vocabulary, rounds=ROUNDS)
 
 
 class Theirs:

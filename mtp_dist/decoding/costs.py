@@ -87,25 +87,34 @@ def measure(
     draft_model: nn.Module | None = None,
     rounds: int = 9,
 ) -> Costs:
-    """Costs behind these prompts, decoded together, with ``drafts`` >= 1 of each in a round, or trees of that depth."""
+    """Costs of these prompts decoded together, ``drafts`` >= 1 of each in a round, or trees of that depth.
+
+    Each pass is timed where it occurs: one token where plain decoding would be after so many tokens, several where rounds of
+    drafts have left the texts, which then differ in length (that costs: see ``Span``).
+    """
     nodes = drafts if config.tree == "none" else most_nodes(config, model.depth)
     capacity = max(map(len, prompts)) + (rounds + 1) * (drafts + 1) + max(drafts, room(config, model.depth)) + 1
     decoder = open_model(model, capacity, vocabulary=vocabulary)
     sampling, chance = Sampling.of(config), Chance([None] * len(prompts))
     drafter = Timed(build_drafter(decoder, len(prompts), config, sampling, chance, other=draft_model), decoder.device)
-    batch = Batch(decoder, prompts, sampling, drafter, chance)
-    batch.start()
+    plain, fast = (Batch(decoder, prompts, sampling, each, chance) for each in (None, drafter))
+    plain.start()
+    fast.start()
     for _ in range(rounds + 1):
-        batch.advance(drafts)
-    known, texts = [len(prompt) for prompt in prompts], batch.texts
+        fast.advance(drafts)
+    for _ in range((sum(fast.texts.known) - sum(plain.texts.known)) // len(prompts)):
+        plain.advance(0)
     passes: list[list[float]] = [[] for _ in range(nodes + 1)]
     for _ in range(rounds + 1):
         # In turn, so that a slow moment of the machine is not one length's alone.
         for width, seconds in enumerate(passes, start=1):
+            batch = plain if width == 1 else fast
+            before = [known - 1 for known in batch.texts.known]
             for cache in batch.caches:
-                cache.crop(known)
+                cache.crop(before)
             begun = clock(decoder.device)
-            decoder.logits(decoder.trunk(texts.tokens, batch.caches, [length + width for length in known]).after_norm)
+            found = decoder.trunk(batch.texts.tokens, batch.caches, [length + width for length in before])
+            decoder.logits(found.after_norm)
             seconds.append(clock(decoder.device) - begun)
     # The first round starts threads and kernels.
     return Costs([median(seconds[1:]) for seconds in passes], median(drafter.seconds[1:]) / nodes)
