@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mtp_dist.decoding.replacement import replace
 from mtp_dist.model.attention import Mask, attend
 from mtp_dist.model.trunk import Block, KeyValueCache, rotate
 
@@ -30,10 +31,7 @@ class CompiledBlock(nn.Module):
 
 def compile_blocks(model: nn.Module) -> None:
     """Replace every ``Block`` below ``model``. The first passes over each shape then take seconds."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, Block) and not isinstance(module, CompiledBlock):
-                setattr(module, name, CompiledBlock(child))
+    replace(model, Block, CompiledBlock)
 
 
 def _before(block: Block, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_dist.decoding.product import Product
+from mtp_dist.decoding.replacement import replace
 from mtp_dist.model.attention import Mask, attend
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.linear import Linear
@@ -22,7 +23,7 @@ class FusedBlock(nn.Module):
     def __init__(self, block: Block) -> None:
         super().__init__()
         attention, mlp = block.attention, block.mlp
-        self.attention_norm, self.mlp_norm = Norm(block.attention_norm), Norm(block.mlp_norm)
+        self.attention_norm, self.mlp_norm = block.attention_norm, block.mlp_norm
         self.heads, self.key_heads = (len(part.weight) // attention.head_dim for part in (attention.query, attention.key))
         self.head_dim = attention.head_dim
         self.inputs, self.output = joined(attention.query, attention.key, attention.value), joined(attention.output)
@@ -39,19 +40,18 @@ class FusedBlock(nn.Module):
         return x + self.down(F.silu(gate) * up)
 
 
-class Norm:
-    """An ``RMSNorm`` as the layer norm of (x, -x), whose mean is 0 and whose variance is x's mean square: on CPU torch has one
-    kernel for that, and many for its own RMSNorm, which took twice as long."""
+class Norm(nn.Module):
+    """Stands for an ``RMSNorm`` on CPU, without its own gradient: it is the layer norm of (x, -x), whose mean is 0 and whose
+    variance is x's mean square. For that torch has one kernel, for its own RMSNorm many, which took twice as long."""
 
     def __init__(self, norm: RMSNorm) -> None:
-        self.norm, self.width, self.eps = norm, len(norm.weight), norm.eps
-        self.weight = torch.cat((norm.weight, norm.weight)).detach()
+        super().__init__()
+        self.width, self.eps = len(norm.weight), norm.eps
+        self.register_buffer("weight", torch.cat((norm.weight, norm.weight)).detach())
+        self.weight: Tensor
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":
-            return F.layer_norm(torch.cat((x, -x), -1), (2 * self.width,), self.weight, None, self.eps)[..., : self.width]
-        found: Tensor = self.norm(x)
-        return found
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(torch.cat((x, -x), -1), (2 * self.width,), self.weight, None, self.eps)[..., : self.width]
 
 
 def joined(*layers: Linear) -> Product:
@@ -61,8 +61,7 @@ def joined(*layers: Linear) -> Product:
 
 
 def fuse(model: Chunk) -> None:
-    """Replace every ``Block`` below ``model``."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, Block):
-                setattr(module, name, FusedBlock(child))
+    """Replace every ``Block`` below ``model``, and on CPU every ``RMSNorm``."""
+    replace(model, Block, FusedBlock)
+    if model.device.type == "cpu":
+        replace(model, RMSNorm, Norm)

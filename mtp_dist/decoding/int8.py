@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtp_dist.decoding.replacement import replace
 from mtp_dist.model.linear import Linear
 
 NARROW = 32
@@ -45,9 +46,5 @@ class Int8Linear(nn.Module):
 
 
 def quantize(model: nn.Module) -> None:
-    """Replace every ``Linear`` below ``model``, one at a time, so that little memory is needed beside it. Embedding, output
-    matrix and norms stay."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, Linear):
-                setattr(module, name, Int8Linear(child))
+    """Replace every ``Linear`` below ``model``. Embedding, output matrix and norms stay."""
+    replace(model, Linear, Int8Linear)

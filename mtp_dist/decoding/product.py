@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtp_dist.decoding.replacement import replace
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.linear import Linear
 from mtp_dist.model.output import OwnProjection
@@ -61,12 +62,9 @@ def packed(matrix: Tensor) -> Product | None:
 
 
 def pack(model: Chunk) -> None:
-    """Replace every ``Linear`` below ``model``, one at a time, where there is a kernel. Vocabulary matrices stay, as others read
+    """Replace every ``Linear`` below ``model`` for which there is a kernel. Vocabulary matrices stay, as others read
     them too, and are held twice."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, Linear) and packable(child.weight):
-                setattr(module, name, PackedLinear(child))
+    replace(model, Linear, lambda linear: PackedLinear(linear) if packable(linear.weight) else linear)
     own = [module.weight for module in model.modules() if isinstance(module, OwnProjection)]
     for matrix in (model.output_weight(), *own):
         if packable(matrix):
