@@ -256,7 +256,7 @@ def _factors(world: int) -> Iterator[tuple[int, int, int]]:
 def _fit(config: Plan) -> str:
     largest, limit = largest_rank(config), config.world_memory_gib
     verdict = "fits" if largest <= limit * GIB else "does not fit"
-    line = f"fit: {verdict}: the fullest rank needs about {largest / GIB:.3f} of world_memory_gib={limit:g}"
+    line = f"{verdict}: the fullest rank needs about {largest / GIB:.3f} of world_memory_gib={limit:g}"
     smallest = smallest_layout(config)
     if smallest is None:
         return f"{line}\nno layout of up to {LARGEST_WORLD} processes fits with these batches; choose a smaller train.micro_batch"

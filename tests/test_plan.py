@@ -186,7 +186,9 @@ def test_fit_names_a_layout_that_fits_and_none_smaller_does() -> None:
     assert same is not None
     assert same.parallel == config.parallel
     assert smallest_layout(replace(config, world_memory_gib=1e-3)) is None
-    assert "does not fit" in text(config, None) and f"parallel.tensor={found.parallel.tensor}" in text(config, None)
+    assert f"parallel.tensor={found.parallel.tensor}" in text(config, None)
+    for asked, verdict in ((config, "does not fit"), (roomy, "fits")):
+        assert [line for line in text(asked, None).splitlines() if line.startswith(f"{verdict}: the fullest rank needs about")]
 
 
 def test_text_says_where_everything_is() -> None:
