@@ -37,13 +37,14 @@ def validate_training(config: TrainingRun, vocabulary: int | None) -> None:
 
     ``vocabulary``: entries of the dataset's tokenizer, or None while no dataset is known; then ``model.vocab_size`` stands alone.
     """
-    config = matched(config)
+    taken, config = config.model.layers, matched(config)
+    taken -= config.model.layers
     for key, kind in settings(type(config)).items():
         if kind is float:
             finite(key, value(config, key))
     between("seed", config.seed, 0, 2**63 - 1)
     validate_model(config.model, vocabulary)
-    validate_parallel(config.parallel, config.model, vocabulary)
+    validate_parallel(config.parallel, config.model, vocabulary, taken)
     validate_launch(config.launch, config.parallel)
     validate_mtp(config.mtp, config.model, vocabulary or config.model.vocab_size, config.train.sequence_length)
     _validate_zero(config)
@@ -86,8 +87,8 @@ def validate_model(model: ModelConfig, vocabulary: int | None) -> None:
         )
 
 
-def validate_parallel(parallel: ParallelConfig, model: ModelConfig, vocabulary: int | None) -> None:
-    """Whether a layout fits a trunk."""
+def validate_parallel(parallel: ParallelConfig, model: ModelConfig, vocabulary: int | None, taken: int = 0) -> None:
+    """Whether a layout fits a trunk, out of which ``mtp.match_parameters`` has taken so many blocks."""
     for name in ("pipeline", "tensor", "data"):
         at_least(f"parallel.{name}", getattr(parallel, name), 1)
     above("parallel.timeout_minutes", parallel.timeout_minutes, 0)
@@ -95,7 +96,7 @@ def validate_parallel(parallel: ParallelConfig, model: ModelConfig, vocabulary: 
         # One process has no pipeline, so there the schedule means nothing and may stay what it was.
         one_of("parallel.schedule", parallel.schedule, SCHEDULES)
     _validate_tensor(parallel.tensor, model, vocabulary)
-    _validate_placement(parallel, model)
+    _validate_placement(parallel, model, taken)
 
 
 def validate_launch(launch: LaunchConfig, parallel: ParallelConfig) -> None:
@@ -143,20 +144,22 @@ def validate_sequence_parallel(parallel: ParallelConfig, length: int) -> None:
         )
 
 
-def _validate_placement(parallel: ParallelConfig, model: ModelConfig) -> None:
+def _validate_placement(parallel: ParallelConfig, model: ModelConfig, taken: int) -> None:
     if parallel.schedule == "interleaved":
         at_least("parallel.interleave", parallel.interleave, 2)
     _validate_costs(parallel.costs)
     parts = chunks(parallel)
     layout = f"parallel.pipeline={parallel.pipeline} with parallel.schedule={parallel.schedule}"
-    shown = parallel.placement
+    shown, layers = parallel.placement, f"model.layers={model.layers}"
+    if taken:
+        layers += f" (what mtp.match_parameters=true leaves of {model.layers + taken})"
     if shown in ("balanced", "uniform"):
         # The last chunk may be the heads alone.
         needed = parts if shown == "uniform" or parts == 1 else parts - 1
         if model.layers < needed:
             raise UserError(
-                f"model.layers={model.layers} is too few for the {parts} chunks of {layout}: they need {needed} (beside what "
-                "mtp.match_parameters=true takes out); choose more layers, fewer pipeline ranks, or parallel.schedule=1f1b"
+                f"{layers} is too few for the {parts} chunks of {layout}: they need {needed}; choose more layers, fewer "
+                "pipeline ranks, or parallel.schedule=1f1b"
             )
         return
     try:
@@ -168,10 +171,7 @@ def _validate_placement(parallel: ParallelConfig, model: ModelConfig) -> None:
     if min(sizes[:-1], default=1) < 1 or sizes[-1] < 0:
         raise UserError(f"parallel.placement={shown}: every chunk needs a layer, only the last one (it has the heads) may have 0")
     if sum(sizes) != model.layers:
-        raise UserError(
-            f"parallel.placement={shown} adds up to {sum(sizes)} layers, but model.layers={model.layers} (where "
-            "mtp.match_parameters=true: what it leaves of them)"
-        )
+        raise UserError(f"parallel.placement={shown} adds up to {sum(sizes)} layers, but {layers}")
 
 
 def _validate_costs(costs: list[float]) -> None:

@@ -298,6 +298,14 @@ def test_blocks_of_parallel_heads_are_taken_out_of_the_trunk_once() -> None:
         validate(composed("mtp=gloeckle_n4", "parallel=classic2", "parallel.placement=[4,4]"), VOCABULARY)
 
 
+def test_too_few_layers_speak_of_blocks_taken_out_only_where_some_are() -> None:
+    split = ("parallel.pipeline=8", "parallel.schedule=1f1b")
+    with pytest.raises(UserError, match=r"^model\.layers=5 \(what mtp\.match_parameters=true leaves of 8\) is too few"):
+        validate(composed("mtp=gloeckle_n4", *split), VOCABULARY)
+    with pytest.raises(UserError, match=r"^model\.layers=5 is too few for the 8 chunks of [^()]*: they need 7; choose"):
+        validate(composed("model.layers=5", *split), VOCABULARY)
+
+
 def test_derived_settings_are_filled_and_nothing_else() -> None:
     config = composed("train.steps=null", "train.tokens=100001", "schedule=wsd", "parallel.data=2", "launch.nodes=2")
     full = resolve(config, VOCABULARY)
