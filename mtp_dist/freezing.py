@@ -87,6 +87,11 @@ def check(config: TrainingRun, cores: int | None = None) -> TrainingRun:
     ``cores``: CPU cores that the processes of one node will share; None: those of this machine; 0: not known.
     """
     versions.check()
+    if config.run_dir and not config.data.path and _frozen_before(config.run_dir) is None:
+        raise UserError(
+            f"data.path is empty, and run_dir={config.run_dir} has no resolved.yaml of a run to go on with; "
+            "give data.path=FOLDER (made by data/build_shards.py), or the run_dir of a run"
+        )
     validate(config, None)
     dataset = _dataset(config)
     validate(config, dataset.vocab_size)

@@ -217,6 +217,16 @@ def test_the_run_folder_alone_continues_a_run_with_its_own_settings(composed: Co
     assert continued(["run_dir=does/not/exist"]) is None
 
 
+def test_a_mistyped_run_folder_is_named_beside_the_data_that_it_lacks(composed: Composer) -> None:
+    """Whoever means to go on with a run types its folder alone, and no data."""
+    wrong = compose("train", TrainingRun, ["run_dir=runs/qickstart"])
+    said = refusal(wrong)
+    assert "data.path is empty" in said and "run_dir=runs/qickstart has no resolved.yaml" in said and "run_dir of a run" in said
+    started = prepare(composed())
+    there = refusal(compose("train", TrainingRun, [f"run_dir={started.run_dir}", "train.steps=60"]))
+    assert there.startswith("data.path is empty; give it")
+
+
 def test_another_node_continues_a_run_with_its_own_place(composed: Composer) -> None:
     config = prepare(composed("parallel.data=2", "launch.nodes=2", "launch.master_addr=10.0.0.1", "optim.lr=0.25"))
     again = continued([f"run_dir={config.run_dir}", "launch.node_rank=1"])
