@@ -36,6 +36,9 @@ class NewText:
 Waiting = Callable[[int], Sequence[NewText]]
 """Where texts come from: called with a number of free places, it gives so many or fewer."""
 
+Failed = Callable[[Sequence[NewText], Exception], object]
+"""Told of new texts that cannot be begun, and why."""
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -168,6 +171,7 @@ def grow(
     vocabulary: int | None = None,
     draft_model: nn.Module | None = None,
     lengths: DraftLengths | None = None,
+    failed: Failed | None = None,
 ) -> Iterator[list[Growing]]:
     """Continue the texts that ``waiting`` gives, at most ``rows`` side by side; it is asked before each round that has free
     places. A prompt and its continuation have at most ``longest`` tokens. Ends when nothing grows and nothing waits.
@@ -179,7 +183,11 @@ def grow(
     separates documents for attention. ``vocabulary``: see ``DecodingModel``. ``draft_model``: needed where ``config.drafter`` is
     model. ``lengths``: what earlier calls with ``config.auto`` learnt. For what is timed see ``Statistics``; a text's seconds are
     its share of the time of the passes that it took part in, and of what lay between them.
+
+    ``failed``: where the pass over new prompts raises, it is told, and the other texts go on; None: the exception ends them all,
+    as one in any later pass does. Ranks that decode together take none: they would part.
     """
+    assert failed is None or not isinstance(model, ModelPart)
     most = draft_length(config, model.depth)
     decoder = open_model(model, longest + room(config, model.depth) + 1, end=end, vocabulary=vocabulary)
     sampling, stop = Sampling.of(config), end if config.stop_at_eos else None
@@ -204,8 +212,14 @@ def grow(
                 owed += elapsed
             came = [Growing(number + place, text, Statistics(len(text.prompt))) for place, text in enumerate(new)]
             number += len(new)
-            batch = begun(new)
-            rounds = batch.start()
+            try:
+                batch = begun(new)
+                rounds = batch.start()
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed(new, error)
+                continue
             elapsed, started = _lap(started)
             for text, made in zip(came, rounds, strict=True):
                 _take(text, made, stop)

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 
 from mtp_dist.config.schema import DecodeConfig
-from mtp_dist.decoding.engine import Growing, NewText, Waiting
+from mtp_dist.decoding.engine import Failed, Growing, NewText, Waiting
 from mtp_dist.decoding.statistics import Statistics
 from mtp_dist.decoding.stopping import StopStrings
 from mtp_dist.serving.request import LARGEST_SEED
@@ -66,7 +66,9 @@ class Text:
 class Decoder(Protocol):
     """``decoding.engine.grow`` with a model, and the length of texts, bound to it."""
 
-    def __call__(self, waiting: Waiting, config: DecodeConfig, *, rows: int) -> Iterator[list[Growing]]: ...
+    def __call__(
+        self, waiting: Waiting, config: DecodeConfig, *, rows: int, failed: Failed
+    ) -> Iterator[list[Growing]]: ...
 
 
 class FullError(Exception):
@@ -136,10 +138,8 @@ class Worker:
         while kind := self._next():
             try:
                 self._write(kind)
-            except Exception:  # whatever it was, the next texts are not to blame for it
-                traceback.print_exc()
-                for new, text in list(self.running.items()):
-                    self._hand(new, Piece(text.index, [], FAILED))
+            except Exception as error:  # whatever it was, the next texts are not to blame for it
+                self._fail(list(self.running), error)
 
     def _next(self) -> Kind | None:
         """The kind of the next batch, which is empty yet; None: it is over."""
@@ -169,7 +169,7 @@ class Worker:
 
         temperature, top_k, top_p = kind
         config = replace(self.decode, temperature=temperature, top_k=top_k, top_p=top_p)
-        for growing in self.decoder(waiting, config, rows=self.decode.batch):
+        for growing in self.decoder(waiting, config, rows=self.decode.batch, failed=self._fail):
             for grown in growing:
                 text = self.running[grown.text]
                 self._hand(grown.text, Piece(text.index, grown.latest, grown.ending, grown.statistics))
@@ -177,6 +177,12 @@ class Worker:
                     grown.ending = _DROPPED
                     with self.changed:
                         del self.running[grown.text]
+
+    def _fail(self, texts: Sequence[NewText], error: Exception) -> None:
+        """These end without a completion."""
+        traceback.print_exception(error)
+        for new in texts:
+            self._hand(new, Piece(self.running[new].index, [], FAILED))
 
     def _hand(self, new: NewText, piece: Piece) -> None:
         """Hand a piece on, unless nobody waits for it; one with an ending is the text's last."""

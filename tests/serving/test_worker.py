@@ -11,7 +11,7 @@ import torch
 from mtp_dist import serve
 from mtp_dist.config.schema import DecodeConfig, Serving
 from mtp_dist.data.tokenizer import byte_tokenizer
-from mtp_dist.decoding.engine import Growing, NewText, Waiting, grow
+from mtp_dist.decoding.engine import Failed, Growing, NewText, Waiting, grow
 from mtp_dist.decoding.stopping import StopStrings
 from mtp_dist.errors import UserError
 from mtp_dist.serving import answer
@@ -49,7 +49,7 @@ class Decoder:
         self.forwards, self.running = threading.Semaphore(0), 0
         self.step_by_step = False
 
-    def __call__(self, waiting: Waiting, config: DecodeConfig, *, rows: int) -> Iterator[list[Growing]]:
+    def __call__(self, waiting: Waiting, config: DecodeConfig, *, rows: int, failed: Failed) -> Iterator[list[Growing]]:
         def watched(free: int) -> Sequence[NewText]:
             new = waiting(free)
             assert len(new) <= free
@@ -60,7 +60,7 @@ class Decoder:
                     raise RuntimeError("thirteen")
             return new
 
-        for growing in grow(self.model, watched, config, rows=rows, longest=40):
+        for growing in grow(self.model, watched, config, rows=rows, longest=40, failed=failed):
             yield growing
             assert not self.step_by_step or self.forwards.acquire(timeout=100)
 
@@ -149,6 +149,33 @@ def test_a_failure_is_not_the_next_texts(worker: Worker, decoder: Decoder, capsy
         worker.submit([client.text])
         assert client.result()[0] == ending
     assert capsys.readouterr().err.count("RuntimeError: thirteen") == 2
+
+
+def test_a_prompt_that_cannot_be_run_fails_alone(
+    worker: Worker, decoder: Decoder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that are being written go on, as does who comes next."""
+
+    def full(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        if given[0].shape[1] > 10:
+            raise RuntimeError("no memory")
+
+    decoder.model.layers["0"].register_forward_pre_hook(full)
+    decoder.step_by_step = True
+    decoder.free.set()
+    long, wrong, next_ = Client(limit=30), Client(prompt=[3] * 20), Client(prompt=[4])
+    worker.submit([long.text])
+    until(lambda: len(long.pieces) == 1)
+    worker.submit([wrong.text])
+    decoder.forwards.release(2)  # a round of the first; after the failure another one
+    assert wrong.result() == (FAILED, 0)
+    assert not long.ended.is_set()
+    worker.submit([next_.text])
+    decoder.step_by_step = False
+    decoder.forwards.release()
+    assert long.result() == ("length", 30) and next_.result() == ("length", 6)
+    assert decoder.batches == [(1, 0.0)] * 3
+    assert capsys.readouterr().err.count("RuntimeError: no memory") == 1
 
 
 def test_who_is_dropped_hears_nothing(worker: Worker, decoder: Decoder) -> None:
