@@ -38,8 +38,10 @@ from mtp_dist.checkpoint.fault import point
 from mtp_dist.checkpoint.fragment_file import FragmentFile
 from mtp_dist.checkpoint.manifest import (
     CONFIG,
+    FORMAT,
     MANIFEST,
     TOKENIZER,
+    WITH_DRAFT_TOKENS,
     FileRecord,
     Manifest,
     ParameterRecord,
@@ -232,6 +234,7 @@ class Saver:
             versions={"mtp_dist": mtp_dist.__version__, "torch": torch.__version__, "python": platform.python_version()},
             parameters=self._parameters,
             files={},
+            format=FORMAT if self.draft_tokens is None else WITH_DRAFT_TOKENS,
         )
 
     def _commit(self, save: _Save) -> None:

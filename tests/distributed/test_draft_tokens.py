@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mtp_dist.checkpoint.draft_tokens import DRAFT_TOKENS, choose, drafted
-from mtp_dist.checkpoint.manifest import MANIFEST, MANIFEST_SUM, read_manifest
+from mtp_dist.checkpoint.manifest import MANIFEST, MANIFEST_SUM, WITH_DRAFT_TOKENS, read_manifest
 from mtp_dist.checkpoint.reader import Checkpoint
 from mtp_dist.config.schema import DecodeConfig, ShardBuild, TrainingRun
 from mtp_dist.data.building import build
@@ -64,12 +64,14 @@ def most_frequent(data: Path) -> list[int]:
 
 
 def test_the_list_is_in_every_checkpoint(run: Path, tiny_dataset: Path) -> None:
+    """Whose format says so, for versions that would pass over it."""
     expected = most_frequent(tiny_dataset)
     assert expected != list(range(NUMBER))
     folders = sorted((run / "checkpoints").glob("step_*"))
     assert [folder.name for folder in folders] == ["step_00000001", "step_00000003"]
     for folder in folders:
         assert DRAFT_TOKENS in read_manifest(folder).files
+        assert read_manifest(folder).format == WITH_DRAFT_TOKENS
         assert Checkpoint(folder).draft_tokens == expected
 
 
