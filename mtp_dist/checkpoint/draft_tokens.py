@@ -37,9 +37,12 @@ def of_checkpoint(path: Path, config: TrainingRun) -> list[int] | None:
 
 
 def choose(config: TrainingRun) -> None:
-    """Write those of a resolved run into its folder, unless they are there. Raises UserError."""
+    """Write those of a resolved run into its folder; if they are there, only check them. Raises UserError."""
     place = Path(config.run_dir) / DRAFT_TOKENS
-    if config.mtp.draft_vocabulary is None or place.exists():
+    if config.mtp.draft_vocabulary is None:
+        return
+    if place.exists():
+        drafted(config)
         return
     tokens = _inherited(config)
     if tokens is None:

@@ -1,9 +1,9 @@
 """Texts that wait and the one thread that decodes them, several together where their sampling is alike.
 
 A batch begins with the oldest text that waits, and others behind it with the same temperature, top-k and top-p, which need not
-have come with the same request. Its texts leave one by one, as each ends or is dropped, and a text of their kind that waits takes
-the free place. Only one that is older than all of another kind does: so those get their turn once the batch has ended. Nobody who
-submits or drops is kept waiting for the model.
+have come with the same request. Its texts leave one by one, as each ends or is dropped. The oldest text that waits takes the free
+place if it is of their kind; if not, nobody does, and it gets its turn once the batch has ended. Nobody who submits or drops is
+kept waiting for the model.
 """
 
 import secrets

@@ -130,9 +130,11 @@ def test_a_damaged_list_is_refused(run: Path, tmp_path: Path, tiny_dataset: Path
     mine = Path(shutil.copytree(run, tmp_path / "run"))
     (mine / DRAFT_TOKENS).write_text(content)
     config = settings(mine, tiny_dataset)
-    with pytest.raises(UserError, match="remove it and start the run without torchrun") as caught:
-        drafted(config)
-    assert "\n" not in str(caught.value)
+    # Before a process starts, and in each of them.
+    for asked in (choose, drafted):
+        with pytest.raises(UserError, match="remove it and start the run without torchrun") as caught:
+            asked(config)
+        assert "\n" not in str(caught.value)
     (mine / DRAFT_TOKENS).unlink()
     choose(config)
     assert drafted(config) == most_frequent(tiny_dataset)
