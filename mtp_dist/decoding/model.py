@@ -191,7 +191,12 @@ class DecodingModel:
 
     def draft_logits(self, states: Tensor) -> Tensor:
         """As ``logits``, of the tokens ``drafted`` alone: [.., n]."""
-        return self.logits(states) if self.drafted is None else self.logits(states, self._drafted_rows)
+        if self.drafted is None:
+            return self.logits(states)
+        product = packed(self.drafted)
+        if product is None:
+            return self.logits(states, self._drafted_rows)
+        return product(states).to(torch.float32)
 
     def turned(self, span: Span, branches: Branches | None = None) -> Tensor:
         """The rotation of a span's positions: [2, n, c], or [2, B, 1, n, c] where rows differ."""

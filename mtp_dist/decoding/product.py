@@ -54,9 +54,10 @@ class PackedLinear(nn.Module):
         return self.product(x)
 
 
-def packed(matrix: Tensor) -> Product | None:
-    """The product with a vocabulary matrix, if ``pack`` has met it."""
-    return getattr(matrix, _PACKED, None)
+def packed(rows: Tensor) -> Product | None:
+    """The product with a vocabulary matrix, or with those of its rows that a tensor of drafted tokens names, if ``pack`` has met
+    it."""
+    return getattr(rows, _PACKED, None)
 
 
 def pack(model: Chunk) -> None:
@@ -67,3 +68,6 @@ def pack(model: Chunk) -> None:
     for matrix in (model.output_weight(), *own):
         if packable(matrix):
             setattr(matrix, _PACKED, Product(matrix))
+    known = model.drafted_tokens()
+    if known is not None and packable(model.output_weight()):
+        setattr(known.tokens, _PACKED, Product(model.output_weight()[known.tokens]))

@@ -73,6 +73,16 @@ def test_packed_weights_are_the_same(kind: str) -> None:
         assert [len(text.tokens) for text in texts] == [20] * len(PROMPTS)
 
 
+def test_packed_rows_of_a_draft_vocabulary_are_its_rows() -> None:
+    model = random_model(1, kind="eagle", draft_tokens=[2, 3, 11, 22], dtype=torch.bfloat16)
+    model = prepare(model, DecodeConfig(dtype="bfloat16"))
+    decoder, states = DecodingModel(model, 64), torch.randn(3, 1, model.model.hidden, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        found, want = decoder.draft_logits(states), decoder.logits(states)[..., [2, 3, 11, 22]]
+    assert (packed(decoder.drafted) is not None) == packable(model.output_weight())  # type: ignore[arg-type]
+    torch.testing.assert_close(found, want, rtol=2**-6, atol=2**-6)
+
+
 @pytest.mark.parametrize("shape", [(576, 192), (5, 7)])
 def test_a_product_is_a_linear_layer(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(1)
