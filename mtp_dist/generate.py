@@ -118,9 +118,16 @@ class Writer:
         from mtp_dist.decoding.engine import grow
 
         texts = [self._new(tokens, decode, number)]
-        longest = len(tokens) + decode.max_new_tokens
-        waiting = lambda free: [texts.pop()] if texts else []  # noqa: E731
-        for (text,) in grow(self.model, waiting, decode, rows=1, longest=longest, lengths=self.lengths, **self.told):
+        growth = grow(
+            self.model,
+            lambda _: [texts.pop()] if texts else [],
+            decode,
+            rows=1,
+            longest=len(tokens) + decode.max_new_tokens,
+            lengths=self.lengths,
+            **self.told,
+        )
+        for (text,) in growth:
             yield text.latest, text.ending
 
     def _new(self, tokens: list[int], decode: DecodeConfig, number: int) -> "NewText":

@@ -16,7 +16,7 @@ from mtp_dist.checkpoint import folder
 from mtp_dist.config import versions
 from mtp_dist.config.rules import above, at_least, between, given
 from mtp_dist.config.schema import Evaluation
-from mtp_dist.decoding.request import fitted, validate_decoding
+from mtp_dist.decoding.request import validate_decoding, validate_heads
 from mtp_dist.errors import UserError
 from mtp_dist.programs.pass_at_k import mean_pass_at_k
 from mtp_dist.programs.problems import Problem, read_completions, read_problems, truncated
@@ -64,8 +64,6 @@ def prepare(config: Evaluation) -> tuple[list[Problem], dict[str, list[str]] | N
         folder.sound(config.checkpoint)
         if decode.mode == "both":
             raise UserError("decode.mode=both is for generate; choose plain or speculative")
-        if decode.drafter == "model":
-            raise UserError("decode.drafter=model is for generate; choose heads or ngram")
         if asked.samples > 1 and decode.temperature == 0:
             raise UserError(
                 f"programs.samples={asked.samples} with decode.temperature=0 would be the same program each time; choose "
@@ -80,38 +78,33 @@ def write(config: Evaluation, problems: list[Problem]) -> Iterator[tuple[str, li
     from tqdm import tqdm
 
     from mtp_dist.checkpoint.reader import open_checkpoint
-    from mtp_dist.data.tokenizer import end_of_document, text_tokenizer, vocabulary_size
     from mtp_dist.decoding.engine import NewText, continued
+    from mtp_dist.generate import load_writer
 
-    checkpoint = open_checkpoint(config.checkpoint)
-    # Without heads that can draft, one token a forward pass: the programs are the same.
-    decode = config.decode
+    decode, samples = config.decode, config.programs.samples
     try:
-        decode = fitted(decode, checkpoint.config.mtp)
+        validate_heads(decode, open_checkpoint(config.checkpoint).config.mtp)
     except UserError:
+        # Without heads that can draft, one token a forward pass: the programs are the same.
         decode = replace(decode, mode="plain")
-    tokenizer = text_tokenizer(checkpoint.tokenizer_path)
-    if decode.threads:
-        torch.set_num_threads(decode.threads)
-    model = checkpoint.load_model(getattr(torch, decode.dtype)).to("cuda" if torch.cuda.is_available() else "cpu")
-    device, samples = model.output_weight().device, config.programs.samples
-    prompts = [tokenizer.encode(problem.prompt, add_special_tokens=False).ids for problem in problems]
+    _, writer = load_writer(config.checkpoint, decode, config.seed)
+    prompts = [writer.tokenizer.encode(problem.prompt, add_special_tokens=False).ids for problem in problems]
 
     def new(number: int) -> NewText:
-        generator = torch.Generator(device).manual_seed(config.seed + number)
+        generator = torch.Generator(writer.model.device).manual_seed(config.seed + number)
         return NewText(prompts[number // samples], decode.max_new_tokens, generator=generator)
 
     found = continued(
-        model,
+        writer.model,
         map(new, range(len(problems) * samples)),
-        decode,
+        writer.decode,
         rows=decode.batch,
         longest=max(map(len, prompts)) + decode.max_new_tokens,
-        end=end_of_document(tokenizer)[1],
-        vocabulary=vocabulary_size(tokenizer),
+        lengths=writer.lengths,
+        **writer.told,
     )
     for problem in tqdm(problems, desc="programs", unit="problem", disable=None):
-        programs = [tokenizer.decode(done.tokens, skip_special_tokens=True) for done in islice(found, samples)]
+        programs = [writer.tokenizer.decode(done.tokens, skip_special_tokens=True) for done in islice(found, samples)]
         yield problem.task, [truncated(program) for program in programs]
 
 

@@ -160,6 +160,7 @@ class Worker:
             return list(begun)
 
     def _write(self, kind: Kind) -> None:
+        # Taken before the decoder is asked: should it fail at once, they fail with it, and are not tried for ever.
         first = self._take(kind, self.decode.batch)
 
         def waiting(free: int) -> list[NewText]:
