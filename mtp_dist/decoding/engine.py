@@ -271,7 +271,7 @@ class Places:
 
     def clear(self) -> None:
         """Those that have ended leave."""
-        going = _closed_up([place for place, text in enumerate(self.growing) if not text.ending])
+        going = closed_up([place for place, text in enumerate(self.growing) if not text.ending])
         if not going:
             self.batch = None
         elif self.batch is not None and len(going) < len(self.growing):
@@ -279,7 +279,7 @@ class Places:
         self.growing = [self.growing[place] for place in going]
 
 
-def _closed_up(places: list[int]) -> list[int]:
+def closed_up(places: list[int]) -> list[int]:
     """The same in another order: the last of them fill the gaps, so that the others stay where they are."""
     low = {place for place in places if place < len(places)}
     last = [place for place in places if place >= len(places)]

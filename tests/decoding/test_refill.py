@@ -17,7 +17,7 @@ from mtp_dist.decoding.batch import Batch
 from mtp_dist.decoding.cache import HiddenStates, KeyValues, Rows
 from mtp_dist.decoding.drafter import Proposal
 from mtp_dist.decoding.drafters import build_drafter
-from mtp_dist.decoding.engine import Generated, Growing, NewText, _closed_up, continued, generate_batch, grow
+from mtp_dist.decoding.engine import Generated, Growing, NewText, closed_up, continued, generate_batch, grow
 from mtp_dist.decoding.model import DecodingModel
 from mtp_dist.decoding.sampling import Chance, Sampling
 from mtp_dist.decoding.tree import Tree
@@ -249,10 +249,10 @@ def test_rows_stay_whole_wherever_they_move(script: list[tuple[list[int], int]])
 
 def test_a_gap_is_closed_by_the_last() -> None:
     """So one row moves for each that leaves."""
-    assert _closed_up([0, 1, 3, 4, 7]) == [0, 1, 7, 3, 4]
-    assert _closed_up([2, 3]) == [3, 2]
-    assert _closed_up([0, 1]) == [0, 1]
-    assert _closed_up([]) == []
+    assert closed_up([0, 1, 3, 4, 7]) == [0, 1, 7, 3, 4]
+    assert closed_up([2, 3]) == [3, 2]
+    assert closed_up([0, 1]) == [0, 1]
+    assert closed_up([]) == []
 
 
 RAGGED = [(3, set(), [2]), (2, {0}, []), (3, set(), [5, 1]), (1, {1, 2}, [4]), (3, set(), []), (3, set(), [])]
