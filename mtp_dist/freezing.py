@@ -41,6 +41,7 @@ IDENTITY = (
     "data.path",
     "data.lanes",
     "data.block_samples",
+    "data.mix_tokens",
     "train.sequence_length",
     "train.global_batch",
 )

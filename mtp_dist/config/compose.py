@@ -11,7 +11,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,7 +99,8 @@ def save(config: Any, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], schema: type[T]) -> T:
-    """Read what ``save`` wrote; a setting that the file lacks takes its default. UserError for what the schema refuses."""
+    """Read what ``save`` wrote; a setting that the file lacks takes its default, or the ``absent`` of its field. UserError for what
+    the schema refuses."""
     try:
         raw = OmegaConf.load(Path(path))
     except FileNotFoundError:
@@ -113,6 +114,7 @@ def load(path: str | os.PathLike[str], schema: type[T]) -> T:
     content = _escape_all(OmegaConf.to_container(raw, resolve=False))
     _drop_removed(content)
     _refuse_unknown(content, schema, str(path))
+    _fill_absent(content, schema)
     _whole_to_float(content, settings(schema), str(path))
     try:
         config = OmegaConf.merge(OmegaConf.structured(schema), content)
@@ -316,6 +318,16 @@ def _drop_removed(content: Any) -> None:
         group, name = key.split(".")
         if isinstance(content, dict) and isinstance(content.get(group), dict):
             content[group].pop(name, None)
+
+
+def _fill_absent(content: dict[Any, Any], schema: type) -> None:
+    """Add, in place, what the groups of a file saved by an earlier version mean where the default has another meaning."""
+    hints = typing.get_type_hints(schema)
+    for item in fields(schema):
+        if "absent" in item.metadata:
+            content.setdefault(item.name, item.metadata["absent"])
+        elif is_dataclass(hints[item.name]) and isinstance(content.get(item.name), dict):
+            _fill_absent(content[item.name], typing.cast(type, hints[item.name]))
 
 
 def _refuse_unknown(content: Any, schema: type, origin: str, prefix: str = "") -> None:

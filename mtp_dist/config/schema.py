@@ -9,9 +9,12 @@ from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 
-def setting(default: Any, text: str) -> Any:
-    """A dataclass field that carries its own documentation; lists and dicts get a fresh copy an instance."""
-    metadata = {"text": text}
+def setting(default: Any, text: str, **metadata: Any) -> Any:
+    """A dataclass field that carries its own documentation; lists and dicts get a fresh copy an instance.
+
+    ``absent=VALUE``: what a file saved before the setting existed means, where that is not the default.
+    """
+    metadata = {"text": text, **metadata}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: default.copy(), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -107,7 +110,8 @@ class DataConfig:
 
     path: str = setting("", "Folder made by data/build_shards.py (it holds dataset.json).")
     lanes: int = setting(8, "Logical streams, fixed for a run whatever its layout: divides train.global_batch, is a multiple of parallel.data.")
-    block_samples: int = setting(256, "Documents shuffled together; a block is one contiguous read.")
+    block_samples: int = setting(256, "Consecutive documents of a block: one contiguous read, shuffled.")
+    mix_tokens: int = setting(2**25, "Tokens that all lanes together keep open; the rows that start in them are handed out in random order, so a step holds rows of many documents. 2 or 4 bytes each, twice. 0: rows follow the documents, as in runs of earlier versions.", absent=0)
     prefetch: int = setting(2, "Global batches prepared ahead in a background thread. 0: none.")
 
 

@@ -286,6 +286,7 @@ def _validate_lanes(config: TrainingRun) -> None:
     data, replicas, batch = config.data, config.parallel.data, config.train.global_batch
     at_least("data.lanes", data.lanes, 1)
     at_least("data.block_samples", data.block_samples, 1)
+    at_least("data.mix_tokens", data.mix_tokens, 0)
     at_least("data.prefetch", data.prefetch, 0)
     choices = alternatives(number for number in divisors(batch) if number % replicas == 0)
     if batch % data.lanes:

@@ -2,7 +2,7 @@
 
 Row r of a global batch comes from lane r // (rows / lanes), and replica d owns rows d*rows/replicas .. (d+1)*rows/replicas,
 so a replica reads whole lanes and the global batch does not depend on how many replicas share it. A state is JSON and knows
-no layout: where each lane stands (`lanes.Position`) and which order that place belongs to.
+no layout: where each lane stands (`lanes.Position`, `lanes.MixedPosition`) and which order that place belongs to.
 """
 
 from collections import deque
@@ -13,7 +13,8 @@ from mtp_dist.config.heads import lookahead
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.data.batch import Batch, collate
 from mtp_dist.data.dataset import Dataset
-from mtp_dist.data.lanes import Order, Position, check_layout, lanes_of_replica
+from mtp_dist.data.lanes import MixedPosition, Order, Position, check_layout, lanes_of_replica
+from mtp_dist.data.mixing import MixedLane
 from mtp_dist.data.packing import Row, Sample, pack, row_length
 from mtp_dist.data.reading import SampleReader
 from mtp_dist.errors import UserError
@@ -22,10 +23,13 @@ State = dict[str, Any]
 
 
 class Lane:
-    """One endless sequence of documents, cut into rows."""
+    """One endless sequence of documents, cut into rows in the order of the documents (`data.mix_tokens=0`)."""
 
-    def __init__(self, reader: SampleReader, order: Order, lane: int, position: Position) -> None:
+    def __init__(
+        self, reader: SampleReader, order: Order, lane: int, position: Position, sequence_length: int, length: int
+    ) -> None:
         self._reader, self._order, self._lane = reader, order, lane
+        self._sequence_length, self._length = sequence_length, length
         self._documents = self._walk(position)
         self._pending: deque[tuple[Position, Sample]] = deque()  # read, but not yet trained to their end
         self._offset = position.token
@@ -39,16 +43,15 @@ class Lane:
         place = self._pending[0][0]
         return Position(place.epoch, place.block, place.sample, self._offset)
 
-    def row(self, sequence_length: int, ahead: int) -> Row:
+    def row(self) -> Row:
         """The next row; the lane then stands `sequence_length` tokens further."""
-        length = row_length(sequence_length, ahead)
         available = sum(len(sample.tokens) for _, sample in self._pending) - self._offset
-        while available < length:
+        while available < self._length:
             place, sample = next(self._documents)
             self._pending.append((place, sample))
             available += len(sample.tokens)
-        row = pack([sample for _, sample in self._pending], self._offset, length)
-        self._offset += sequence_length
+        row = pack([sample for _, sample in self._pending], self._offset, self._length)
+        self._offset += self._sequence_length
         # At least the 1 + D targets stay pending, so a lane always stands inside a document.
         while self._offset >= (read := len(self._pending[0][1].tokens)):
             self._offset -= read
@@ -83,15 +86,19 @@ class Stream:
         ahead: int,
         lanes: int,
         block_samples: int,
+        mix_tokens: int,
         seed: int,
         replica: int,
         replicas: int,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        """`rows`: of the global batch; this replica's batches hold rows / replicas. Raises UserError where things do not fit."""
+        """`rows`: of the global batch; this replica's batches hold rows / replicas. `mix_tokens`: tokens that all lanes together
+        keep open for mixing rows; 0: rows in the order of the documents. Raises UserError where things do not fit."""
         check_layout(rows, lanes, replicas)
         source = dataset.split(split)
-        order = Order.of(source.documents, lanes, block_samples, seed)
+        order = Order.of(
+            source.documents, source.tokens, lanes=lanes, block_samples=block_samples, mix_tokens=mix_tokens, seed=seed
+        )
         self._identity = {
             "split": split,
             "fingerprint": source.fingerprint,
@@ -99,14 +106,21 @@ class Stream:
             "block_samples": order.block_samples,
             "seed": order.seed,
         }
-        positions = {} if state is None else _positions(state, self._identity)
-        reader = SampleReader(source)
+        if mix_tokens:
+            self._identity |= {"window_blocks": order.window_blocks, "sequence_length": sequence_length}
+        places = {} if state is None else _places(state, self._identity)
         mine = lanes_of_replica(lanes, replica, replicas)
-        if state is not None and (missing := [lane for lane in mine if lane not in positions]):
+        if state is not None and (missing := [lane for lane in mine if lane not in places]):
             raise UserError(f"the data state to resume from lacks lanes {missing}; it must hold all replicas' states, merged")
-        self._lanes = {lane: Lane(reader, order, lane, positions.get(lane, Position())) for lane in mine}
+        reader, cut = SampleReader(source), (sequence_length, row_length(sequence_length, ahead))
+        self._lanes: dict[int, Lane | MixedLane] = {}
+        for lane in mine:
+            place = places.get(lane, {})
+            if mix_tokens:
+                self._lanes[lane] = MixedLane(reader, order, lane, MixedPosition.from_json(place), *cut)
+            else:
+                self._lanes[lane] = Lane(reader, order, lane, Position.from_json(place), *cut)
         self._rows_per_lane = rows // lanes
-        self._sequence_length, self._ahead = sequence_length, ahead
 
     @property
     def state(self) -> State:
@@ -116,9 +130,7 @@ class Stream:
 
     def next(self) -> tuple[Batch, State]:
         """This replica's rows of the next global batch, and the state after it. Raises ShardError."""
-        rows = [
-            lane.row(self._sequence_length, self._ahead) for lane in self._lanes.values() for _ in range(self._rows_per_lane)
-        ]
+        rows = [lane.row() for lane in self._lanes.values() for _ in range(self._rows_per_lane)]
         return collate(rows), self.state
 
     def close(self) -> None:
@@ -137,16 +149,23 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> State:
     return {"order": dict(states[0]["order"]), "lanes": {lane: lanes[lane] for lane in sorted(lanes, key=int)}}
 
 
-def _positions(state: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[int, Position]:
-    """The places of a state; raises UserError where it belongs to another order than this stream's."""
-    settings = {"fingerprint": "the dataset's content", "lanes": "data.lanes", "block_samples": "data.block_samples (as used)"}
-    for name, value in identity.items():
-        if (before := state["order"].get(name)) != value:
+def _places(state: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[int, Mapping[str, int]]:
+    """Where each lane stands; raises UserError where the state belongs to another order than this stream's."""
+    settings = {
+        "fingerprint": "the dataset's content",
+        "lanes": "data.lanes",
+        "block_samples": "data.block_samples (as used)",
+        "window_blocks": "the number of blocks mixed together (data.mix_tokens)",
+        "sequence_length": "train.sequence_length",
+    }
+    before = state["order"]
+    for name in identity | before:
+        if before.get(name) != identity.get(name):
             raise UserError(
-                f"{settings.get(name, name)}={value} differs from {before} of the run to resume, so its data order is lost; "
-                "restore the setting, or start a new run"
+                f"{settings.get(name, name)}={identity.get(name, 0)} differs from {before.get(name, 0)} of the run to resume, so its "
+                "data order is lost; restore the setting, or start a new run"
             )
-    return {int(lane): Position.from_json(place) for lane, place in state["lanes"].items()}
+    return {int(lane): place for lane, place in state["lanes"].items()}
 
 
 def training_stream(
@@ -161,6 +180,7 @@ def training_stream(
         ahead=lookahead(config.mtp),
         lanes=config.data.lanes,
         block_samples=config.data.block_samples,
+        mix_tokens=config.data.mix_tokens,
         seed=config.seed,
         replica=replica,
         replicas=replicas,

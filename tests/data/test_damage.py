@@ -127,7 +127,7 @@ def test_damage_surfaces_through_stream_and_prefetch(own_dataset: Make) -> None:
     dataset = own_dataset()
     shard = dataset.split("train").shards[0]
     flip(shard.path, int(load_index(shard).offsets[0]) + 1536 + 129)
-    settings = {"rows": 4, "sequence_length": 32, "ahead": 1, "lanes": 4, "block_samples": 8, "seed": 1}
+    settings = {"rows": 4, "sequence_length": 32, "ahead": 1, "lanes": 4, "block_samples": 8, "mix_tokens": 4000, "seed": 1}
     ahead = Prefetch(Stream(dataset, "train", replica=0, replicas=1, **settings), 2)  # type: ignore[arg-type]
     with pytest.raises(ShardError, match=shard.path.name):
         collections.deque((ahead.next() for _ in range(10_000)), maxlen=0)

@@ -12,7 +12,7 @@ from mtp_dist.data.stream import State, Stream
 
 
 def stream(dataset: Dataset, state: State | None = None) -> Stream:
-    sizes = {"rows": 4, "sequence_length": 32, "ahead": 1, "lanes": 4, "block_samples": 8}
+    sizes = {"rows": 4, "sequence_length": 32, "ahead": 1, "lanes": 4, "block_samples": 8, "mix_tokens": 4000}
     return Stream(dataset, "train", **sizes, seed=1, replica=0, replicas=1, state=state)
 
 

@@ -9,15 +9,29 @@ import torch
 
 from mtp_dist.data.batch import Batch
 from mtp_dist.data.dataset import Dataset
+from mtp_dist.data.lanes import Order
+from mtp_dist.data.packing import Sample
 from mtp_dist.data.reading import SampleReader
 from mtp_dist.data.stream import Stream, merge_states
 from mtp_dist.errors import UserError
 
 S, D, LANES = 48, 2, 4
+MIXED = 14_000  # tokens: a window is two of a lane's six blocks
+
+
+@pytest.fixture(params=[0, MIXED, 10**9], ids=["documents", "windows", "whole"], autouse=True)
+def mix(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Every promise holds for rows in the order of the documents, and mixed in windows or over the whole split."""
+    monkeypatch.setitem(SETTINGS, "mix_tokens", request.param)
+    value: int = request.param
+    return value
+
+
+SETTINGS = {"rows": 8, "sequence_length": S, "ahead": D, "lanes": LANES, "block_samples": 8, "seed": 3}
 
 
 def stream(dataset: Dataset, replica: int = 0, replicas: int = 1, state: Any = None, **changes: Any) -> Stream:
-    settings = {"rows": 8, "sequence_length": S, "ahead": D, "lanes": LANES, "block_samples": 8, "seed": 3} | changes
+    settings = SETTINGS | changes
     return Stream(dataset, settings.pop("split", "train"), replica=replica, replicas=replicas, state=state, **settings)
 
 
@@ -51,39 +65,81 @@ def test_shapes_and_types(dataset: Dataset) -> None:
     assert len(batch.samples) == 4
 
 
-def test_each_token_of_each_document_is_an_input_once_an_epoch(dataset: Dataset) -> None:
-    """With rows of one input each, the state before a row says which epoch and which token of its document it is."""
-    split = dataset.split("validation")
-    stored = {sample.key: sample.tokens for sample in SampleReader(split).read(0, split.documents)}
-    reading = stream(dataset, split="validation", rows=LANES, sequence_length=1, ahead=0)
-    counts: Counter[tuple[int, str, int]] = Counter()
-    places = reading.state["lanes"]
-    while min(place["epoch"] for place in places.values()) < 2:
-        batch, state = reading.next()
-        for lane, place in enumerate(places.values()):
-            key = batch.samples[lane][0]
-            assert batch.tokens[lane, 0] == stored[key][place["token"]]
-            counts[place["epoch"], key, place["token"]] += 1
-        places = state["lanes"]
-    for epoch in (0, 1):
-        found = {place: count for place, count in counts.items() if place[0] == epoch}
-        assert set(found) == {(epoch, key, token) for key, tokens in stored.items() for token in range(len(tokens))}
-        assert set(found.values()) == {1}
+def laid_out(dataset: Dataset, order: Order, lane: int, epochs: int) -> list[tuple[int, str, int, int]]:
+    """(epoch, key, place in the document, token) of every token of a lane, in the order of its documents; written plainly."""
+    reader = SampleReader(dataset.split("train"))
+    found = []
+    for epoch in range(epochs):
+        for block in order.lane_blocks(lane, epoch).tolist():
+            start, stop = order.block_range(block)
+            stored = reader.read(start, stop)
+            for place in order.block_order(block, epoch).tolist():
+                found += [(epoch, stored[place].key, at, int(t)) for at, t in enumerate(stored[place].tokens)]
+    return found
 
 
-def test_rows_are_windows_of_their_lane(dataset: Dataset) -> None:
-    """Row n of a lane holds its positions n*S .. n*S + S + D, whatever S and D are."""
-    tokens: list[list[int]] = [[] for _ in range(LANES)]
-    single = stream(dataset, rows=LANES, sequence_length=1, ahead=0)
-    for _ in range(11 * S):
-        for lane, token in enumerate(single.next()[0].tokens[:, 0].tolist()):
-            tokens[lane].append(token)
-    packed = stream(dataset)
-    for step_number in range(5):
-        batch, _ = packed.next()
-        for row in range(8):
-            lane, number = row // 2, 2 * step_number + row % 2
-            assert batch.tokens[row].tolist() == tokens[lane][number * S : number * S + S + 1 + D]
+def expected_rows(dataset: Dataset, lane: int, epochs: int, mix_tokens: int) -> list[list[tuple[int, str, int, int]]]:
+    """A lane's rows, as docs/data-format.md describes their order."""
+    split = dataset.split("train")
+    order = Order.of(split.documents, split.tokens, lanes=LANES, block_samples=8, mix_tokens=mix_tokens, seed=3)
+    tokens = laid_out(dataset, order, lane, epochs)
+    windows = [tokens[start : start + S + 1 + D] for start in range(0, len(tokens) - S - D, S)]
+    if not mix_tokens:
+        return windows
+    rows, begin, number = [], 0, 0
+    for epoch in range(epochs - 1):
+        for window, places in enumerate(order.windows(lane, epoch)):
+            blocks = order.lane_blocks(lane, epoch)[places.start : places.stop].tolist()
+            begin += int(SampleReader(split).lengths()[[n for block in blocks for n in range(*order.block_range(block))]].sum())
+            stop = -(-begin // S)  # rows that start before the window's end
+            rows += [windows[number + row] for row in order.row_order(lane, epoch, window, stop - number).tolist()]
+            number = stop
+    return rows
+
+
+def test_rows_are_those_of_the_documented_order(dataset: Dataset, mix: int) -> None:
+    """More than an epoch of every lane, row by row: tokens, documents, keys."""
+    reading = stream(dataset, rows=LANES)
+    rows = [expected_rows(dataset, lane, 3, mix) for lane in range(LANES)]
+    for number in range(min(map(len, rows))):
+        batch, _ = reading.next()
+        for lane in range(LANES):
+            row = rows[lane][number]
+            assert batch.tokens[lane].tolist() == [token for *_, token in row]
+            keys = list(dict.fromkeys((epoch, key) for epoch, key, *_ in row))
+            assert batch.samples[lane] == [key for _, key in keys]
+            assert batch.documents[lane].tolist() == [keys.index((epoch, key)) for epoch, key, *_ in row]
+
+
+def test_each_token_of_each_document_is_an_input_once_an_epoch(dataset: Dataset, mix: int) -> None:
+    split = dataset.split("train")
+    stored = Counter((key, at) for sample in SampleReader(split).read(0, split.documents) for key, at in positions(sample))
+    rows = [row for lane in range(LANES) for row in expected_rows(dataset, lane, 3, mix)]
+    inputs = Counter((key, at) for row in rows for epoch, key, at, _ in row[:S] if epoch == 0)
+    assert inputs == stored
+
+
+def positions(sample: Sample) -> list[tuple[str, int]]:
+    return [(sample.key, at) for at in range(len(sample.tokens))]
+
+
+def test_a_step_holds_no_neighbours(dataset: Dataset, mix: int) -> None:
+    """Mixed rows of one step lie apart in the documents; in the order of the documents they are next to each other."""
+    places = {}
+    for lane in range(LANES):
+        for number, row in enumerate(expected_rows(dataset, lane, 1, 0)):
+            places[tuple(token for *_, token in row), tuple(dict.fromkeys(key for _, key, *_ in row))] = (lane, number)
+    reading = stream(dataset)
+    split = dataset.split("train")
+    order = Order.of(split.documents, split.tokens, lanes=LANES, block_samples=8, mix_tokens=0, seed=3)
+    steps = min(len(laid_out(dataset, order, lane, 1)) for lane in range(LANES)) // (2 * S) - 1  # of the first epoch
+    touching = 0
+    for _ in range(steps):
+        batch, _ = reading.next()
+        rows = [(tuple(batch.tokens[row].tolist()), tuple(batch.samples[row])) for row in range(8)]
+        found = [places[row] for row in rows if row in places]  # all but one that reaches into the second epoch
+        touching += sum((lane, number + 1) in found for lane, number in found)
+    assert touching == 4 * steps if not mix else touching <= steps // 10
 
 
 def test_documents_change_after_each_end_token_only(dataset: Dataset) -> None:
@@ -167,6 +223,7 @@ def test_another_seed_is_another_order(dataset: Dataset) -> None:
         ({"lanes": 8}, r"data\.lanes=8 differs from 4"),
         ({"seed": 4}, "seed=4 differs from 3"),
         ({"block_samples": 4}, r"data\.block_samples.*=4 differs from 8"),
+        ({"mix_tokens": 3000}, r"data\.mix_tokens.* differs from"),
         ({"split": "validation", "block_samples": 4}, "split=validation differs from train"),
     ],
 )

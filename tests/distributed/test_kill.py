@@ -106,7 +106,7 @@ def expected_rows(layout: str, data: Path, steps: int) -> dict[int, dict[int, li
         Stream(
             Dataset.open(data), "train",
             rows=config.train.global_batch, sequence_length=config.train.sequence_length, ahead=config.mtp.depth,
-            lanes=config.data.lanes, block_samples=config.data.block_samples, seed=config.seed,
+            lanes=config.data.lanes, block_samples=config.data.block_samples, mix_tokens=config.data.mix_tokens, seed=config.seed,
             replica=replica, replicas=replicas,
         )
         for replica in range(replicas)

@@ -116,6 +116,7 @@ def test_the_rows_of_the_step_are_kept(ended: Ended, tiny_dataset: Path, case: s
             ahead=config.mtp.depth,
             lanes=config.data.lanes,
             block_samples=config.data.block_samples,
+            mix_tokens=config.data.mix_tokens,
             seed=config.seed,
             replica=replica,
             replicas=config.parallel.data,
