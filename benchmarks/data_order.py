@@ -2,17 +2,17 @@
 
     python -m benchmarks.data_order datasets/python_stdlib
 
-One process trains the same small model (8 layers x 192, two MTP modules, bfloat16) with each order and seed on the same dataset, with
-the same schedule, and measures the main head on the same held-out rows along the way. Orders:
+One process trains the same small model (8 layers x 192, two MTP modules, bfloat16) with each order and seed on the same dataset and
+schedule, and measures the main head on the same held-out rows along the way. Orders:
   documents        data.mix_tokens=0 and lanes of 8, blocks of 256 documents: rows in the order of the documents
   documents, fine  the same with 32 lanes and blocks of 16 documents
   mixed            the defaults of `data`
-  mixed, windows   data.mix_tokens an eighth of the training tokens and small blocks: what the defaults do to a dataset that is far
-                   larger than data.mix_tokens
+  mixed, windows   data.mix_tokens an eighth of the training tokens and small blocks: what the defaults do to a dataset that is
+                   far larger than data.mix_tokens
   permutation      the rival: one random permutation of all rows of the split, from stored order, drawn by torch
 
-The last lines compare each order with the permutation, seed by seed: the mean difference of held-out losses, in nats, and beside it
-the standard deviation over seeds of the permutation itself.
+The last lines compare each order with the permutation, seed by seed: the mean difference of held-out losses, in nats, and
+beside it the standard deviation over seeds of the permutation itself.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from mtp_dist.data.stream import training_stream
 from mtp_dist.launching import environment_alone
 from mtp_dist.parallel.mesh import Mesh, build_mesh, choose_device, connect, disconnect
 from mtp_dist.training.held_out import HeldOut
-from mtp_dist.training.objective import coefficients
 from mtp_dist.training.learning_rate import learning_rate
+from mtp_dist.training.objective import coefficients
 from mtp_dist.training.step import build
 
 PERMUTATION = "permutation"
@@ -65,8 +65,8 @@ def run_of(dataset: Dataset, seed: int, data: dict[str, int], options: argparse.
     for name, value in data.items():
         setattr(config.data, name, value)
     config.optim.lr, config.schedule.warmup_tokens = 2e-3, options.steps * options.batch * options.length // 12
-    config.train.global_batch, config.train.micro_batch, config.train.sequence_length = options.batch, options.batch, options.length
-    config.train.steps = options.steps
+    config.train.global_batch = config.train.micro_batch = options.batch
+    config.train.sequence_length, config.train.steps = options.length, options.steps
     validate_training(config, dataset.vocab_size)
     return resolve(config, dataset.vocab_size)
 
@@ -127,7 +127,8 @@ def main() -> int:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     connect(choose_device("cpu"), timeout_minutes=30)
     mesh = build_mesh(first.parallel, torch.device("cpu"))
-    print(f"{dataset.split('train').tokens:,} training tokens; {options.steps} steps of {options.batch * options.length:,} tokens")
+    tokens = dataset.split("train").tokens
+    print(f"{tokens:,} training tokens; {options.steps} steps of {options.batch * options.length:,} tokens")
     final: dict[str, list[float]] = {name: [] for name in chosen}
     for seed in options.seeds:
         for name, data in chosen.items():

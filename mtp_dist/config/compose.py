@@ -99,8 +99,8 @@ def save(config: Any, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], schema: type[T]) -> T:
-    """Read what ``save`` wrote; a setting that the file lacks takes its default, or the ``absent`` of its field. UserError for what
-    the schema refuses."""
+    """Read what ``save`` wrote; a setting that the file lacks takes its default, or the ``absent`` of its field. UserError for
+    what the schema refuses."""
     try:
         raw = OmegaConf.load(Path(path))
     except FileNotFoundError:

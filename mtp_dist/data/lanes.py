@@ -3,12 +3,13 @@
 1. The documents of a split, in stored order, are cut into blocks of `block_samples` consecutive ones.
 2. Epoch e permutes the blocks by (seed, e); lane l reads every L-th of them, beginning with the l-th.
 3. Inside a block the documents are permuted by (seed, e, block).
-4. A lane's blocks are grouped into windows, as equal as possible, of about `data.mix_tokens` / L tokens. The documents of a window,
-   laid end to end, are cut into rows, and the rows are permuted by (seed, e, lane, window): a step holds rows of many documents.
-   With `data.mix_tokens=0` there are no windows, and rows follow the documents; earlier versions knew only that.
+4. A lane's blocks are grouped into windows, as equal as possible, of about `data.mix_tokens` / L tokens. The documents of a
+   window, laid end to end, are cut into rows, and the rows are permuted by (seed, e, lane, window): a step holds rows of many
+   documents. With `data.mix_tokens=0` there are no windows, and rows follow the documents; earlier versions knew only that.
 
 A lane that has read its blocks goes on with its blocks of the next epoch, without waiting for the others: within an epoch
-every document belongs to exactly one lane. A place in a lane is four integers (`Position`, `MixedPosition`), so a resume is a value.
+every document belongs to exactly one lane. A place in a lane is four integers (`Position`, `MixedPosition`), so a resume is a
+value.
 
 Pure. Permutations are the ranks of raw Philox words, whose stream numpy keeps fixed (NEP 19 promises that for bit
 generators, not for `Generator.permutation`).
@@ -43,7 +44,8 @@ class Position:
 
 @dataclass(frozen=True)
 class MixedPosition:
-    """A place in a lane of mixed rows: `row` rows of `window` of `epoch` were handed out; its first row starts at token `offset`."""
+    """A place in a lane of mixed rows: `row` rows of `window` of `epoch` were handed out, the first of which starts at token `offset`
+    of the window."""
 
     epoch: int = 0
     window: int = 0
@@ -80,14 +82,17 @@ def row_permutation(size: int, *seed: int | str) -> np.ndarray:
     """A permutation of range(size), int64, that depends on `seed` alone and keeps neighbours apart.
 
     Every eighth row is handed out in random order, then another residue modulo 8, and so on: no quarter of the permutation holds
-    two neighbouring rows (which are of one document more often than not), and an eighth of every long document is in every eighth.
+    two neighbouring rows (often of one document), and each eighth of it holds an eighth of every long document.
     """
     return np.lexsort((_random_words(size, seed), _TURNS[np.arange(size) % len(_TURNS)]))
 
 
 @dataclass(frozen=True)
 class Order:
-    """Which documents each lane reads, and in which order. `window_blocks`: blocks mixed together at most; 0: rows are not mixed."""
+    """Which documents each lane reads, and in which order.
+
+    `window_blocks`: a lane mixes the rows of at most so many blocks; 0: rows are not mixed.
+    """
 
     documents: int
     lanes: int
@@ -99,7 +104,7 @@ class Order:
     def of(cls, documents: int, tokens: int, *, lanes: int, block_samples: int, mix_tokens: int, seed: int) -> "Order":
         """The order of a split of so many documents and tokens; blocks shrink where there would be fewer blocks than lanes.
 
-        `mix_tokens`: tokens that all lanes together keep open for mixing, to the nearest whole block a lane; 0: rows are not mixed.
+        `mix_tokens`: tokens that all lanes together keep open for mixing, rounded to whole blocks a lane; 0: rows are not mixed.
 
         Raises UserError where there are fewer documents than lanes.
         """

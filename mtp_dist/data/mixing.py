@@ -1,15 +1,15 @@
 """A lane whose rows are mixed: neighbouring rows of a step come from different documents.
 
 Training rows in the order of the documents costs loss: a step then holds a few long documents, and the next step the same ones.
-So a lane opens a window of several blocks, lays their documents end to end, and hands out the rows in random order. The order is a
-function of (seed, epoch, lane, window) and of the documents' lengths; a place in it is four integers.
+So a lane opens a window of several blocks, lays their documents end to end, and hands out the rows in random order. The order
+is a function of (seed, epoch, lane, window) and of the documents' lengths; a place in it is four integers.
 
     blocks of the lane    | b0 | b1 | b2 | b3 | b4 | b5 | ...
     windows               |   window 0   |   window 1   | ...
     rows (S tokens each)  |--|--|--|--|--|--|--|--|--|- ...      row 5, row 1, row 9, ...
 
-A row that starts in a window belongs to it; the last ones reach into the next window. While a window is handed out, the next one is
-read block by block, so no step waits for a whole window.
+A row that starts in a window belongs to it; the last ones reach into the next window. While a window is handed out, the next one
+is read block by block, so no step waits for a whole window.
 """
 
 from collections.abc import Iterator
@@ -107,7 +107,7 @@ class MixedLane:
             self._block(epoch, number)
 
     def _block(self, epoch: int, number: int) -> list[Sample]:
-        """The documents of the lane's `number`-th block of `epoch`, in their order; read once, then kept until its window opens."""
+        """The documents of the lane's `number`-th block of `epoch`, in their order; read once, kept until the window opens."""
         if (epoch, number) not in self._blocks:
             block = int(self._order.lane_blocks(self._lane, epoch)[number])
             stored = self._reader.read(*self._order.block_range(block))

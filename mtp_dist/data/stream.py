@@ -162,8 +162,8 @@ def _places(state: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[int, 
     for name in identity | before:
         if before.get(name) != identity.get(name):
             raise UserError(
-                f"{settings.get(name, name)}={identity.get(name, 0)} differs from {before.get(name, 0)} of the run to resume, so its "
-                "data order is lost; restore the setting, or start a new run"
+                f"{settings.get(name, name)}={identity.get(name, 0)} differs from {before.get(name, 0)} of the run to resume, "
+                "so its data order is lost; restore the setting, or start a new run"
             )
     return {int(lane): place for lane, place in state["lanes"].items()}
 
