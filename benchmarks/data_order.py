@@ -2,8 +2,8 @@
 
     python -m benchmarks.data_order datasets/python_stdlib
 
-One process trains the same small model (8 layers x 192, two MTP modules, bfloat16) with each order and seed on the same dataset and
-schedule, and measures the main head on the same held-out rows along the way. Orders:
+One process trains the same small model (8 layers x 192, two MTP modules, bfloat16) with each order and seed on the same dataset
+and schedule, and measures the main head on the same held-out rows along the way. Orders:
   documents        data.mix_tokens=0 and lanes of 8, blocks of 256 documents: rows in the order of the documents
   documents, fine  the same with 32 lanes and blocks of 16 documents
   mixed            the defaults of `data`

@@ -30,8 +30,8 @@ from mtp_dist.model.head_loss import head_loss
 from mtp_dist.model.parameter import parameter
 from mtp_dist.model.tensor_group import ALONE
 from mtp_dist.parallel.budget import flops_per_token
+from mtp_dist.parallel.drawing import placement_drawing
 from mtp_dist.parallel.mesh import build_mesh, choose_device, connect, disconnect
-from mtp_dist.parallel.placement import placement_table
 from mtp_dist.training.objective import coefficients
 from mtp_dist.training.step import build
 
@@ -76,7 +76,7 @@ def measure(config: TrainingRun, device: torch.device, rounds: int) -> Result:
     mesh = build_mesh(config.parallel, device)
     workload = build(config, mesh, range(config.mtp.draft_vocabulary or 0))  # which tokens makes no difference to the time
     parts = coefficients(config.mtp, 0)
-    say(placement_table(config, workload.attention))
+    say(placement_drawing(config, workload.attention))
     batch = batch_of(config, config.train.global_batch // config.parallel.data) if mesh.is_reader else None
 
     def step() -> None:

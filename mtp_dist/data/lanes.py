@@ -44,8 +44,8 @@ class Position:
 
 @dataclass(frozen=True)
 class MixedPosition:
-    """A place in a lane of mixed rows: `row` rows of `window` of `epoch` were handed out, the first of which starts at token `offset`
-    of the window."""
+    """A place in a lane of mixed rows: `row` rows of `window` of `epoch` were handed out. `offset`: the token of the window at
+    which its first row starts."""
 
     epoch: int = 0
     window: int = 0

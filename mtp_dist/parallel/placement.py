@@ -11,8 +11,6 @@ as much as many layers: the balanced placement counts them. (Moving layers furth
 shortest, was tried: it gains less than 1 % with the V schedules, and splits a rank's layers unevenly.)
 """
 
-from mtp_dist.config.attention import Choice
-from mtp_dist.config.heads import modules
 from mtp_dist.config.layout import chunks, chunks_of_rank, placement_by_hand
 from mtp_dist.config.schema import ParallelConfig, TrainingRun
 from mtp_dist.parallel.cost import costs
@@ -71,21 +69,3 @@ def rank_costs(config: TrainingRun) -> list[float]:
     work = [float(len(part)) for part in layers]
     work[-1] += costs(config).tail_in_layers
     return [sum(work[number] for number in chunks_of_rank(parallel, rank)) for rank in range(parallel.pipeline)]
-
-
-def placement_table(config: TrainingRun, attention: Choice) -> str:
-    """The layout and the attention backend; then one line a pipeline rank: its layers, what else it holds, and its work in trunk
-    layers."""
-    parallel, layers, count = config.parallel, layers_of_chunks(config), chunks(config.parallel)
-    kind = f"{parallel.schedule}, placement {parallel.placement}" if parallel.pipeline > 1 else "no pipeline"
-    sizes = f"pipeline {parallel.pipeline} ({kind}) x tensor {parallel.tensor} x data {parallel.data}"
-    lines = [f"layout: {sizes}; attention {attention}"]
-    for rank, cost in enumerate(rank_costs(config)):
-        held = []
-        for number in chunks_of_rank(parallel, rank):
-            part = layers[number]
-            held += ["embedding"] if number == 0 else []
-            held += [f"layers {part[0]}-{part[-1]}"] if part else []
-            held += [f"{modules(config.mtp)} MTP modules and head"] if number == count - 1 else []
-        lines.append(f"  pipeline rank {rank}: {', '.join(held)} (work of {cost:.1f} layers)")
-    return "\n".join(lines)

@@ -22,9 +22,9 @@ from mtp_dist.data.dataset import Dataset
 from mtp_dist.data.prefetch import Batches, Prefetch
 from mtp_dist.data.stream import State, merge_states, training_stream
 from mtp_dist.errors import AgreedError, UserError
+from mtp_dist.parallel.drawing import placement_drawing
 from mtp_dist.parallel.engine import StepOutcome
 from mtp_dist.parallel.mesh import Mesh
-from mtp_dist.parallel.placement import placement_table
 from mtp_dist.tracking import names
 from mtp_dist.tracking.tracker import Tracker
 from mtp_dist.training import status
@@ -161,7 +161,7 @@ class Trainer:
             raise
 
     def _train(self) -> str:
-        self.console.say(placement_table(self.config, self.workload.attention))
+        self.console.say(placement_drawing(self.config, self.workload.attention))
         if self.progress.step < self.total:
             self._read()
             raise_together(self.mesh, self.problem)
@@ -280,8 +280,7 @@ class Trainer:
         assert self.held_out is not None
         totals = self.held_out.run(self.config.train.micro_batch, micro_batches(self.config))
         metrics = totals.validation_metrics(coefficients(self.config.mtp, self.progress.tokens_trained))
-        shown = "  ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in metrics.items())
-        self.console.say(f"validation at step {self.progress.step}: {shown}")
+        self.console.validation(self.progress.step, metrics)
         if self.sample is not None:
             text, found = self.sample.write(self.progress.step)
             self.console.say(f"sample at step {self.progress.step}: {self.sample.prompt}{text}")

@@ -1,6 +1,7 @@
 """Promise: every layer is in exactly one chunk, every chunk on exactly one rank, in order; and no other placement has a less
 busy busiest rank."""
 
+import re
 from itertools import pairwise, product
 
 import pytest
@@ -10,14 +11,10 @@ from hypothesis import strategies as st
 from mtp_dist.config.attention import choose
 from mtp_dist.config.layout import SCHEDULES, chunks, chunks_of_rank, is_v, rank_of_chunk
 from mtp_dist.config.schema import ParallelConfig, TrainingRun
+from mtp_dist.parallel.budget import rank_parameters
 from mtp_dist.parallel.cost import costs
-from mtp_dist.parallel.placement import (
-    balanced,
-    layers_of_chunks,
-    placement_table,
-    rank_costs,
-    uniform,
-)
+from mtp_dist.parallel.drawing import placement_drawing, shown_count
+from mtp_dist.parallel.placement import balanced, layers_of_chunks, rank_costs, uniform
 
 LAYOUTS = st.builds(
     ParallelConfig, pipeline=st.integers(1, 16), schedule=st.sampled_from(SCHEDULES), interleave=st.integers(2, 4)
@@ -121,9 +118,32 @@ def test_heads_count() -> None:
 
 def test_the_table_at_start() -> None:
     config = run(ParallelConfig(pipeline=2, schedule="zbv"), 8, "[1,4,3,0]", 7.7)
-    lines = placement_table(config, choose(config.model, config.train, "cpu")).splitlines()
+    config.model.vocab_size, config.model.head_dim = 4096, 32
+    lines = placement_drawing(config, choose(config.model, config.train, "cpu")).splitlines()
     assert lines[0].endswith("; attention masked (documents; cpu)")
-    assert lines[1:] == [
-        "  pipeline rank 0: embedding, layers 0-0, 2 MTP modules and head (work of 8.7 layers)",
-        "  pipeline rank 1: layers 1-4, layers 5-7 (work of 7.0 layers)",
-    ]
+    assert lines[1].split() == ["pipeline", "rank", "0", "1"]
+    assert lines[2].split("→") == ["down           embedding, layer 0   ", " layers 1-4 ┐"]
+    assert lines[3].split("←") == ["up             2 MTP modules, head  ", " layers 5-7 ┘"]
+    totals = [rank_parameters(config, rank).total for rank in (0, 1)]
+    assert lines[4].split() == ["parameters", *map(shown_count, totals)]
+    assert lines[5].split() == ["work", "8.7", "layers", "7.0", "layers"]
+
+
+@pytest.mark.parametrize("parallel", [
+    ParallelConfig(pipeline=1),
+    ParallelConfig(pipeline=4, schedule="1f1b"),
+    ParallelConfig(pipeline=2, schedule="interleaved", interleave=3),
+    ParallelConfig(pipeline=3, schedule="dualpipev"),
+    ParallelConfig(pipeline=8, schedule="zbv"),
+])  # fmt: skip
+def test_every_layer_is_drawn_once(parallel: ParallelConfig) -> None:
+    config = run(parallel, 24, "uniform", 1.0)
+    config.model.vocab_size, config.model.head_dim = 4096, 32
+    drawing, found = placement_drawing(config, choose(config.model, config.train, "cpu")), list[int]()
+    for first, last in re.findall(r"layers? (\d+)(?:-(\d+))?", drawing):
+        found += range(int(first), int(last or first) + 1)
+    assert sorted(found) == list(range(24))
+
+
+def test_counts_are_short() -> None:
+    assert [shown_count(n) for n in (7, 1_234, 12_345_678, 405 * 10**9)] == ["7", "1.2K", "12.3M", "405.0B"]
