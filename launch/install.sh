@@ -16,6 +16,7 @@
 #   MTP_DIST_INSTALL_GIB   free space to insist on before an install (default: 4 without a GPU, 12 with one)
 
 install_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+install_log=$install_root/.cache/install.log
 
 install_say() { printf 'install: %s\n' "$*"; }
 install_fail() {
@@ -55,11 +56,16 @@ check_space() {
     install_fail "$free GiB are free in $install_root, an install takes about $need; make space, or set MTP_DIST_INSTALL_GIB"
 }
 
-# pip with its cache and its temporary files inside the checkout.
+# pip with its cache and its temporary files inside the checkout. What it prints goes to a log; on a failure its last lines are shown.
 install_pip() {
   mkdir -p "$install_root/.cache/tmp"
+  printf '$ pip install %s\n' "$*" >> "$install_log"
   TMPDIR=$install_root/.cache/tmp PIP_CACHE_DIR=${PIP_CACHE_DIR:-$install_root/.cache/pip} \
-    "$VENV_PYTHON" -m pip install --disable-pip-version-check "$@"
+    "$VENV_PYTHON" -m pip install --disable-pip-version-check --progress-bar off "$@" >> "$install_log" 2>&1
+}
+install_failed() {
+  tail -n 15 "$install_log" >&2
+  install_fail "$1; the lines above are the end of $install_log. Run it again to go on"
 }
 
 # What libraries would put into the home folder and the system's temporary one goes into .cache of the checkout. A variable of a tool
@@ -89,10 +95,11 @@ P
   fi
   if ! has_gpu; then
     install_say "no GPU here: looking for the CPU build of $pin"
-    if install_pip "$pin+cpu" 2> /dev/null; then return; fi
+    if install_pip "$pin+cpu"; then return; fi
     install_say "pip's indexes do not offer $pin+cpu; taking the usual build, which may bring GPU libraries of several GB."
     install_say "To avoid that, stop here and set MTP_DIST_TORCH_INDEX (see the top of launch/install.sh)."
   fi
+  install_say "$pin"
   install_pip "$pin"
 }
 
@@ -113,9 +120,12 @@ install_project() {
   check_space || return
   make_environment "$venv" || return
   rm -f "$stamp"
-  install_torch || { install_fail "torch could not be installed; pip's reason is above"; return; }
+  mkdir -p "$install_root/.cache"
+  : > "$install_log"
+  install_say "some minutes, the first time; pip's own words go to $install_log"
+  install_torch || { install_failed "torch could not be installed"; return; }
   install_say "mtp_dist${extra:+ with extra '$extra'} and what it needs"
-  install_pip --editable "$install_root${extra:+[$extra]}" || { install_fail "the install stopped; pip's reason is above. Run it again to go on"; return; }
+  install_pip --editable "$install_root${extra:+[$extra]}" || { install_failed "the install stopped"; return; }
   printf '%s %s\n' "$fingerprint" "${extra:-base}" > "$stamp"
   install_say "done ($venv)"
 }

@@ -122,8 +122,9 @@ def test_the_table_at_start() -> None:
     lines = placement_drawing(config, choose(config.model, config.train, "cpu")).splitlines()
     assert lines[0].endswith("; attention masked (documents; cpu)")
     assert lines[1].split() == ["pipeline", "rank", "0", "1"]
-    assert lines[2].split("→") == ["down           embedding, layer 0   ", " layers 1-4 ┐"]
-    assert lines[3].split("←") == ["up             2 MTP modules, head  ", " layers 5-7 ┘"]
+    assert " ".join(lines[2].split()) == "down embedding, layer 0 → layers 1-4 ┐"
+    assert " ".join(lines[3].split()) == "up 2 MTP modules, head ← layers 5-7 ┘"
+    assert lines[2].index("→") == lines[3].index("←")
     totals = [rank_parameters(config, rank).total for rank in (0, 1)]
     assert lines[4].split() == ["parameters", *map(shown_count, totals)]
     assert lines[5].split() == ["work", "8.7", "layers", "7.0", "layers"]
