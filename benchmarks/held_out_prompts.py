@@ -1,11 +1,21 @@
-"""Prompts that a model cannot know by heart: from held-out files that share no run of 32 tokens with the training files."""
+"""Prompts that a model cannot know by heart: from held-out files that share no run of 32 tokens with the training files.
 
+    python -m benchmarks.held_out_prompts datasets/python_stdlib prompts.jsonl --count 16 --length 48
+
+writes them as a prompt_file of `mtp_dist.generate`: a JSON string a line.
+"""
+
+import argparse
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
+from mtp_dist.config.command import guarded
 from mtp_dist.data.dataset import Dataset
 from mtp_dist.data.reading import SampleReader
+from mtp_dist.data.tokenizer import load_tokenizer
 from mtp_dist.errors import UserError
 
 RUN = 32
@@ -54,3 +64,21 @@ def _documents(dataset: Dataset, split: str) -> Iterator[np.ndarray]:
     for start in range(0, total, BLOCK):
         for sample in reader.read(start, min(start + BLOCK, total)):
             yield sample.tokens[sample.tokens != dataset.eos_id]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help="folder made by data/build_shards.py")
+    parser.add_argument("out", type=Path, help="file to write")
+    parser.add_argument("--count", type=int, default=16)
+    parser.add_argument("--length", type=int, default=48, help="tokens")
+    options = parser.parse_args()
+    dataset = Dataset.open(options.dataset)
+    tokenizer = load_tokenizer(dataset.tokenizer_path)
+    texts = [tokenizer.decode(tokens) for tokens in held_out_prompts(dataset, options.count, options.length)]
+    options.out.write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(guarded(main))

@@ -82,9 +82,13 @@ child=
 say "4/6 evaluate on held-out files, under the training layout"
 "$VENV_PYTHON" -m mtp_dist.evaluate checkpoint="$run" parallel=v2 sequences=64 output="$run/evaluation.json"
 
-say "5/6 generate: one token a forward, then drafts of the MTP modules verified by the trunk"
-"$VENV_PYTHON" -m mtp_dist.generate checkpoint="$run" prompt_file=launch/prompts.txt decode.mode=both decode.max_new_tokens=96 \
-  output="$run/generation.json"
+say "5/6 decode: the MTP modules draft, the trunk verifies"
+"$VENV_PYTHON" -m mtp_dist.generate checkpoint="$run" prompt_file=launch/prompts.txt decode.auto=true decode.max_new_tokens=64
+say "      the same against plain decoding, on 24 beginnings of held-out files"
+"$VENV_PYTHON" -m benchmarks.held_out_prompts "$dataset" "$run/prompts.jsonl" --count 24 --length 48
+"$VENV_PYTHON" -m mtp_dist.evaluate task=decode checkpoint="$run" file="$run/prompts.jsonl" decode.auto=true \
+  decode.max_new_tokens=96 output="$run/decoding" > "$run/decoding.md"
+echo "report: $run/decoding/report.md"
 
 say "6/6 plots"
 "$VENV_PYTHON" -m mtp_dist.report run_dir="$run"

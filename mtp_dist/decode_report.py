@@ -97,7 +97,7 @@ def prepare(config: Evaluation) -> tuple[Generation, dict[str, list[str]], Path]
 def report(items: "Sequence[Continuation]", costs: "Costs", drafts: int, nodes: int) -> dict[str, Any]:
     """The numbers of all prompts together, ready for JSON. ``drafts``: γ of a round (the most, where it is chosen anew), or the
     depth of its tree; ``nodes``: drafts verified in a forward."""
-    from mtp_dist.decoding.comparison import speedup, totals
+    from mtp_dist.decoding.comparison import speedup, speedup_quartiles, totals
 
     columns = totals(items)
     forwards = columns["speculative"].tokens_per_forward
@@ -113,6 +113,7 @@ def report(items: "Sequence[Continuation]", costs: "Costs", drafts: int, nodes: 
         "draft_cost": costs.draft_cost,
         "expected_speedup": None if forwards is None else costs.speedup(forwards, nodes),
         "measured_speedup": speedup(columns),
+        "speedup_quartiles": speedup_quartiles(items),
     }
 
 
@@ -146,6 +147,8 @@ def _section(part: dict[str, Any], decode: dict[str, Any]) -> list[str]:
     plain, fast = part["plain"], part["speculative"]
     greedy = part["temperature"] == 0
     how = "greedy" if greedy else f"temperature {part['temperature']:g}"
+    quartiles = part["speedup_quartiles"]
+    spread = f" (half of the prompts: {quartiles[0]:.2f} to {quartiles[1]:.2f})" if quartiles else ""
     lines = [
         f"## {part['file']}, {how}: {part['prompts']} prompts",
         "",
@@ -155,7 +158,7 @@ def _section(part: dict[str, Any], decode: dict[str, Any]) -> list[str]:
         f"| tokens a forward | {_shown(plain['tokens_per_forward'])} | {_shown(fast['tokens_per_forward'])} |",
         f"| tokens/s after the prompt | {_shown(plain['tokens_per_second'], 1)} | {_shown(fast['tokens_per_second'], 1)} |",
         "",
-        f"Speedup: {_shown(part['measured_speedup'])} measured, {_shown(part['expected_speedup'])} expected of "
+        f"Speedup: {_shown(part['measured_speedup'])} measured{spread}, {_shown(part['expected_speedup'])} expected of "
         "E / (v(n+1) + n c), n drafts a forward" + (" at the largest γ" if decode["auto"] else "") + ".",
     ]
     if greedy:

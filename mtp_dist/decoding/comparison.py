@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import quantiles
 from typing import Any
 
 from mtp_dist.config.schema import DecodeConfig
@@ -46,6 +47,15 @@ def speedup(columns: Mapping[str, Statistics]) -> float | None:
     return speculative / plain if plain and speculative else None
 
 
+def speedup_quartiles(items: Sequence[Continuation]) -> tuple[float, float] | None:
+    """The first and third quartile of the prompts' own speedups; None with fewer than four that were measured."""
+    found = sorted(ratio for item in items if (ratio := speedup(totals([item]))) is not None)
+    if len(found) < 4:
+        return None
+    low, _, high = quantiles(found, n=4, method="inclusive")
+    return low, high
+
+
 def summary(items: Sequence[Continuation], decode: DecodeConfig) -> str:
     """The numbers of all prompts together: a table, the speedup, and whether greedy texts agree."""
     columns = totals(items)
@@ -53,7 +63,9 @@ def summary(items: Sequence[Continuation], decode: DecodeConfig) -> str:
     if "speculative" in columns:
         lines.append("accepted at depth k: share of the drafts of that depth (of those whose earlier drafts were all accepted)")
     if len(columns) > 1:
-        lines.append(f"speculative / plain tokens/s: {_shown(speedup(columns))}")
+        spread = speedup_quartiles(items)
+        middle = f" (half of the prompts: {spread[0]:.2f} to {spread[1]:.2f})" if spread else ""
+        lines.append(f"speculative / plain tokens/s: {_shown(speedup(columns))}{middle}")
         if decode.temperature == 0:
             lines.append(_agreement(items, decode))
     return "\n".join(lines)
