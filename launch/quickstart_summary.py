@@ -19,7 +19,8 @@ def main(run: Path, dataset: Path, stopped_at: str) -> None:
     accepted = ", ".join(f"{share:.0%} at depth {k}" for k, share in enumerate(speculative["acceptance"], start=1) if share)
     rates = f"{speculative['tokens_per_second']:.0f} tokens/s against {plain['tokens_per_second']:.0f} plain"
     low, high = decoding["speedup_quartiles"]
-    print(f"decoding     x{decoding['measured_speedup']:.2f} as fast as plain (half of the prompts: x{low:.2f} to x{high:.2f}): {rates}")
+    gain = f"x{decoding['measured_speedup']:.2f} as fast as plain (half of the prompts: x{low:.2f} to x{high:.2f})"
+    print(f"decoding     {gain}: {rates}")
     print(f"             {speculative['tokens_per_forward']:.2f} tokens a forward; accepted drafts: {accepted}")
     print(f"             identical to plain greedy decoding: {decoding['identical']} of {decoding['prompts']} texts")
     print(f"data         {dataset}: {trained:,} training and {held:,} held-out tokens")
@@ -30,10 +31,10 @@ def main(run: Path, dataset: Path, stopped_at: str) -> None:
     print(f"checkpoint   {run}/checkpoints/{newest} (safetensors and JSON)")
     print(f"metrics      {run}/metrics.jsonl; plots: {run}/report/loss.png and others; wandb (offline): {run}/wandb")
     print("\nnext")
-    print("  . .venv/bin/activate")
-    print(f"  python -m mtp_dist.generate checkpoint={run} interactive=true decode.auto=true       # write with the model")
-    print(f"  python -m mtp_dist.plan experiment=quickstart data.path={dataset} parallel=v2        # who holds what, memory, schedules")
-    print("  python data/build_shards.py source=text \"input=['your/folder']\" out=datasets/mine    # then train on your own text")
+    python = ".venv/bin/python"
+    print(f"  {python} -m mtp_dist.generate checkpoint={run} interactive=true   # write with the model")
+    print(f"  {python} -m mtp_dist.plan experiment=quickstart data.path={dataset}   # who holds what, memory, schedules")
+    print(f"  {python} data/build_shards.py source=text \"input=['FOLDER']\" out=datasets/mine   # your own text; then train on it")
 
 
 def name(depth: int) -> str:
