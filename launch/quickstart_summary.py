@@ -34,7 +34,7 @@ def main(run: Path, dataset: Path, stopped_at: str) -> None:
     python = ".venv/bin/python"
     print(f"  {python} -m mtp_dist.generate checkpoint={run} interactive=true   # write with the model")
     print(f"  {python} -m mtp_dist.plan experiment=quickstart data.path={dataset}   # who holds what, memory, schedules")
-    print(f"  {python} data/build_shards.py source=text \"input=['FOLDER']\" out=datasets/mine   # your own text; then train on it")
+    print(f"  {python} data/build_shards.py source=text \"input=['FOLDER']\" out=datasets/mine   # then train on your text")
 
 
 def name(depth: int) -> str:
