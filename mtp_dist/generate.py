@@ -105,12 +105,14 @@ class Writer:
             before = {mode: list(self._written(part, replace(self.decode, mode=mode))) for mode in others}
             for row, result in enumerate(self._written(part, replace(self.decode, mode=last), heard)):
                 found = {mode: rows[row] for mode, rows in before.items()} | {last: result}
-                texts = {mode: self.text(each.tokens) for mode, each in found.items()}
+                texts = {mode: self.text(part[row].tokens, each.tokens) for mode, each in found.items()}
                 yield Continuation(part[row].text, part[row].tokens, found, texts)
 
-    def text(self, tokens: list[int]) -> str:
-        """A continuation as text: without the end-of-document token, cut before a stop string."""
-        return self.stops.cut(self.tokenizer.decode(tokens, skip_special_tokens=True))
+    def text(self, prompt: list[int], tokens: list[int]) -> str:
+        """A prompt's continuation as text: without the end-of-document token, cut before a stop string."""
+        from mtp_dist.decoding.stopping import text_of
+
+        return text_of(tokens, self.stops, prompt)
 
     def follow(self, tokens: list[int], decode: DecodeConfig, number: int) -> "Iterator[tuple[list[int], str]]":
         """Continue one prompt, otherwise decoded than usual: after each forward its new tokens, and why they are the last, if
@@ -251,11 +253,11 @@ def _streaming(writer: Writer, prompts: "list[Prompt]") -> "Callable[[Growing], 
     def show(text: "Growing") -> None:
         nonlocal stream
         if len(text.tokens) == text.new:  # its first
-            stream = TextStream(writer.tokenizer, writer.stops)
+            stream = TextStream(writer.tokenizer, writer.stops, text.text.prompt)
             print(f"--- {_title(text.number, len(prompts))}\n{prompts[text.number].text}", end="")
         print(stream.feed(text.latest), end="", flush=True)
         if text.ending:
-            print(stream.finish(writer.text(text.tokens)), flush=True)
+            print(stream.finish(), flush=True)
 
     return show
 

@@ -92,7 +92,7 @@ def write(config: Evaluation, problems: list[Problem]) -> Iterator[tuple[str, li
 
     def new(number: int) -> NewText:
         generator = torch.Generator(writer.model.device).manual_seed(config.seed + number)
-        return NewText(prompts[number // samples], decode.max_new_tokens, generator=generator)
+        return NewText(prompts[number // samples], decode.max_new_tokens, writer.stops, generator)
 
     found = continued(
         writer.model,
@@ -103,8 +103,8 @@ def write(config: Evaluation, problems: list[Problem]) -> Iterator[tuple[str, li
         lengths=writer.lengths,
         **writer.told,
     )
-    for problem in tqdm(problems, desc="programs", unit="problem", disable=None):
-        programs = [writer.tokenizer.decode(done.tokens, skip_special_tokens=True) for done in islice(found, samples)]
+    for problem, prompt in tqdm(list(zip(problems, prompts, strict=True)), desc="programs", unit="problem", disable=None):
+        programs = [writer.text(prompt, done.tokens) for done in islice(found, samples)]
         yield problem.task, [truncated(program) for program in programs]
 
 

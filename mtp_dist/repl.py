@@ -24,8 +24,6 @@ HELP = """A line goes behind the text so far, and the model goes on from there. 
   /length N          tokens written at most
   /help   /quit      also Ctrl-D; Ctrl-C ends what is being written"""
 PROMPT = "> "
-HALF = "\ufffd"
-"""Stands for bytes that are no whole character, where a text ends inside of one."""
 
 
 class Sheet:
@@ -56,13 +54,13 @@ class Sheet:
         """Why it stopped. What was shown is part of the text, however it stopped."""
         from mtp_dist.decoding.stopping import TextStream
 
-        stream, found, ending = TextStream(self.writer.tokenizer, self.writer.stops), list[int](), ""
+        stream, ending = TextStream(self.writer.tokenizer, self.writer.stops, tokens), ""
         self.turns += 1
         try:
             for new, reason in self.writer.follow(tokens, self.decode, self.turns):
-                found, ending = found + new, reason
+                ending = reason
                 self._show(stream.feed(new))
-            self._show(stream.finish(self.writer.text(found)).rstrip(HALF))
+            self._show(stream.held)  # not half a character, should the text end inside of one
         except KeyboardInterrupt:
             ending = "interrupted"
         return ending

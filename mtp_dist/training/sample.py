@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from mtp_dist.config.schema import DecodeConfig, TrainingRun
+from mtp_dist.data.detokenizer import decoded
 from mtp_dist.data.tokenizer import end_of_document, text_tokenizer, vocabulary_size
 from mtp_dist.decoding.engine import generate
 from mtp_dist.decoding.layout import ModelPart
@@ -43,7 +44,7 @@ class Sample:
             end=end_of_document(self.tokenizer)[1],
             vocabulary=vocabulary_size(self.tokenizer),
         )
-        text = self.tokenizer.decode(found.tokens, skip_special_tokens=True)
+        text = decoded(self.tokenizer, found.tokens, self.tokens)
         if self.mesh.rank == 0:
             with contextlib.suppress(OSError):  # a full disk is no reason to stop training
                 self.folder.mkdir(exist_ok=True)
