@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from mtp_dist.checkpoint import folder
 from mtp_dist.checkpoint.manifest import CONFIG
 from mtp_dist.config import versions
+from mtp_dist.config.command import open_output
 from mtp_dist.config.compose import compose, load, save
 from mtp_dist.config.schema import Generation, TrainingRun
 from mtp_dist.config.validation import validate_launch, validate_parallel
@@ -26,6 +27,7 @@ from mtp_dist.generate import (
     Writer,
     continue_prompts,
     draft_folder,
+    encode_prompts,
     finish,
     load_draft_model,
     note_length,
@@ -71,6 +73,7 @@ def start(config: Generation) -> int:
 
 def main(argv: list[str]) -> int:
     """One process of the job; returns its exit status."""
+    open_output()
     try:
         config, ready = settings(argv)
         return work(config, ready=ready)
@@ -162,7 +165,10 @@ def write(
     Collective."""
     import torch.distributed as dist
 
-    encoded = [writer.tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
+    try:
+        encoded = encode_prompts(writer.tokenizer, prompts)
+    except UserError as error:  # every rank finds the same
+        raise AgreedError(str(error)) from None
     replicas, speaks = config.parallel.data, mesh.rank == 0
     if speaks:
         note_length(encoded, config.decode, checkpoint.config.train.sequence_length)

@@ -4,6 +4,7 @@ Contract: exit status 0 done, 2 bad input (``error: ...`` on the standard error)
 Nothing here imports torch: help and bad settings are answered at once.
 """
 
+import io
 import os
 import re
 import sys
@@ -46,17 +47,50 @@ def application(
 
 def guarded(action: Callable[[], int | None]) -> int:
     """Call ``action`` and return the exit status of the process: the user's errors in one line, no traceback."""
+    open_output()
     try:
-        return action() or 0
+        status = action() or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader (`| head`) has left. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader (`| head`) has left.
+        _discard_output()
         return 0
+    except OSError as error:
+        if not _output_fails():
+            raise
+        print(f"error: the standard output cannot be written: {error.strerror}", file=sys.stderr)
+        _discard_output()
+        return 2
+
+
+def open_output() -> None:
+    """Called once, first. Characters that the standard output's encoding lacks are then written as escapes (``\\u03bb``) where they
+    would raise; an output that is closed takes everything."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _output_fails() -> bool:
+    """Whether it is the standard output that cannot be written (a full disk). An error of writing names no file; a second try
+    tells."""
+    try:
+        print(flush=True)
+    except OSError:
+        return True
+    return False
+
+
+def _discard_output() -> None:
+    """Python would complain once more when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def help_text(

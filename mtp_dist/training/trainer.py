@@ -36,7 +36,7 @@ from mtp_dist.training.nonfinite import keep_batch
 from mtp_dist.training.objective import coefficients, depth_in_force, loss_weight
 from mtp_dist.training.progress import Progress
 from mtp_dist.training.resume import newest_sound, warm_start
-from mtp_dist.training.sample import Sample
+from mtp_dist.training.sample import Sample, shown
 from mtp_dist.training.signals import StopRequest
 from mtp_dist.training.statistics import Totals
 from mtp_dist.training.step import Workload, build
@@ -280,11 +280,11 @@ class Trainer:
         assert self.held_out is not None
         totals = self.held_out.run(self.config.train.micro_batch, micro_batches(self.config))
         metrics = totals.validation_metrics(coefficients(self.config.mtp, self.progress.tokens_trained))
-        shown = "  ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in metrics.items())
-        self.console.say(f"validation at step {self.progress.step}: {shown}")
+        figures = "  ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in metrics.items())
+        self.console.say(f"validation at step {self.progress.step}: {figures}")
         if self.sample is not None:
             text, found = self.sample.write(self.progress.step)
-            self.console.say(f"sample at step {self.progress.step}: {self.sample.prompt}{text}")
+            self.console.say(f"sample at step {self.progress.step}: {shown(self.sample.prompt, text)}")
             metrics |= found
         return metrics
 
