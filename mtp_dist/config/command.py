@@ -11,7 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TextIO, TypeVar, cast
 
 import yaml  # type: ignore[import-untyped]
 
@@ -57,16 +57,10 @@ def guarded(action: Callable[[], int | None]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader (`| head`) has left.
-        _discard_output()
-        return 0
     except OSError as error:
-        if not _output_fails():
+        if not isinstance(error, BrokenPipeError) and not _output_fails():
             raise
-        print(f"error: the standard output cannot be written: {error.strerror}", file=sys.stderr)
-        _discard_output()
-        return 2
+        return _lost_output(error)
 
 
 def open_output() -> None:
@@ -88,9 +82,41 @@ def _output_fails() -> bool:
     return False
 
 
-def _discard_output() -> None:
-    """Python would complain once more when it flushes at exit."""
+class LastingOutput(io.TextIOBase):
+    """The standard output of a process that others wait for: once it cannot be written it takes everything, and all end together."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.failure: OSError | None = None
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self.stream.flush)
+
+    def status(self) -> int:
+        """The exit status, said in one line where it is not 0."""
+        self.flush()
+        return 0 if self.failure is None else _lost_output(self.failure)
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        if self.failure is None:
+            try:
+                action()
+            except OSError as error:
+                self.failure = error
+
+
+def _lost_output(error: OSError) -> int:
+    """The exit status of a process whose standard output cannot be written. A reader that has left (`| head`) has what it wants."""
+    status = 0 if isinstance(error, BrokenPipeError) else 2
+    if status:
+        print(f"error: the standard output cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+    # Python would complain once more when it flushes at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
 
 
 def help_text(
