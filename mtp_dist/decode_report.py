@@ -73,12 +73,17 @@ def prepare(config: Evaluation) -> tuple[Generation, dict[str, list[str]], Path]
         raise UserError(f"file={config.file} and files={config.files} both name prompts; choose one of them")
     if not config.files:
         given("file", config.file, "PROMPTS.jsonl (a JSON string a line)")
+    if config.decode.mode == "plain":
+        raise UserError("decode.mode=plain has no effect with task=decode, which compares plain and speculative; leave it out")
+    temperatures = config.temperatures or [config.decode.temperature]
     files = list(dict.fromkeys(config.files)) or [config.file]
     sets = {}
     for file in files:
-        asked = Generation(checkpoint=config.checkpoint, prompt_file=file, seed=config.seed)
-        for temperature in config.temperatures or [config.decode.temperature]:
+        asked = Generation(checkpoint=config.checkpoint, prompt_file=file, seed=config.seed, launch=config.launch)
+        for temperature in sorted(temperatures, reverse=True):
             asked.decode = replace(config.decode, mode="both", temperature=temperature)
+            if temperature == 0 and any(temperatures):  # top_k and top_p are for the others
+                asked.decode = replace(asked.decode, top_k=0, top_p=1.0)
             request.validate(asked)
         sets[file] = request.read_prompts(asked)
     asked.decode = replace(config.decode, mode="both")

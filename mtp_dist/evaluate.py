@@ -21,11 +21,11 @@ from mtp_dist import decode_report, humaneval
 from mtp_dist.checkpoint import folder
 from mtp_dist.checkpoint.manifest import CONFIG, TOKENIZER
 from mtp_dist.config import versions
-from mtp_dist.config.command import application
-from mtp_dist.config.compose import load, save
+from mtp_dist.config.command import application, open_output
+from mtp_dist.config.compose import differences, load, save
 from mtp_dist.config.heads import lookahead
 from mtp_dist.config.layout import fewest_micro_batches, world_size
-from mtp_dist.config.rules import at_least, one_of
+from mtp_dist.config.rules import alternatives, at_least, one_of
 from mtp_dist.config.schema import Evaluation, ParallelConfig, TrainingRun
 from mtp_dist.config.validation import validate_launch, validate_parallel, validate_sequence_parallel
 from mtp_dist.data.dataset import Dataset, file_sha256
@@ -53,6 +53,12 @@ MICRO_BATCHES_A_RANK = 4
 NOT_HELD_OUT = ("launch", "output", "task", "file", "files", "temperatures", "seed", "programs", "decode")
 """Settings that change nothing in the held-out loss."""
 TASKS = ("held_out", "humaneval", "decode")
+READ_BY = {
+    "held_out": ("data", "split", "sequences", "micro_batch", "dtype"),
+    "humaneval": ("file", "seed", "programs", "decode"),
+    "decode": ("file", "files", "temperatures", "seed", "decode"),
+}
+"""Settings that not every task reads; ``programs`` and ``decode`` stand for their groups."""
 
 
 def prepare(config: Evaluation) -> Evaluation:
@@ -123,6 +129,7 @@ def settings_file(config: Evaluation) -> Path:
 def launch(config: Evaluation) -> int:
     """Freeze the evaluation and run its processes on this machine; programs are written and run in this process."""
     one_of("task", config.task, TASKS)
+    _refuse_unread(config)
     if config.task != "held_out" and world_size(config.parallel) > 1:
         raise UserError(
             f"task={config.task} decodes in one process, and this layout has {world_size(config.parallel)}; choose "
@@ -143,6 +150,15 @@ def launch(config: Evaluation) -> int:
         return start_module(ready, MODULE, [f"settings={path}"])
     os.environ.update(environment_alone(ready))
     return work(ready)
+
+
+def _refuse_unread(config: Evaluation) -> None:
+    """Raise UserError for a setting that is given to a task that does not read it."""
+    some = {name for names in READ_BY.values() for name in names} - set(READ_BY[config.task])
+    for key, given_, _ in differences(config, Evaluation()):
+        if (name := key.partition(".")[0]) in some:
+            readers = alternatives(f"task={task}" for task, names in READ_BY.items() if name in names)
+            raise UserError(f"{key}={given_} has no effect with task={config.task}; leave it out, or choose {readers}")
 
 
 def frozen(argv: list[str]) -> Evaluation:
@@ -171,8 +187,11 @@ def work(config: Evaluation) -> int:
     mesh = build_mesh(config.parallel, device)
     result = measure(config, mesh)
     if mesh.rank == 0:
-        Path(config.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(table(result))
+        try:
+            Path(config.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"output={config.output} cannot be written: {error.strerror}") from None
         print(f"written to {config.output}", flush=True)
     disconnect()
     return 0
@@ -280,6 +299,7 @@ def main() -> None:
     if not under_launcher():
         application("evaluate", Evaluation, launch, examples=EXAMPLES)
         return
+    open_output()
     try:
         sys.exit(work(frozen(sys.argv[1:])))
     except UserError as error:

@@ -7,6 +7,7 @@ notes and progress to the standard error. One process holds the whole model, unl
 
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -105,12 +106,14 @@ class Writer:
             before = {mode: list(self._written(part, replace(self.decode, mode=mode))) for mode in others}
             for row, result in enumerate(self._written(part, replace(self.decode, mode=last), heard)):
                 found = {mode: rows[row] for mode, rows in before.items()} | {last: result}
-                texts = {mode: self.text(each.tokens) for mode, each in found.items()}
+                texts = {mode: self.text(part[row].tokens, each.tokens) for mode, each in found.items()}
                 yield Continuation(part[row].text, part[row].tokens, found, texts)
 
-    def text(self, tokens: list[int]) -> str:
-        """A continuation as text: without the end-of-document token, cut before a stop string."""
-        return self.stops.cut(self.tokenizer.decode(tokens, skip_special_tokens=True))
+    def text(self, prompt: list[int], tokens: list[int]) -> str:
+        """A prompt's continuation as text: without the end-of-document token, cut before a stop string."""
+        from mtp_dist.decoding.stopping import text_of
+
+        return text_of(tokens, self.stops, prompt)
 
     def follow(self, tokens: list[int], decode: DecodeConfig, number: int) -> "Iterator[tuple[list[int], str]]":
         """Continue one prompt, otherwise decoded than usual: after each forward its new tokens, and why they are the last, if
@@ -170,9 +173,19 @@ class Writer:
 def open_writer(config: Generation, prompts: list[str]) -> "tuple[Checkpoint, Writer, list[list[int]]]":
     """The checkpoint, its model ready to write, and the prompts as tokens. Raises UserError before any weight is read."""
     checkpoint, writer = load_writer(config.checkpoint, config.decode, config.seed, device=config.launch.device)
-    encoded = [writer.tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
+    encoded = encode_prompts(writer.tokenizer, prompts)
     note_length(encoded, config.decode, checkpoint.config.train.sequence_length)
     return checkpoint, writer, encoded
+
+
+def encode_prompts(tokenizer: "Tokenizer", prompts: "Sequence[str]") -> "list[list[int]]":
+    """The tokens of each prompt. Raises UserError for one that has none, as a tokenizer may drop spaces."""
+    encoded = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
+    for number, tokens in enumerate(encoded, start=1):
+        if not tokens:
+            shown = textwrap.shorten(repr(prompts[number - 1]), 60)
+            raise UserError(f"prompt {number} of {len(prompts)} ({shown}) has no token in this tokenizer; give a longer text")
+    return encoded
 
 
 def load_writer(path: str, decode: DecodeConfig, seed: int, *, device: str = "auto") -> "tuple[Checkpoint, Writer]":
@@ -251,11 +264,11 @@ def _streaming(writer: Writer, prompts: "list[Prompt]") -> "Callable[[Growing], 
     def show(text: "Growing") -> None:
         nonlocal stream
         if len(text.tokens) == text.new:  # its first
-            stream = TextStream(writer.tokenizer, writer.stops)
+            stream = TextStream(writer.tokenizer, writer.stops, text.text.prompt)
             print(f"--- {_title(text.number, len(prompts))}\n{prompts[text.number].text}", end="")
         print(stream.feed(text.latest), end="", flush=True)
         if text.ending:
-            print(stream.finish(writer.text(text.tokens)), flush=True)
+            print(stream.finish(), flush=True)
 
     return show
 
@@ -265,7 +278,10 @@ def finish(config: Generation, checkpoint: "Checkpoint", items: "Sequence[Contin
     from mtp_dist.decoding.comparison import summary
 
     print(f"--- {_description(request.fitted(config.decode, checkpoint.config.mtp), checkpoint)}")
-    print(summary(items, config.decode))
+    print(summary(items, config.decode), flush=True)
+    if blank := sum(not text.strip() for item in items for text in item.texts.values()):
+        total = sum(len(item.texts) for item in items)
+        print(f"note: {blank} of {total} continuations {'is' if blank == 1 else 'are'} white space alone", file=sys.stderr)
     if config.output:
         _write_json(config, checkpoint, items)
 

@@ -5,6 +5,7 @@ torchrun, or as one of several tasks of srun, it is one process of the job: it t
 themselves, which rank 0 then checks for all. Prompts are dealt to the replicas; rank 0 prints.
 """
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 from mtp_dist.checkpoint import folder
 from mtp_dist.checkpoint.manifest import CONFIG
 from mtp_dist.config import versions
+from mtp_dist.config.command import LastingOutput, open_output
 from mtp_dist.config.compose import compose, load, save
 from mtp_dist.config.schema import Generation, TrainingRun
 from mtp_dist.config.validation import validate_launch, validate_parallel
@@ -26,6 +28,7 @@ from mtp_dist.generate import (
     Writer,
     continue_prompts,
     draft_folder,
+    encode_prompts,
     finish,
     load_draft_model,
     note_length,
@@ -71,9 +74,13 @@ def start(config: Generation) -> int:
 
 def main(argv: list[str]) -> int:
     """One process of the job; returns its exit status."""
+    open_output()
+    output = LastingOutput(sys.stdout)
     try:
         config, ready = settings(argv)
-        return work(config, ready=ready)
+        with contextlib.redirect_stdout(output):
+            work(config, ready=ready)
+        return output.status()
     except UserError as error:
         if not isinstance(error, AgreedError) or os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
@@ -92,7 +99,7 @@ def settings(argv: list[str]) -> tuple[Generation, bool]:
     return config, frozen
 
 
-def work(config: Generation, *, ready: bool) -> int:
+def work(config: Generation, *, ready: bool) -> None:
     """Join the others and continue the prompts. ``ready``: the settings have been checked."""
     adopt(config.launch)
     import torch
@@ -111,7 +118,6 @@ def work(config: Generation, *, ready: bool) -> int:
     if mesh.rank == 0:
         finish(config, checkpoint, items)
     disconnect()
-    return 0
 
 
 def prepared_together(config: Generation, mesh: "Mesh") -> Generation:
@@ -162,7 +168,10 @@ def write(
     Collective."""
     import torch.distributed as dist
 
-    encoded = [writer.tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
+    try:
+        encoded = encode_prompts(writer.tokenizer, prompts)
+    except UserError as error:  # every rank finds the same
+        raise AgreedError(str(error)) from None
     replicas, speaks = config.parallel.data, mesh.rank == 0
     if speaks:
         note_length(encoded, config.decode, checkpoint.config.train.sequence_length)

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from mtp_dist.checkpoint import folder
 from mtp_dist.config import versions
+from mtp_dist.config.compose import differences
 from mtp_dist.config.rules import above, at_least, between, given
-from mtp_dist.config.schema import Evaluation
-from mtp_dist.decoding.request import validate_decoding, validate_heads
+from mtp_dist.config.schema import DecodeConfig, Evaluation
+from mtp_dist.decoding.request import given_of_drafts, refuse_unread_sampling, validate_decoding, validate_heads
 from mtp_dist.errors import UserError
 from mtp_dist.programs.pass_at_k import mean_pass_at_k
 from mtp_dist.programs.problems import Problem, read_completions, read_problems, truncated
@@ -54,6 +55,12 @@ def prepare(config: Evaluation) -> tuple[list[Problem], dict[str, list[str]] | N
     above("programs.seconds", asked.seconds, 0)
     at_least("programs.memory_mb", asked.memory_mb, 64)
     validate_decoding(decode)
+    refuse_unread_sampling(decode)
+    if asked.completions:
+        unread = [f"decode.{key}={value}" for key, value, _ in differences(decode, DecodeConfig())]
+        unread += [f"programs.samples={asked.samples}"] * (asked.samples != 1) + [f"seed={config.seed}"] * (config.seed != 0)
+        for typed in unread:
+            raise UserError(f"{typed} has no effect beside programs.completions={asked.completions}; leave one of them out")
     problems = read_problems(config.file)
     completions = read_completions(asked.completions, problems) if asked.completions else None
     samples = asked.samples if completions is None else len(next(iter(completions.values())))
@@ -79,20 +86,22 @@ def write(config: Evaluation, problems: list[Problem]) -> Iterator[tuple[str, li
 
     from mtp_dist.checkpoint.reader import open_checkpoint
     from mtp_dist.decoding.engine import NewText, continued
-    from mtp_dist.generate import load_writer
+    from mtp_dist.generate import encode_prompts, load_writer
 
     decode, samples = config.decode, config.programs.samples
     try:
         validate_heads(decode, open_checkpoint(config.checkpoint).config.mtp)
     except UserError:
+        if given_of_drafts(decode):
+            raise
         # Without heads that can draft, one token a forward pass: the programs are the same.
         decode = replace(decode, mode="plain")
-    _, writer = load_writer(config.checkpoint, decode, config.seed)
-    prompts = [writer.tokenizer.encode(problem.prompt, add_special_tokens=False).ids for problem in problems]
+    _, writer = load_writer(config.checkpoint, decode, config.seed, device=config.launch.device)
+    prompts = encode_prompts(writer.tokenizer, [problem.prompt for problem in problems])
 
     def new(number: int) -> NewText:
         generator = torch.Generator(writer.model.device).manual_seed(config.seed + number)
-        return NewText(prompts[number // samples], decode.max_new_tokens, generator=generator)
+        return NewText(prompts[number // samples], decode.max_new_tokens, writer.stops, generator)
 
     found = continued(
         writer.model,
@@ -103,8 +112,8 @@ def write(config: Evaluation, problems: list[Problem]) -> Iterator[tuple[str, li
         lengths=writer.lengths,
         **writer.told,
     )
-    for problem in tqdm(problems, desc="programs", unit="problem", disable=None):
-        programs = [writer.tokenizer.decode(done.tokens, skip_special_tokens=True) for done in islice(found, samples)]
+    for problem, prompt in tqdm(list(zip(problems, prompts, strict=True)), desc="programs", unit="problem", disable=None):
+        programs = [writer.text(prompt, done.tokens) for done in islice(found, samples)]
         yield problem.task, [truncated(program) for program in programs]
 
 

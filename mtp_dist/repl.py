@@ -4,10 +4,13 @@ No chat: a model of this project continues text, it was never taught to answer. 
 behind the text so far, and what the model writes goes behind the line. Works from a pipe as well, without prompts.
 """
 
+import codecs
+import io
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from mtp_dist.config.rules import whole_text
 from mtp_dist.config.schema import DecodeConfig
 from mtp_dist.decoding.request import validate_decoding
 from mtp_dist.errors import UserError
@@ -24,8 +27,6 @@ HELP = """A line goes behind the text so far, and the model goes on from there. 
   /length N          tokens written at most
   /help   /quit      also Ctrl-D; Ctrl-C ends what is being written"""
 PROMPT = "> "
-HALF = "\ufffd"
-"""Stands for bytes that are no whole character, where a text ends inside of one."""
 
 
 class Sheet:
@@ -45,9 +46,12 @@ class Sheet:
             _note(f"the text passes {self.longest} tokens, what the model was trained on; /reset begins another")
             self.warned = True
         self.text += line
+        before = len(self.text)
         print(line, end="", flush=True)
         ending = self._write(tokens)
         print(flush=True)
+        if len(self.text) > before and not (added := self.text[before:]).strip():
+            _note(f"white space alone: {len(added)} characters")
         if ending == "end_of_document":
             _note("the document has ended; the next line begins another")
             self.reset()
@@ -56,13 +60,13 @@ class Sheet:
         """Why it stopped. What was shown is part of the text, however it stopped."""
         from mtp_dist.decoding.stopping import TextStream
 
-        stream, found, ending = TextStream(self.writer.tokenizer, self.writer.stops), list[int](), ""
+        stream, ending = TextStream(self.writer.tokenizer, self.writer.stops, tokens), ""
         self.turns += 1
         try:
             for new, reason in self.writer.follow(tokens, self.decode, self.turns):
-                found, ending = found + new, reason
+                ending = reason
                 self._show(stream.feed(new))
-            self._show(stream.finish(self.writer.text(found)).rstrip(HALF))
+            self._show(stream.held)  # not half a character, should the text end inside of one
         except KeyboardInterrupt:
             ending = "interrupted"
         return ending
@@ -89,7 +93,13 @@ class Sheet:
 
 def converse(writer: "Writer", longest: int, beginning: str) -> int:
     """Until the input ends. ``beginning``: a first line, or empty."""
+    if sys.stdin is None:
+        raise UserError("interactive=true reads lines from the standard input, which is closed; open it, or give a prompt")
     sheet, terminal = Sheet(writer, longest), sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # A byte that is no text spoils its line, not the lines that were read with it. ASCII is UTF-8, too.
+        encoding = codecs.lookup(sys.stdin.encoding).name
+        sys.stdin.reconfigure(encoding="utf-8" if encoding == "ascii" else encoding, errors="surrogateescape")
     if terminal:
         import readline  # noqa: F401 - input() then has line editing
 
@@ -114,7 +124,9 @@ def _line(prompt: str) -> str:
     while parts[-1].endswith("\\"):
         parts[-1] = parts[-1][:-1]
         parts.append(input(prompt))
-    return "\n".join(parts)
+    line = "\n".join(parts)
+    whole_text("the line", line)
+    return line
 
 
 def _obey(sheet: Sheet, line: str) -> bool:

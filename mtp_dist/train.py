@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mtp_dist import exit_codes
 from mtp_dist.config.attention import choose
-from mtp_dist.config.command import application
+from mtp_dist.config.command import application, open_output
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.errors import AgreedError, UserError
 from mtp_dist.freezing import check, continued, freeze, frozen, under_launcher
@@ -88,6 +88,7 @@ def main() -> None:
     if not under_launcher():
         application("train", TrainingRun, launch, shortcut=continued, command="python -m mtp_dist.train", examples=EXAMPLES)
         return
+    open_output()
     try:
         sys.exit(work(sys.argv[1:]))
     except UserError as error:

@@ -4,13 +4,14 @@ Contract: exit status 0 done, 2 bad input (``error: ...`` on the standard error)
 Nothing here imports torch: help and bad settings are answered at once.
 """
 
+import io
 import os
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TextIO, TypeVar, cast
 
 import yaml  # type: ignore[import-untyped]
 
@@ -46,17 +47,76 @@ def application(
 
 def guarded(action: Callable[[], int | None]) -> int:
     """Call ``action`` and return the exit status of the process: the user's errors in one line, no traceback."""
+    open_output()
     try:
-        return action() or 0
+        status = action() or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader (`| head`) has left. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError) and not _output_fails():
+            raise
+        return _lost_output(error)
+
+
+def open_output() -> None:
+    """Called once, first. Characters that the standard output's encoding lacks are then written as escapes (``\\u03bb``) where they
+    would raise; an output that is closed takes everything."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _output_fails() -> bool:
+    """Whether it is the standard output that cannot be written (a full disk). An error of writing names no file; a second try
+    tells."""
+    try:
+        print(flush=True)
+    except OSError:
+        return True
+    return False
+
+
+class LastingOutput(io.TextIOBase):
+    """The standard output of a process that others wait for: once it cannot be written it takes everything, and all end together."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.failure: OSError | None = None
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self.stream.flush)
+
+    def status(self) -> int:
+        """The exit status, said in one line where it is not 0."""
+        self.flush()
+        return 0 if self.failure is None else _lost_output(self.failure)
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        if self.failure is None:
+            try:
+                action()
+            except OSError as error:
+                self.failure = error
+
+
+def _lost_output(error: OSError) -> int:
+    """The exit status of a process whose standard output cannot be written. A reader that has left (`| head`) has what it wants."""
+    status = 0 if isinstance(error, BrokenPipeError) else 2
+    if status:
+        print(f"error: the standard output cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+    # Python would complain once more when it flushes at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
 
 
 def help_text(

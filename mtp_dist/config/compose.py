@@ -2,7 +2,7 @@
 
 Contract: what comes out is an instance of the schema dataclass, with no key that the schema lacks and no value of another type.
 Whatever a user can get wrong here is one UserError of one line. Text settings are taken as they were typed:
-``prompt=a, b: ${c}`` needs no quotes beyond the shell's. Composition itself is Hydra's compose API (https://hydra.cc/docs/advanced/compose_api/).
+``prompt=a, b: ${c}`` needs no quotes beyond the shell's; escapes have a meaning in those of ``escapes.py`` alone. Composition itself is Hydra's compose API (https://hydra.cc/docs/advanced/compose_api/).
 """
 
 import difflib
@@ -26,6 +26,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mtp_dist.config.escapes import unescaped, unescaped_list
 from mtp_dist.config.folder import conf_folder, groups
 from mtp_dist.errors import UserError
 
@@ -44,11 +45,14 @@ def compose(config_name: str, schema: type[T], overrides: list[str]) -> T:
     """``conf/<config_name>.yaml`` with ``key=value`` overrides, as an instance of ``schema``. Raises UserError."""
     kinds = settings(schema)
     choices = config_groups(config_name)
-    texts: dict[str, str] = {}
+    texts: dict[str, str | list[str]] = {}
     rest: list[str] = []
+    escaping = _escaping(schema)
     for override in overrides:
         key, value = _checked(override, kinds, choices, schema)
-        if key in kinds and _takes_text(kinds[key], value):
+        if key in escaping:
+            texts[key] = _unescaped(key, kinds[key], value)
+        elif key in kinds and _takes_text(kinds[key], value):
             texts[key] = _unquoted(value)
         elif kinds.get(key) == list[list[float]]:
             rest.append(f"{key}={_with_points(value)}")
@@ -58,7 +62,7 @@ def compose(config_name: str, schema: type[T], overrides: list[str]) -> T:
             rest.append(override)
     config = _composed(config_name, schema, rest, kinds)
     for key, value in texts.items():
-        OmegaConf.update(config, key, _escaped(value))
+        OmegaConf.update(config, key, _escape_all(value))
     return _typed(config, schema, f"conf/{config_name}.yaml")
 
 
@@ -69,8 +73,11 @@ def changed(config: T, overrides: list[str], origin: str) -> T:
     kinds, content = settings(schema), _escape_all(asdict(config))  # type: ignore[call-overload]
     for override in overrides:
         key, text = _checked(override, kinds, {}, schema)
-        if _takes_text(kinds[key], text):
-            new: Any = _escaped(_unquoted(text))
+        new: Any
+        if key in _escaping(schema):
+            new = _escape_all(_unescaped(key, kinds[key], text))
+        elif _takes_text(kinds[key], text):
+            new = _escaped(_unquoted(text))
         else:
             new = yaml.safe_load(_with_points(text) if kinds[key] == list[list[float]] else text)
         *groups, name = key.split(".")
@@ -171,6 +178,18 @@ def suggestion(word: str, known: list[str]) -> str:
 
 
 @cache
+def _escaping(schema: type, prefix: str = "") -> frozenset[str]:
+    """Settings in whose text escapes have a meaning."""
+    found: set[str] = set()
+    for item in fields(schema):
+        if is_dataclass(item.type):
+            found |= _escaping(typing.cast(type, item.type), f"{prefix}{item.name}.")
+        elif item.metadata.get("escapes"):
+            found.add(f"{prefix}{item.name}")
+    return frozenset(found)
+
+
+@cache
 def _all_leaves(schema: type) -> tuple[tuple[str, Any], ...]:
     return tuple(_leaves(schema, ""))
 
@@ -184,7 +203,8 @@ def _leaves(schema: type, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _checked(override: str, kinds: dict[str, Any], choices: dict[str, str | None], schema: type) -> tuple[str, str]:
-    """Key and value of an override whose key exists; UserError for one that adds, deletes or does not exist."""
+    """Key and value of an override whose key exists; UserError for one that adds, deletes or does not exist, or is no text."""
+    _require_text(override)
     match = _OVERRIDE.fullmatch(override)
     if match is None or not match["equals"]:
         raise UserError(f"{override!r} is not an override; write key=value (see --help)")
@@ -201,6 +221,15 @@ def _checked(override: str, kinds: dict[str, Any], choices: dict[str, str | None
     elif key in branches:
         raise UserError(f"{override}: {key} is a group of settings; set one of them: {key}.{_first_field(key, kinds)}=VALUE")
     return key, match["value"]
+
+
+def _require_text(override: str) -> None:
+    """Raise UserError for bytes that are not UTF-8: no file of settings could hold them, and no tokenizer read them."""
+    try:
+        override.encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(override).decode(errors="backslashreplace")
+        raise UserError(f"{shown} is not UTF-8 (character {error.start}, counted from 0); give it as UTF-8") from None
 
 
 def _near_key(key: str, known: list[str]) -> str:
@@ -227,6 +256,10 @@ def _first_field(key: str, kinds: dict[str, Any]) -> str:
 
 def _takes_text(kind: Any, value: str) -> bool:
     return kind is str or (str in typing.get_args(kind) and type(None) in typing.get_args(kind) and value != "null")
+
+
+def _unescaped(key: str, kind: Any, value: str) -> str | list[str]:
+    return unescaped_list(key, value) if kind == list[str] else unescaped(key, _unquoted(value))
 
 
 def _takes_whole(kind: Any) -> bool:

@@ -43,6 +43,19 @@ def given(key: str, value: str, example: str) -> None:
         raise UserError(f"{key} is empty; give it: {key}={example}")
 
 
+def whole_text(key: str, text: str) -> None:
+    """Raise UserError for a text that UTF-8 cannot hold: half a character, as JSON may spell one, or a byte that was no UTF-8 where
+    the text came from (Python keeps such a byte as one of U+DC80 to U+DCFF)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        place = f"at place {error.start}, counted from 0"
+        if 0xDC80 <= code <= 0xDCFF:
+            raise UserError(f"{key} is not UTF-8: byte 0x{code - 0xDC00:02x} {place}; give it as UTF-8") from None
+        raise UserError(f"{key} has half a character (\\u{code:04x}) {place}; give whole ones") from None
+
+
 def alternatives(values: Iterable[object]) -> str:
     """``1, 2 or 4``."""
     words = [str(item) for item in values]

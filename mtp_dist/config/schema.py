@@ -12,7 +12,8 @@ from typing import Any
 def setting(default: Any, text: str, **metadata: Any) -> Any:
     """A dataclass field that carries its own documentation; lists and dicts get a fresh copy an instance.
 
-    ``absent=VALUE``: what a file saved before the setting existed means, where that is not the default.
+    ``absent=VALUE``: what a file saved before the setting existed means, where that is not the default. ``escapes=True``: on the
+    command line, a backslash in its text begins an escape (see ``config/escapes.py``).
     """
     metadata = {"text": text, **metadata}
     if isinstance(default, list | dict):
@@ -262,7 +263,7 @@ class DecodeConfig:
     top_k: int = setting(0, "Sample among the k most likely tokens. 0: all.")
     top_p: float = setting(1.0, "Sample among the likeliest tokens that hold this probability.")
     stop_at_eos: bool = setting(True, "End a text at the end-of-document token.")
-    stop: list[str] = setting([], "Strings that end a text; it is cut before the first of them.")
+    stop: list[str] = setting([], r'Strings that end a text; it is cut before the one that is complete first. Escapes as \n, \t, \\, \u3002 have their meaning; a comma needs quotes: [\n\n,"}, {"].', escapes=True)
     batch: int = setting(1, "Prompts decoded side by side; the next one takes the place of one whose text has ended.")
     dtype: str = setting("float32", "float32 | bfloat16 | float64.")
     int8: bool = setting(False, "Weights of linear layers in 8 bits, one scale an output, activations in `dtype`: less memory to read a token, a slightly different model.")
@@ -309,8 +310,8 @@ class Generation:
     """`python -m mtp_dist.generate`."""
 
     checkpoint: str = setting("", "A checkpoint folder, or a run folder (its newest checkpoint).")
-    prompt: str = setting("", "Text to continue.")
-    prompt_file: str = setting("", "A text file of prompts separated by lines of three dashes, or a .jsonl file with a JSON string a line; used instead of `prompt`.")
+    prompt: str = setting("", r"Text to continue, taken literally: \n in it is a backslash and an n. Lines: prompt=$'one\ntwo' in bash, or prompt_file.")
+    prompt_file: str = setting("", "A text file of prompts separated by lines of three dashes, or a .jsonl file with a JSON string a line; in place of `prompt`.")
     interactive: bool = setting(False, "Read lines from the terminal, or a pipe: each goes behind the text so far, and the model goes on from there. It continues text, it does not chat. `prompt` is the first line; /help lists commands.")
     stream: bool = setting(False, "Show each text while it grows. One prompt at a time, so not with decode.batch > 1 or decode.mode=both.")
     seed: int = setting(0, "Seed of sampling.")
@@ -388,7 +389,7 @@ class ShardBuild:
     input: list[str] = setting([], "Files, folders or glob patterns of the source; python_stdlib needs none.")
     out: str = setting("", "Dataset folder to make.")
     field: str = setting("text", "jsonl, parquet, hf: the field that holds the text.")
-    separator: str = setting("", "text: documents are separated by this string. Empty: one document a file.")
+    separator: str = setting("", r"text: documents are separated by this string, in which escapes as \n, \t, \\, \u3002 have their meaning. Empty: one document a file.", escapes=True)
     validation_share: float = setting(0.05, "Share of documents held out, chosen by a hash of each document's name.")
     shard_mb: float = setting(64.0, "Size of a shard in MiB, about.")
     limit_mb: float = setting(0.0, "Stop after so many MiB of text. 0: all of it.")

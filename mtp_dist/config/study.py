@@ -3,7 +3,8 @@ once."""
 
 import copy
 
-from mtp_dist.config.rules import at_least, one_of
+from mtp_dist.config.compose import differences
+from mtp_dist.config.rules import alternatives, at_least, one_of
 from mtp_dist.config.schema import Study
 from mtp_dist.errors import UserError
 
@@ -13,6 +14,15 @@ MOST_DEPTH = 8
 """experiment=choice_points: paths are long enough for so many depths, so that all variants see the same rows."""
 OPERATORS = 4
 """experiment=polynomials: negation, sum, product, composition."""
+
+
+_READ_BY = {
+    **{f"{name}.": (name,) for name in ("choice_points", "path_star", "induction", "polynomials")},
+    **{f"text.{name}": ("heads",) for name in ("prompts", "prompt_tokens", "new_tokens", "temperature")},
+    "text.": ("heads", "schedules"),
+    "validation.": (),
+}
+"""Settings, by how their names begin (the first that fits) -> the experiments that read them."""
 
 
 def options(overrides: list[str]) -> list[str]:
@@ -32,6 +42,7 @@ def options(overrides: list[str]) -> list[str]:
 def settled(config: Study) -> Study:
     """A copy with vocabulary, row length and attention as a made-up task needs them. Raises UserError for a task that cannot
     be."""
+    _refuse_unread(config)
     full = copy.deepcopy(config)
     if full.experiment == "heads":
         _heads(full)
@@ -39,6 +50,14 @@ def settled(config: Study) -> Study:
         full.model.document_mask = False  # documents mark the targets that count: see studies/answers.py
         _TASKS[full.experiment](full)
     return full
+
+
+def _refuse_unread(config: Study) -> None:
+    for key, given, _ in differences(config, Study()):
+        readers = next((names for start, names in _READ_BY.items() if key.startswith(start)), None)
+        if readers is not None and config.experiment not in readers:
+            also = f", or choose {alternatives(f'experiment={name}' for name in readers)}" if readers else ""
+            raise UserError(f"{key}={given} has no effect with experiment={config.experiment}; leave it out{also}")
 
 
 def _choice_points(config: Study) -> None:

@@ -20,7 +20,7 @@ from mtp_dist.config.layout import (
     world_size,
 )
 from mtp_dist.config.resolution import head_dim, matched, vocabulary_rows
-from mtp_dist.config.rules import above, alternatives, at_least, between, divisors, finite, given, one_of
+from mtp_dist.config.rules import above, alternatives, at_least, between, divisors, finite, given, one_of, whole_text
 from mtp_dist.config.schema import LaunchConfig, ModelConfig, ParallelConfig, TrainingRun
 from mtp_dist.errors import UserError
 
@@ -325,6 +325,7 @@ def _validate_intervals(config: TrainingRun) -> None:
 
 def _validate_sample(config: TrainingRun) -> None:
     at_least("validation.prompt_tokens", config.validation.prompt_tokens, 1)
+    whole_text("validation.prompt", config.validation.prompt)
     obstacles = {
         "parallel.sequence_parallel=true shares positions, and a decoder's pass may have one": config.parallel.sequence_parallel,
         "zero.stage=3 gathers weights for training alone": config.zero.stage == 3,

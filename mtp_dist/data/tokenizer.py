@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from mtp_dist.data.detokenizer import byte_alphabet
 from mtp_dist.errors import UserError
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -39,9 +40,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Token b is byte b; 256 is the end-of-document token."""
-    tokenizer = Tokenizer(models.BPE(vocab={f"<0x{value:02X}>": value for value in range(256)}, merges=[], byte_fallback=True))
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    """Token b is byte b; 256 is the end-of-document token.
+
+    A byte-level BPE without merges. (Byte fallback, in which earlier versions wrote it, makes `Tokenizer.decode` replace a whole
+    run of bytes for one that is no text.)
+    """
+    vocabulary = {character: value for value, character in byte_alphabet().items()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([_special(END_OF_DOCUMENT)])
     return tokenizer
 

@@ -18,7 +18,7 @@ from mtp_dist.decoding.drafters import build_drafter, draft_length, room
 from mtp_dist.decoding.layout import ModelPart, open_model
 from mtp_dist.decoding.sampling import Chance, Sampling
 from mtp_dist.decoding.statistics import Statistics
-from mtp_dist.decoding.stopping import StopStrings
+from mtp_dist.decoding.stopping import StopStrings, StopWatch
 from mtp_dist.model.chunk import Chunk
 
 
@@ -69,6 +69,11 @@ class Growing:
     tokens: list[int] = field(default_factory=list)
     new: int = 0
     ending: str = ""
+    watch: StopWatch | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.text.stops is not None:
+            self.watch = self.text.stops.watch(self.text.prompt)
 
     @property
     def latest(self) -> list[int]:
@@ -293,16 +298,16 @@ def _lap(started: float) -> tuple[float, float]:
 
 def _take(text: Growing, new: Round, stop: int | None) -> None:
     """Append what belongs to the text of a round's tokens; note why the text ends there, if it does."""
-    seen, limit, stops = len(text.tokens), text.text.limit, text.text.stops
-    tokens = text.tokens + until(new.tokens, stop)[: limit - seen]
+    seen, limit = len(text.tokens), text.text.limit
+    tokens = until(new.tokens, stop)[: limit - seen]
     if stop is not None and tokens[-1] == stop:
         text.ending = "end_of_document"
-    elif len(tokens) == limit:
+    elif seen + len(tokens) == limit:
         text.ending = "length"
-    cut = stops.within(tokens, seen) if stops is not None else None
+    cut = text.watch.feed(tokens) if text.watch is not None else None
     if cut is not None:
         tokens, text.ending = tokens[:cut], "stop_string"
-    text.tokens, text.new = tokens, len(tokens) - seen
+    text.tokens, text.new = text.tokens + tokens, len(tokens)
 
 
 def _count(statistics: Statistics, new: Round, kept: int, seconds: float) -> None:

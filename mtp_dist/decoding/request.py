@@ -6,11 +6,11 @@ No torch here: errors come at once.
 import json
 import os
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from mtp_dist.config.layout import world_size
-from mtp_dist.config.rules import above, at_least, between, finite, given, one_of
+from mtp_dist.config.rules import above, at_least, between, finite, given, one_of, whole_text
 from mtp_dist.config.schema import DecodeConfig, Generation, MTPConfig
 from mtp_dist.decoding.tree_shape import deepest, fault
 from mtp_dist.errors import UserError
@@ -22,6 +22,9 @@ BLIND = ("parallel", "medusa")
 AUTO_REACH = 4
 """Drafts that `decode.auto` may choose even of a model of few depths."""
 TREES = ("none", "static", "dynamic")
+OF_DRAFTS = ("drafter", "draft", "auto", "tree", "tree_nodes", "tree_width", "tree_shape", "draft_model", "ngram", "verify")
+OF_TYPICAL = ("typical_epsilon", "typical_delta")
+OF_SAMPLING = ("top_k", "top_p")
 DTYPES = ("float32", "bfloat16", "float64")
 
 
@@ -32,10 +35,15 @@ def validate(config: Generation) -> None:
         _validate_interactive(config)
     elif not config.prompt and not config.prompt_file:
         raise UserError("prompt is empty and no prompt_file is given; give prompt='TEXT', prompt_file=FILE or interactive=true")
+    elif config.prompt and config.prompt_file:
+        raise UserError(f"prompt is not read beside prompt_file={config.prompt_file}; leave one of them out")
+    whole_text("prompt", config.prompt)
     between("seed", config.seed, 0, 2**63 - 1)
     if config.output and not _writable(Path(config.output)):
         raise UserError(f"output={config.output} cannot be written; name a file in a folder that exists")
     validate_decoding(config.decode)
+    if not config.interactive:  # there /temperature may follow
+        refuse_unread_sampling(config.decode)
     if config.stream and config.decode.mode == "both":
         raise UserError("stream=true shows one text of a prompt; choose decode.mode=plain or speculative, or stream=false")
     if config.stream and config.decode.batch > 1:
@@ -82,9 +90,50 @@ def validate_decoding(decode: DecodeConfig) -> None:
     at_least("decode.batch", decode.batch, 1)
     if "" in decode.stop:
         raise UserError("decode.stop holds an empty string, which would end every text at once; leave it out")
+    for string in decode.stop:
+        whole_text("decode.stop", string)
     at_least("decode.threads", decode.threads, 0)
     if decode.int8 and decode.dtype == "float64":
         raise UserError("decode.int8=true has no kernel for decode.dtype=float64; choose bfloat16 or float32")
+    _refuse_unread(decode)
+
+
+def given_of_drafts(decode: DecodeConfig) -> list[str]:
+    """The settings, as typed, that say how drafts are made or verified and are not the default."""
+    return _given(decode, (*OF_DRAFTS, *OF_TYPICAL))
+
+
+def refuse_unread_sampling(decode: DecodeConfig) -> None:
+    """Raise UserError for settings of sampling where every text is greedy."""
+    if decode.temperature == 0:
+        _refuse(decode, OF_SAMPLING, "decode.temperature=0 takes the likeliest token; choose a temperature above 0")
+
+
+def _refuse_unread(decode: DecodeConfig) -> None:
+    """Settings that the others leave without effect."""
+    if decode.mode == "plain":
+        _refuse(decode, (*OF_DRAFTS, *OF_TYPICAL), "decode.mode=plain drafts nothing; choose decode.mode=speculative or both")
+    if decode.drafter != "ngram":
+        _refuse(decode, ("ngram",), f"decode.drafter={decode.drafter} looks nothing up; choose decode.drafter=ngram")
+    if decode.tree == "none":
+        _refuse(decode, ("tree_nodes", "tree_width"), "decode.tree=none drafts a chain; choose decode.tree=static or dynamic")
+    if decode.tree_shape:
+        _refuse(decode, ("tree_nodes", "tree_width"), "decode.tree_shape names every node; leave that out")
+    if decode.verify != "typical":
+        _refuse(decode, OF_TYPICAL, f"decode.verify={decode.verify} has no such rule; choose decode.verify=typical")
+
+
+def _refuse(decode: DecodeConfig, names: tuple[str, ...], why: str) -> None:
+    for typed in _given(decode, names):
+        raise UserError(f"{typed} has no effect: {why}, or leave {typed.partition('=')[0]} out")
+
+
+def _given(decode: DecodeConfig, names: tuple[str, ...]) -> list[str]:
+    default, found = DecodeConfig(), []
+    for name in [item.name for item in fields(decode) if item.name in names]:
+        if (value := getattr(decode, name)) != getattr(default, name):
+            found.append(f"decode.{name}={str(value).lower() if isinstance(value, bool) else value}")
+    return found
 
 
 def validate_layout(config: Generation) -> None:
@@ -168,8 +217,10 @@ def read_prompts(config: Generation) -> list[str]:
     if not config.prompt_file:
         return [config.prompt]
     path = Path(config.prompt_file)
+    if path.exists() and not path.is_file():
+        raise UserError(f"prompt_file={config.prompt_file} is not a regular file; name a file of prompts")
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark that is no text
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"prompt_file={config.prompt_file} cannot be read: {reason}") from None
@@ -188,10 +239,11 @@ def read_prompts(config: Generation) -> list[str]:
 def _json_prompt(line: str, place: str) -> str:
     try:
         prompt = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         prompt = None
     if not isinstance(prompt, str) or not prompt:
         raise UserError(f'{place} is not a JSON string of one or more characters, such as "def main("')
+    whole_text(place, prompt)
     return prompt
 
 

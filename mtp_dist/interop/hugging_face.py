@@ -124,11 +124,13 @@ def generation_config(vocabulary: int, rows: int, eos_id: int) -> dict[str, Any]
 
 
 def tokenizer_config(eos_token: str, length: int) -> dict[str, Any]:
-    """tokenizer_config.json: tokenizer.json says everything but which token ends a document."""
+    """tokenizer_config.json: which token ends a document, and that text which spells it is text, as in training and `generate`;
+    tokenizer.json says everything else."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eos_token,
         "pad_token": eos_token,
         "model_max_length": length,
+        "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
     }

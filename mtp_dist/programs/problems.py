@@ -6,10 +6,12 @@ name). A completion: task_id, completion (what follows the prompt). Files may be
 
 import gzip
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtp_dist.config.rules import whole_text
 from mtp_dist.errors import UserError
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -60,8 +62,9 @@ def truncated(text: str) -> str:
 def _rows(key: str, path: str, names: tuple[str, ...]) -> list[dict[str, Any]]:
     try:
         raw = Path(path).read_bytes()
-        lines = (gzip.decompress(raw) if path.endswith(".gz") else raw).decode().splitlines()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        # At line feeds alone: a JSON string may hold other characters that end lines.
+        lines = (gzip.decompress(raw) if path.endswith(".gz") else raw).decode("utf-8-sig").split("\n")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{key}={path} cannot be read: {error}") from None
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -69,10 +72,12 @@ def _rows(key: str, path: str, names: tuple[str, ...]) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"{key}={path}: line {number} is not JSON") from None
         if not isinstance(row, dict) or any(not isinstance(row.get(name), str) for name in names):
             raise UserError(f"{key}={path}: line {number} must have the texts {', '.join(names)}")
+        for name in names:
+            whole_text(f"{key}={path}: line {number}, {name},", row[name])
         rows.append(row)
     if not rows:
         raise UserError(f"{key}={path} is empty")

@@ -95,37 +95,40 @@ class Completions:
         return bytes(body)
 
     async def _answer(self, asked: Asked, deadline: float, send: Send) -> None:
-        async with aclosing(self._pieces(asked)) as pieces:
+        stops = StopStrings(self.service.tokenizer, asked.stop)
+        async with aclosing(self._pieces(asked, stops)) as pieces:
             if asked.stream:
-                await self._events(asked, pieces, deadline, send)
+                await self._events(asked, stops, pieces, deadline, send)
                 return
             try:
                 async with asyncio.timeout_at(deadline):
-                    response = await self._whole(asked, pieces)
+                    response = await self._whole(asked, stops, pieces)
             except TimeoutError:
                 raise self._late() from None
         await _send(response, send)
 
-    async def _whole(self, asked: Asked, pieces: AsyncIterator[Piece]) -> Response:
+    async def _whole(self, asked: Asked, stops: StopStrings, pieces: AsyncIterator[Piece]) -> Response:
         tokens: list[list[int]] = [[] for _ in asked.prompts]
         ended: dict[int, Piece] = {}
         async for piece in pieces:
             tokens[piece.index] += piece.tokens
             if piece.ending:
                 ended[piece.index] = piece
-        stops = StopStrings(self.service.tokenizer, asked.stop)
-        choices = [
-            answer.choice(index, self._before(asked, index) + self._text(found, stops), ended[index].ending)
-            for index, found in enumerate(tokens)
-        ]
+        choices = []
+        for index, found in enumerate(tokens):
+            stream = TextStream(self.service.tokenizer, stops, asked.prompts[index])
+            before = stream.prompt if asked.echo else ""
+            choices.append(answer.choice(index, before + stream.feed(found) + stream.finish(), ended[index].ending))
         return JSONResponse(answer.Completion(self.service.served.name).body(choices, _usage(list(ended.values()))))
 
-    async def _events(self, asked: Asked, pieces: AsyncIterator[Piece], deadline: float, send: Send) -> None:
+    async def _events(
+        self, asked: Asked, stops: StopStrings, pieces: AsyncIterator[Piece], deadline: float, send: Send
+    ) -> None:
         """The answer's status is known with the first piece."""
         started = False
         try:
             async with asyncio.timeout_at(deadline):
-                async for content in self._contents(asked, pieces):
+                async for content in self._contents(asked, stops, pieces):
                     if not started:
                         started = True
                         await send(_event_stream())
@@ -139,29 +142,28 @@ class Completions:
                 async with asyncio.timeout(SENDING_SECONDS):
                     await send({"type": "http.response.body", "body": answer.event(refusal.as_dict()), "more_body": False})
 
-    async def _contents(self, asked: Asked, pieces: AsyncIterator[Piece]) -> AsyncIterator[dict[str, Any]]:
+    async def _contents(
+        self, asked: Asked, stops: StopStrings, pieces: AsyncIterator[Piece]
+    ) -> AsyncIterator[dict[str, Any]]:
         """The events' contents: pieces of text, whole characters each, and the usage where it is asked for."""
         completion = answer.Completion(self.service.served.name)
-        stops = StopStrings(self.service.tokenizer, asked.stop)
-        streams = [TextStream(self.service.tokenizer, stops) for _ in asked.prompts]
-        tokens: list[list[int]] = [[] for _ in asked.prompts]
+        streams = [TextStream(self.service.tokenizer, stops, prompt) for prompt in asked.prompts]
+        before = [stream.prompt if asked.echo else "" for stream in streams]
         ended = []
         async for piece in pieces:
-            index, before = piece.index, "" if tokens[piece.index] else self._before(asked, piece.index)
-            tokens[index] += piece.tokens
-            text = before + streams[index].feed(piece.tokens)
+            index = piece.index
+            text, before[index] = before[index] + streams[index].feed(piece.tokens), ""
             if piece.ending:
-                text += streams[index].finish(self._text(tokens[index], stops))
+                text += streams[index].finish()
                 ended.append(piece)
             if text or piece.ending:
                 yield completion.body([answer.choice(index, text, piece.ending)])
         if asked.usage_event:
             yield completion.body([], _usage(ended))
 
-    async def _pieces(self, asked: Asked) -> AsyncGenerator[Piece, None]:
+    async def _pieces(self, asked: Asked, stops: StopStrings) -> AsyncGenerator[Piece, None]:
         """What the worker hears of the texts, until all have ended. Raises RequestError where they cannot be written."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Piece]()
-        stops = StopStrings(self.service.tokenizer, asked.stop)
         texts = [
             Text(
                 index=index,
@@ -207,12 +209,6 @@ class Completions:
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.service.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
-
-    def _text(self, tokens: list[int], stops: StopStrings) -> str:
-        return stops.cut(self.service.tokenizer.decode(tokens, skip_special_tokens=True))
-
-    def _before(self, asked: Asked, index: int) -> str:
-        return self.service.tokenizer.decode(asked.prompts[index], skip_special_tokens=True) if asked.echo else ""
 
 
 async def _attended(work: Coroutine[Any, Any, None], receive: Receive) -> None:

@@ -10,6 +10,7 @@ from mtp_dist.config.heads import lookahead
 from mtp_dist.config.schema import ShardBuild, Study
 from mtp_dist.data.building import build
 from mtp_dist.data.dataset import Dataset
+from mtp_dist.data.detokenizer import decoded
 from mtp_dist.data.rows import Rows
 from mtp_dist.data.stream import training_stream
 from mtp_dist.data.token_counts import most_frequent, token_counts
@@ -90,5 +91,5 @@ def bytes_per_token(data: Dataset, config: Study) -> float:
     """Of the held-out text (its first rows)."""
     rows = Rows(data, "validation", config.train.sequence_length, lookahead(config.mtp))
     tokens = rows.read(0, min(len(rows), config.text.sequences)).tokens[:, : config.train.sequence_length].flatten()
-    text = load_tokenizer(data.tokenizer_path).decode(tokens.tolist(), skip_special_tokens=True)
+    text = decoded(load_tokenizer(data.tokenizer_path), tokens.tolist())
     return len(text.encode()) / int(torch.count_nonzero(tokens != data.eos_id))

@@ -2,11 +2,13 @@
 touched. Greedy, with drafts where the heads can make them, so that tokens a forward can be watched."""
 
 import contextlib
+import re
 from pathlib import Path
 
 from torch import nn
 
 from mtp_dist.config.schema import DecodeConfig, TrainingRun
+from mtp_dist.data.detokenizer import decoded
 from mtp_dist.data.tokenizer import end_of_document, text_tokenizer, vocabulary_size
 from mtp_dist.decoding.engine import generate
 from mtp_dist.decoding.layout import ModelPart
@@ -14,6 +16,15 @@ from mtp_dist.decoding.request import DRAFTING
 from mtp_dist.errors import UserError
 from mtp_dist.parallel.mesh import Mesh
 from mtp_dist.tracking import names
+
+
+def shown(prompt: str, text: str) -> str:
+    """A prompt and its continuation for a console: runs of empty lines are counted instead of printed, and so is a continuation of
+    white space alone, which models write at first. The file has the exact text."""
+    if not text.strip():
+        return f"{prompt.strip()} [white space alone: {len(text)} characters, {text.count(chr(10))} line breaks]"
+    folded = re.sub(r"\n(?:[^\S\n]*\n){2,}", lambda run: f"\n[{run[0].count(chr(10)) - 1} empty lines]\n", prompt + text)
+    return folded.strip("\n")
 
 
 class Sample:
@@ -43,7 +54,7 @@ class Sample:
             end=end_of_document(self.tokenizer)[1],
             vocabulary=vocabulary_size(self.tokenizer),
         )
-        text = self.tokenizer.decode(found.tokens, skip_special_tokens=True)
+        text = decoded(self.tokenizer, found.tokens, self.tokens)
         if self.mesh.rank == 0:
             with contextlib.suppress(OSError):  # a full disk is no reason to stop training
                 self.folder.mkdir(exist_ok=True)

@@ -36,7 +36,7 @@ from mtp_dist.training.nonfinite import keep_batch
 from mtp_dist.training.objective import coefficients, depth_in_force, loss_weight
 from mtp_dist.training.progress import Progress
 from mtp_dist.training.resume import newest_sound, warm_start
-from mtp_dist.training.sample import Sample
+from mtp_dist.training.sample import Sample, shown
 from mtp_dist.training.signals import StopRequest
 from mtp_dist.training.statistics import Totals
 from mtp_dist.training.step import Workload, build
@@ -283,7 +283,7 @@ class Trainer:
         self.console.validation(self.progress.step, metrics)
         if self.sample is not None:
             text, found = self.sample.write(self.progress.step)
-            self.console.say(f"sample at step {self.progress.step}: {self.sample.prompt}{text}")
+            self.console.say(f"sample at step {self.progress.step}: {shown(self.sample.prompt, text)}")
             metrics |= found
         return metrics
 

@@ -9,6 +9,7 @@ import pytest
 from mtp_dist.checkpoint.reader import Checkpoint
 from mtp_dist.config.schema import DecodeConfig
 from mtp_dist.config.validation import validate_training
+from mtp_dist.data.detokenizer import decoded
 from mtp_dist.data.tokenizer import byte_tokenizer
 from mtp_dist.decoding.engine import generate
 from mtp_dist.errors import UserError
@@ -41,7 +42,7 @@ def test_the_text_is_the_checkpoints(runs: Path, layout: str) -> None:
     model = Checkpoint(runs / layout / "checkpoints" / f"step_{STEPS:08d}").load_model()
     config = DecodeConfig(max_new_tokens=12)
     found = generate(model, list(PROMPT.encode()), config, end=256, vocabulary=257)
-    text = PROMPT + byte_tokenizer().decode(found.tokens, skip_special_tokens=True)
+    text = PROMPT + decoded(byte_tokenizer(), found.tokens)
     files = sorted((runs / layout / "samples").iterdir())
     assert [file.name for file in files] == ["step_00000001.txt", "step_00000002.txt"]
     assert files[-1].read_text() == text + "\n"

@@ -29,6 +29,11 @@ class Told:
     accepted: list[int]
 
 
+def readable(depth: int) -> list[str]:
+    """The prompts that transformers takes: those of D tokens at least."""
+    return [prompt for prompt in PROMPTS if len(prompt) >= depth]
+
+
 @pytest.fixture(scope="module", params=[(1, "embedding_first"), (2, "hidden_first"), (3, "embedding_first")], ids=str)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of D modules that know a sentence, but not perfectly. No two norms are alike."""
@@ -44,7 +49,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def ours(checkpoint: Path) -> list[Told]:
     model, told = Checkpoint(checkpoint).load_model(), []
-    for prompt in PROMPTS:
+    for prompt in readable(model.depth):
         rounds: list[int] = []
         config = DecodeConfig(max_new_tokens=LENGTH)
         heard = lambda text, rounds=rounds: rounds.append(text.new)  # noqa: E731
@@ -66,7 +71,7 @@ def theirs(exported: Path, monkeypatch: pytest.MonkeyPatch, depth: int) -> list[
 
     monkeypatch.setattr(MTPCandidateGenerator, "get_candidates", recorded)
     model, told = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32), []
-    for prompt in PROMPTS:
+    for prompt in readable(depth):
         matches.clear()
         given = torch.tensor([list(prompt.encode())])
         settings = {"max_new_tokens": LENGTH, "do_sample": False, "use_mtp": True}
@@ -83,3 +88,26 @@ def test_tokens_and_accepted_drafts(saved: Path, tmp_path: Path, monkeypatch: py
     assert theirs(exported, monkeypatch, depth) == expected
     counts = {count for told in expected for count in told.accepted}
     assert len(counts) >= min(depth + 1, 3), "different counts have to occur, or equality proves little"
+
+
+def test_what_docs_say_that_transformers_refuses(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should this fail, a newer transformers can do more than docs/export.md says."""
+    depth = Checkpoint(saved).config.mtp.depth
+    out = export(Export(checkpoint=str(saved), out=str(tmp_path / "out"), dtype="float32"))
+    early = AutoModelForCausalLM.from_pretrained(out)
+    modules = [rf"model\.layers\.{LAYERS + k}\..*" for k in range(depth)]
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", modules)
+    model = AutoModelForCausalLM.from_pretrained(out)
+
+    def write(model: LlamaForCausalLM, *shape: int) -> torch.Tensor:
+        given = torch.full(shape, 97)
+        return model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=6, do_sample=False, use_mtp=True)
+
+    assert write(model, 1, depth).shape == (1, depth + 6)
+    with pytest.raises(ValueError, match="batch_size = 1"):
+        write(model, 2, 4)
+    if depth > 1:
+        with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+            write(model, 1, depth - 1)
+    with pytest.raises(ValueError, match="does not seem to register any known MTP layer patterns"):
+        write(early, 1, 4)

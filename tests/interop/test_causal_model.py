@@ -177,7 +177,7 @@ def test_a_folder_that_does_not_fit_is_one_line_before_any_weight_is_read(
     elif fault == "numbers":
         content = json.loads((folder / TOKENIZER).read_text())
         vocabulary = content["model"]["vocab"]
-        vocabulary["<0x61>"], vocabulary["<0x62>"] = vocabulary["<0x62>"], vocabulary["<0x61>"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
         (folder / TOKENIZER).write_text(json.dumps(content))
     elif fault == "none":
         (folder / TOKENIZER).unlink()

@@ -23,7 +23,7 @@ from transformers.modeling_layers import MtpModel
 
 from mtp_dist.checkpoint.reader import Checkpoint
 from mtp_dist.config.schema import DecodeConfig, Export
-from mtp_dist.data.tokenizer import load_tokenizer
+from mtp_dist.data.tokenizer import end_of_document, text_tokenizer
 from mtp_dist.decoding.cache import KeyValues
 from mtp_dist.decoding.engine import generate
 from mtp_dist.decoding.model import DecodingModel
@@ -120,13 +120,21 @@ def test_greedy_text(checkpoints: dict[str, Path], exported: Exporter, kind: str
         assert found[0, len(prompt) :].tolist() == expected
 
 
-def test_tokenizer(checkpoints: dict[str, Path], exported: Exporter) -> None:
+def test_tokenizer(checkpoints: dict[str, Path], exported: Exporter, tmp_path: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(exported("tied"))
-    ours = load_tokenizer(Checkpoint(checkpoints["tied"]).tokenizer_path)
-    text = "def main():\n\treturn 'λ'"
-    assert theirs(text)["input_ids"] == ours.encode(text, add_special_tokens=False).ids
-    assert theirs.decode(theirs(text)["input_ids"]) == text
-    assert theirs.eos_token_id == 256
+    ours = text_tokenizer(Checkpoint(checkpoints["tied"]).tokenizer_path)
+    end = end_of_document(ours)[0]
+    # Text that spells the end token is text, as generate and training read it; so it is after saving the tokenizer once more.
+    theirs.save_pretrained(tmp_path / "again")
+    for reader in (theirs, AutoTokenizer.from_pretrained(tmp_path / "again")):
+        for text in ("def main():\n\treturn 'λ'", f"a{end}b", end, f" {end} ", "<s>[INST]<pad>"):
+            ids = reader(text)["input_ids"]
+            assert ids == ours.encode(text, add_special_tokens=False).ids == reader([text, "longer"])["input_ids"][0]
+            assert 256 not in ids
+            assert reader.decode(ids) == text
+        assert reader.decode([*b"deja vu", 0xC3]) == "deja vu\ufffd"
+        assert reader.eos_token_id == 256
+        assert reader.decode([97, reader.eos_token_id], skip_special_tokens=True) == "a"
 
 
 def test_padding_rows_are_never_drawn(exported: Exporter) -> None:
