@@ -28,7 +28,15 @@ from mtp_dist.data.encoder import TextEncoder
 from mtp_dist.data.shards import SplitWriter, token_dtype
 from mtp_dist.data.sources.files import home_expanded
 from mtp_dist.data.sources.source import Document, Source, open_source
-from mtp_dist.data.tokenizer import byte_tokenizer, choose_end, end_of_document, load_tokenizer, train_bpe, vocabulary_size, with_end
+from mtp_dist.data.tokenizer import (
+    byte_tokenizer,
+    choose_end,
+    end_of_document,
+    load_tokenizer,
+    train_bpe,
+    vocabulary_size,
+    with_end,
+)
 from mtp_dist.data.workspace import building_folder, check_free
 from mtp_dist.errors import UserError
 

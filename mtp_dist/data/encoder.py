@@ -1,8 +1,8 @@
 """Text that is data to tokens: whatever it spells, no end of a document and no other control token comes out.
 
-A tokenizer.json can make a control token from text in three ways: as an added token that is looked for in the text, as an entry of
-the model's own vocabulary (a WordLevel word, a Unigram piece, a product of BPE merges), and as the unknown token. So the encoder
-works with a copy in which those tokens have names that nobody can know, drawn anew for each copy. Numbers stay as they are.
+A tokenizer.json can make a control token from text in three ways: as an added token that is looked for in the text, as an entry
+of the model's own vocabulary (a WordLevel word, a Unigram piece, a product of BPE merges), and as the unknown token. So the
+encoder works with a copy in which those tokens have names that nobody can know, drawn anew for each copy. Numbers stay the same.
 """
 
 import json
@@ -38,8 +38,8 @@ class TextEncoder:
         for name, text, tokens in zip(names, texts, found, strict=True):
             if (tokens == self.end_id).any():
                 raise UserError(
-                    f"document {name}: {self._culprit(text)} becomes the end-of-document token, which is the tokenizer's unknown token "
-                    "too; name another end by tokenizer.eos_token, or use a tokenizer that has all characters"
+                    f"document {name}: {self._culprit(text)} becomes the end-of-document token, which is the tokenizer's unknown "
+                    "token too; name another end by tokenizer.eos_token, or use a tokenizer that has all characters"
                 )
         return found
 
@@ -48,7 +48,9 @@ class TextEncoder:
             return self._tokenizer.encode(text, add_special_tokens=False)
         except Exception as error:
             said = " ".join(str(error).split())
-            raise UserError(f"document {name} has no tokens in this tokenizer ({said}); use one that has all characters") from error
+            raise UserError(
+                f"document {name} has no tokens in this tokenizer ({said}); use one that has all characters"
+            ) from error
 
     def _culprit(self, text: str) -> str:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
@@ -81,7 +83,7 @@ def _without_control_tokens(tokenizer: Tokenizer, end_id: int) -> Tokenizer:
     copy.encode_special_tokens = True
     numbers = tokenizer.get_vocab(with_added_tokens=True).items()
     if copy.get_vocab(with_added_tokens=True) != {hidden.get(name, name): number for name, number in numbers}:
-        raise UserError("the tokenizer's special tokens have numbers that cannot be kept; save it again with the tokenizers library")
+        raise UserError("the numbers of the tokenizer's special tokens cannot be kept; save it again with the tokenizers library")
     return copy
 
 

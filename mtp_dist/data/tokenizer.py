@@ -72,7 +72,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             raise
         raise UserError(f"tokenizer file {path} is not a tokenizers JSON ({' '.join(str(error).split())[:200]})") from error
     if (largest := vocabulary_size(tokenizer)) > LARGEST_VOCABULARY:
-        raise UserError(f"tokenizer file {path} has the token number {largest - 1}; at most {LARGEST_VOCABULARY} entries are possible")
+        raise UserError(f"tokenizer file {path} has token number {largest - 1}; the largest allowed is {LARGEST_VOCABULARY - 1}")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -110,7 +110,7 @@ def choose_end(tokenizer: Tokenizer, asked: str = "") -> str:
             flagged = ", ".join(sorted(_flagged(tokenizer))[:8]) or "none"
             raise UserError(f"tokenizer.eos_token={asked} is not in the tokenizer; its special tokens are: {flagged}")
         if len(asked) == 1 or is_byte(asked):
-            raise UserError(f"tokenizer.eos_token={asked} is a character, which text needs; name a token that is for control alone")
+            raise UserError(f"tokenizer.eos_token={asked} is a character, which text needs; name a token for control alone")
         return asked
     entries = tokenizer.get_vocab(with_added_tokens=True)
     for names in (_flagged(tokenizer), entries):
@@ -136,10 +136,9 @@ def with_end(tokenizer: Tokenizer, name: str) -> Tokenizer:
     if name in added:
         added[name]["special"] = True
     else:
-        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        content["added_tokens"] = sorted(
-            [*content["added_tokens"], {"id": tokenizer.token_to_id(name), "content": name, **plain}], key=lambda token: token["id"]
-        )
+        as_it_is = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        token = {"id": tokenizer.token_to_id(name), "content": name, **as_it_is, "special": True}
+        content["added_tokens"] = sorted([*content["added_tokens"], token], key=lambda token: token["id"])
     return Tokenizer.from_str(json.dumps(content))
 
 

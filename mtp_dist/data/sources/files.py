@@ -75,7 +75,8 @@ def _expand(entry: str, suffixes: tuple[str, ...], unread: Unread) -> dict[str, 
         return _identified(entry, root, _below(root, pattern, unread) if pattern and root.is_dir() else ())
     except OSError as error:
         place = error.filename or entry
-        raise UserError(f"input={entry}: {printable(place)} cannot be read ({error.strerror or error}); fix or leave it out") from None
+        said = error.strerror or error
+        raise UserError(f"input={entry}: {printable(place)} cannot be read ({said}); fix it or leave it out") from None
 
 
 def _identified(entry: str, root: Path, paths: Iterator[Path] | Sequence[Path]) -> dict[str, NamedFile]:
@@ -90,14 +91,12 @@ def _identified(entry: str, root: Path, paths: Iterator[Path] | Sequence[Path]) 
         try:
             name.encode()
         except UnicodeEncodeError:
-            raise UserError(f"input={entry}: the file name {printable(path)} is not UTF-8; rename it or leave it out of input") from None
+            raise UserError(f"input={entry}: the name of {printable(path)} is not UTF-8; rename it or leave it out") from None
         found[real if inside else os.path.abspath(path)] = NamedFile(Path(name).as_posix(), path)
     return found
 
 
-def _below(
-    root: Path, pattern: tuple[str, ...], unread: Unread, suffixes: tuple[str, ...] | None = None
-) -> Iterator[Path]:
+def _below(root: Path, pattern: tuple[str, ...], unread: Unread, suffixes: tuple[str, ...] | None = None) -> Iterator[Path]:
     """What lies below `root` and matches, as `glob` does, except that `**` does not follow links to folders (they may lead back
     up). With `suffixes`, `root` is an input itself, so what is passed over there is noted."""
     # A stack, not recursion: a tree may be deeper than Python's stack.

@@ -1,8 +1,8 @@
 """Folders written by Hugging Face `datasets` (`Dataset.save_to_disk`).
 
-Such a folder is a state.json, which lists Arrow streams, and those. They are read with pyarrow alone: the format that was set when
-the dataset was saved (columns, torch, arrow, ...) then does not matter, and a stream that was cut is told from a shorter one by
-the mark at its end, which neither library asks for.
+Such a folder is a state.json, which lists Arrow streams, and those. They are read with pyarrow alone: the format that was set
+when the dataset was saved (columns, torch, arrow, ...) then does not matter, and a stream that was cut between two batches is
+recognised by the missing mark at its end, which neither library asks for.
 """
 
 import json
@@ -106,7 +106,9 @@ def _described(entry: str) -> SavedDataset:
             raise _foreign(entry)
         state = json.loads(read_regular(folder / STATE, 64 * MIB))
         if state.get("_indices_data_files") or state.get("_indices_files"):
-            raise UserError(f"input={entry} holds a selection of rows, as old versions of datasets saved it; load it and save it again")
+            raise UserError(
+                f"input={entry} holds a selection of rows, as old versions of datasets saved it; save it again"
+            )
         names = [file["filename"] for file in state["_data_files"]]
         for name in names:
             if Path(name).name != name:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 
 from mtp_dist.data.sources.files import NamedFile, find_files, total_size
@@ -48,17 +49,16 @@ class JsonLines:
 
 def _lines(file: NamedFile) -> Iterator[tuple[int, bytes]]:
     path, number = printable(file.path), 0
-    try:
-        with open_regular(file.path) as stored:
-            if not file.path.name.endswith(".gz"):
-                stream = stored
-            elif stored.peek(1):
-                stream = gzip.GzipFile(fileobj=stored)  # type: ignore[assignment]
-            else:
+    with reading(path), open_regular(file.path) as stored:
+        packed = file.path.name.endswith(".gz")
+        stream = gzip.GzipFile(fileobj=stored) if packed else stored
+        try:
+            if packed and not stored.peek(1):
                 raise EOFError("it is empty")
             while line := stream.readline(DOCUMENT_LIMIT + 2):
                 number += 1
                 check_size(len(line) - 1, f"{path} line {number}")
                 yield number, line
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise UserError(f"{path} is not a whole gzip file ({error}); restore it or leave it out of input") from error
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+            place = f"after line {number}: {error}"
+            raise UserError(f"{path} is not a whole gzip file ({place}); restore it or leave it out of input") from error

@@ -30,11 +30,11 @@ class ParquetFiles:
 
     def __iter__(self) -> Iterator[Document]:
         for file in self._files:
-            number = 0
+            number, path = 0, printable(file.path)
             with self._open(file) as opened:
                 for batch in opened.iter_batches(batch_size=BATCH, columns=[self._field]):
                     for value in column_values(batch.column(0)):
-                        yield Document(f"{file.name}#{number}", check_text(value, f"{printable(file.path)} row {number}", self._field))
+                        yield Document(f"{file.name}#{number}", check_text(value, f"{path} row {number}", self._field))
                         number += 1
 
     @contextmanager
