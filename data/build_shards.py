@@ -24,9 +24,10 @@ def run(config: ShardBuild) -> None:
     versions.check()
     # Here, so that --help and a bad setting are answered without loading torch (which webdataset imports).
     from mtp_dist.data.building import build
+    from mtp_dist.data.sources.unread import printable
 
     dataset, fresh = build(config, typed(sys.argv[1:]))
-    print(f"dataset {dataset.path} {'built' if fresh else 'is complete already; nothing to do'}")
+    print(f"dataset {printable(dataset.path)} {'built' if fresh else 'is complete already; nothing to do'}")
     for split in dataset.splits.values():
         print(f"  {split.name}: {split.documents} documents, {split.tokens} tokens, {len(split.shards)} shards")
         if not split.documents and config.validation_share:

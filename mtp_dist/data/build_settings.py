@@ -15,6 +15,11 @@ def check_settings(config: ShardBuild) -> None:
     """Raises UserError where a setting has a value that it cannot have."""
     if not config.out:
         raise UserError("out is empty; name the dataset folder to make")
+    for key in ("field", "separator", "tokenizer.eos_token"):
+        try:
+            value(config, key).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{key} holds bytes that are not UTF-8; type it again") from None
     if not 0 <= config.validation_share < 1:
         raise UserError(f"validation_share={config.validation_share} must be at least 0 and less than 1")
     if config.shard_mb <= 0:

@@ -57,7 +57,11 @@ def build(config: ShardBuild, typed: Collection[str] = (), note: Callable[[str],
     require_effect(config, typed)
     out = home_expanded(config.out, "out")
     settings = build_settings(config)
-    if _complete(out, settings):
+    try:
+        complete = _complete(out, settings)
+    except OSError as error:
+        raise UserError(f"out={config.out} cannot be used: {error.strerror}; choose another out=") from None
+    if complete:
         return Dataset.open(out), False
     if config.workers:
         # Read by the tokenizers library when it starts its threads.

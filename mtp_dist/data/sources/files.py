@@ -60,6 +60,16 @@ def home_expanded(entry: str, setting: str) -> Path:
         raise UserError(f"{setting}={entry}: {error}; write the path out") from None
 
 
+def check_name(entry: str, path: Path, name: str) -> None:
+    """Raises UserError where the name of a document's source is not text."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"input={printable(entry)}: the name of {printable(path)} is not UTF-8; rename it or leave it out"
+        ) from None
+
+
 def _expand(entry: str, suffixes: tuple[str, ...], unread: Unread) -> dict[str, NamedFile]:
     """The files that one input covers, by their identity."""
     path = home_expanded(entry, "input")
@@ -88,10 +98,7 @@ def _identified(entry: str, root: Path, paths: Iterator[Path] | Sequence[Path]) 
         real = os.path.realpath(path)
         inside = os.path.commonpath([below, real]) == below
         name = os.path.relpath(real, below) if inside else os.path.relpath(path, root)
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"input={entry}: the name of {printable(path)} is not UTF-8; rename it or leave it out") from None
+        check_name(entry, path, name)
         found[real if inside else os.path.abspath(path)] = NamedFile(Path(name).as_posix(), path)
     return found
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mtp_dist.data.sources.files import home_expanded
+from mtp_dist.data.sources.files import check_name, home_expanded
 from mtp_dist.data.sources.parquet import column_values
 from mtp_dist.data.sources.source import Document, check_field, check_text, optional_package, reading
 from mtp_dist.data.sources.unread import Unread, printable
@@ -94,6 +94,7 @@ def _ends_properly(file: Path) -> bool:
 def _described(entry: str) -> SavedDataset:
     """The dataset that a folder's state.json describes. Raises UserError where it is not one, or several."""
     folder = home_expanded(entry, "input")
+    check_name(entry, folder, folder.name)
     with reading(f"input={entry}"):
         if not folder.is_dir():
             raise _foreign(entry)
@@ -106,9 +107,7 @@ def _described(entry: str) -> SavedDataset:
             raise _foreign(entry)
         state = json.loads(read_regular(folder / STATE, 64 * MIB))
         if state.get("_indices_data_files") or state.get("_indices_files"):
-            raise UserError(
-                f"input={entry} holds a selection of rows, as old versions of datasets saved it; save it again"
-            )
+            raise UserError(f"input={entry} holds a selection of rows, as old versions of datasets saved it; save it again")
         names = [file["filename"] for file in state["_data_files"]]
         for name in names:
             if Path(name).name != name:

@@ -68,9 +68,7 @@ def reading(where: object) -> Iterator[None]:
         raise UserError(f"{where} does not fit into memory; divide it or leave it out of input") from None
     except Exception as error:
         said = (getattr(error, "strerror", None) or " ".join(str(error).split()) or "damaged")[:200]
-        raise UserError(
-            f"{where} cannot be read ({type(error).__name__}: {said}); restore or leave out this input"
-        ) from error
+        raise UserError(f"{where} cannot be read ({type(error).__name__}: {said}); restore or leave out this input") from error
 
 
 def optional_package(name: str, source: str) -> ModuleType:
