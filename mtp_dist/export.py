@@ -56,7 +56,7 @@ def export(config: Export) -> Path:
     temporary = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         temporary.mkdir(parents=True)
-        _write_descriptions(temporary, path, run, hugging_face.model_config(run, mtp, dtype, _end(path)[1]))
+        _write_descriptions(temporary, path, run, hugging_face.model_config(run, mtp, dtype, _end(path, run)[1]))
         _write_weights(temporary, path, tensors, dtype, config.shard_gb)
         for file in temporary.iterdir():
             sync_path(file)
@@ -70,13 +70,13 @@ def export(config: Export) -> Path:
     return out
 
 
-def _end(checkpoint: Path) -> tuple[str, int]:
+def _end(checkpoint: Path, run: TrainingRun) -> tuple[str, int]:
     """Name and number of the end-of-document token."""
-    return end_of_document(load_tokenizer(checkpoint / TOKENIZER))
+    return end_of_document(load_tokenizer(checkpoint / TOKENIZER), run.tokenizer.eos_token)
 
 
 def _write_descriptions(out: Path, checkpoint: Path, run: TrainingRun, content: dict[str, Any]) -> None:
-    eos_token, eos_id = _end(checkpoint)
+    eos_token, eos_id = _end(checkpoint, run)
     vocabulary = vocabulary_size(load_tokenizer(checkpoint / TOKENIZER))
     shutil.copyfile(checkpoint / TOKENIZER, out / "tokenizer.json")
     _write_json(out / "config.json", content)

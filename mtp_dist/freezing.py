@@ -102,6 +102,7 @@ def check(config: TrainingRun, cores: int | None = None) -> TrainingRun:
         require_same_model(checkpoint, full)
     old = _frozen_before(full.run_dir)
     full.init.checkpoint = _start(full, dataset, old)
+    full.tokenizer.eos_token = _eos_token(full, dataset, old)
     if full.mtp.freeze_trunk and not full.init.checkpoint and not folder.complete(Path(full.run_dir) / "checkpoints"):
         raise UserError(
             "mtp.freeze_trunk=true would keep a trunk of random weights for ever; give a trained one by "
@@ -223,6 +224,17 @@ def _dataset(config: TrainingRun) -> Dataset:
                 f"(sha256 {dataset.tokenizer_sha256[:12]}); leave tokenizer.path empty to take the dataset's own"
             )
     return dataset
+
+
+def _eos_token(config: TrainingRun, dataset: Dataset, old: TrainingRun | None) -> str:
+    """The end-of-document token as the run names it: the dataset's, or what its frozen settings say (nothing, where an earlier
+    version froze them). Raises UserError where another one was given."""
+    if config.tokenizer.eos_token not in ("", dataset.eos_token):
+        raise UserError(
+            f"tokenizer.eos_token={config.tokenizer.eos_token}, but data.path={config.data.path} was built with "
+            f"{dataset.eos_token}; leave it out to take the dataset's own"
+        )
+    return dataset.eos_token if old is None else old.tokenizer.eos_token
 
 
 def _start(config: TrainingRun, dataset: Dataset, old: TrainingRun | None) -> str:

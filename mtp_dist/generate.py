@@ -75,13 +75,14 @@ class Writer:
     decode: DecodeConfig
     seed: int
     quiet: bool = False
+    eos_token: str = ""  # as the run names it
 
     @property
     def told(self) -> dict[str, Any]:
         """What the engine is told with every text: the end-of-document token, the tokenizer's size, who else drafts."""
         from mtp_dist.data.tokenizer import end_of_document, vocabulary_size
 
-        end, entries = end_of_document(self.tokenizer)[1], vocabulary_size(self.tokenizer)
+        end, entries = end_of_document(self.tokenizer, self.eos_token)[1], vocabulary_size(self.tokenizer)
         return {"end": end, "vocabulary": entries, "draft_model": self.draft_model}
 
     def warm_up(self, prompts: "list[list[int]]") -> None:
@@ -214,7 +215,8 @@ def load_writer(path: str, decode: DecodeConfig, seed: int, *, device: str = "au
     most = draft_length(replace(decode, mode="speculative"), model.depth)
     lengths = DraftLengths(most) if decode.auto and decode.mode != "plain" else None
     stops = StopStrings(tokenizer, decode.stop)
-    return checkpoint, Writer(model, draft_model, lengths, tokenizer, stops, decode, seed)
+    eos_token = checkpoint.config.tokenizer.eos_token
+    return checkpoint, Writer(model, draft_model, lengths, tokenizer, stops, decode, seed, eos_token=eos_token)
 
 
 def run(config: Generation) -> int:

@@ -158,7 +158,8 @@ def open_part(config: Generation, mesh: "Mesh") -> "tuple[Checkpoint, Writer]":
     lengths = DraftLengths(most) if decode.auto and decode.mode != "plain" else None
     tokenizer = text_tokenizer(checkpoint.tokenizer_path)
     stops = StopStrings(tokenizer, decode.stop)
-    return checkpoint, Writer(part, drafting, lengths, tokenizer, stops, decode, config.seed, quiet=mesh.rank > 0)
+    eos_token = checkpoint.config.tokenizer.eos_token
+    return checkpoint, Writer(part, drafting, lengths, tokenizer, stops, decode, config.seed, mesh.rank > 0, eos_token)
 
 
 def write(

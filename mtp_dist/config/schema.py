@@ -124,6 +124,7 @@ class TokenizerConfig:
     path: str = setting("", "A tokenizer.json. Training: empty takes the dataset's own; a file given here must be the one that made the shards.")
     vocab_size: int = setting(4096, "Entries of a trained BPE, special tokens included.")
     train_bytes: int = setting(16_000_000, "At most so much text is read to train a BPE.")
+    eos_token: str = setting("", "Name of the token that ends a document. Building shards with kind=file: empty takes the known name that is flagged special. Training: the dataset's own, which need not be given.")
 
 
 @dataclass

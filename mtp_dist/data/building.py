@@ -11,7 +11,7 @@ Built into <out>.building: an interrupted build leaves nothing that looks comple
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,21 @@ from tqdm import tqdm
 
 from mtp_dist.config.schema import ShardBuild
 from mtp_dist.data import token_counts
+from mtp_dist.data.build_settings import check_settings, require_effect
 from mtp_dist.data.dataset import FORMAT, MANIFEST, SPLITS, Dataset, file_sha256, read_manifest
+from mtp_dist.data.encoder import TextEncoder
 from mtp_dist.data.shards import SplitWriter, token_dtype
+from mtp_dist.data.sources.files import home_expanded
 from mtp_dist.data.sources.source import Document, Source, open_source
-from mtp_dist.data.tokenizer import byte_tokenizer, end_of_document, load_tokenizer, text_tokenizer, train_bpe, vocabulary_size
+from mtp_dist.data.tokenizer import (
+    byte_tokenizer,
+    choose_end,
+    end_of_document,
+    load_tokenizer,
+    train_bpe,
+    vocabulary_size,
+    with_end,
+)
 from mtp_dist.data.workspace import building_folder, check_free
 from mtp_dist.errors import UserError
 
@@ -36,25 +47,35 @@ BATCH_DOCUMENTS = 1024
 RESERVE = 64 * MIB  # disk that is left alone
 
 
-def build(config: ShardBuild) -> tuple[Dataset, bool]:
+def build(config: ShardBuild, typed: Collection[str] = (), note: Callable[[str], object] = print) -> tuple[Dataset, bool]:
     """The dataset at `config.out`, and whether it was built now (False: it was complete already).
 
-    Raises UserError where a setting, the input, the disk or what lies at `out` does not allow it.
+    `typed`: settings that were given, also where they equal the default. `note` is called with a line on what of the input was
+    not read. Raises UserError where a setting, the input, the disk or what lies at `out` does not allow it.
     """
-    _check(config)
-    out = Path(config.out).expanduser()
+    check_settings(config)
+    require_effect(config, typed)
+    out = home_expanded(config.out, "out")
     settings = build_settings(config)
-    if _complete(out, settings):
+    try:
+        complete = _complete(out, settings)
+    except OSError as error:
+        raise UserError(f"out={config.out} cannot be used: {error.strerror}; choose another out=") from None
+    if complete:
         return Dataset.open(out), False
     if config.workers:
         # Read by the tokenizers library when it starts its threads.
-        os.environ["RAYON_NUM_THREADS"] = str(config.workers)
+        os.environ |= {"RAYON_NUM_THREADS": str(config.workers), "TOKENIZERS_PARALLELISM": "true"}
     source = open_source(config)
     check_free(out, _estimate(source, config) + RESERVE)
     with building_folder(out) as folder:
-        _make_tokenizer(source, config).save(str(folder / TOKENIZER))
-        splits, counts = _write_shards(source, config, folder)
-        _write_manifest(folder, settings, splits, token_counts.save(folder, counts))
+        tokenizer = _make_tokenizer(source, config)
+        tokenizer.save(str(folder / TOKENIZER))
+        end = end_of_document(tokenizer, choose_end(tokenizer, config.tokenizer.eos_token))
+        splits, counts = _write_shards(source, config, folder, end[1])
+        _write_manifest(folder, settings, splits, token_counts.save(folder, counts), end)
+    for line in source.unread.lines():
+        note(line)
     return Dataset.open(out), True
 
 
@@ -70,8 +91,9 @@ def build_settings(config: ShardBuild) -> dict[str, Any]:
     if config.tokenizer.kind == "bpe":
         tokenizer |= {"vocab_size": config.tokenizer.vocab_size, "train_bytes": config.tokenizer.train_bytes}
     elif config.tokenizer.kind == "file":
-        load_tokenizer(config.tokenizer.path)
-        tokenizer["sha256"] = file_sha256(Path(config.tokenizer.path))
+        tokenizer["sha256"] = file_sha256(_tokenizer_file(config)[1])
+        if config.tokenizer.eos_token:
+            tokenizer["eos_token"] = config.tokenizer.eos_token
     return {
         "source": config.source,
         "input": list(config.input),
@@ -86,25 +108,6 @@ def build_settings(config: ShardBuild) -> dict[str, Any]:
 
 def settings_hash(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def _check(config: ShardBuild) -> None:
-    if not config.out:
-        raise UserError("out is empty; name the dataset folder to make")
-    if not 0 <= config.validation_share < 1:
-        raise UserError(f"validation_share={config.validation_share} must be at least 0 and less than 1")
-    if config.shard_mb <= 0:
-        raise UserError(f"shard_mb={config.shard_mb} must be more than 0")
-    if config.limit_mb < 0:
-        raise UserError(f"limit_mb={config.limit_mb} must not be negative; 0 means all")
-    if config.workers < 0:
-        raise UserError(f"workers={config.workers} must not be negative; 0 means one a core")
-    if config.tokenizer.kind not in ("bpe", "bytes", "file"):
-        raise UserError(f"tokenizer.kind={config.tokenizer.kind} is unknown; choose bpe, bytes or file")
-    if config.tokenizer.kind == "file" and not config.tokenizer.path:
-        raise UserError("tokenizer.kind=file needs tokenizer.path, a tokenizer.json")
-    if config.tokenizer.kind == "bpe" and config.tokenizer.train_bytes < 1:
-        raise UserError(f"tokenizer.train_bytes={config.tokenizer.train_bytes} must be at least 1")
 
 
 def _complete(out: Path, settings: dict[str, Any]) -> bool:
@@ -131,11 +134,25 @@ def _estimate(source: Source, config: ShardBuild) -> int:
     return 2 * text
 
 
-def _limited(source: Source, limit_mb: float) -> Iterator[Document]:
-    """The documents that are used: none empty, no more once `limit_mb` MiB of text (0: any) are out."""
+def _tokenizer_file(config: ShardBuild) -> tuple[Tokenizer, Path]:
+    """The tokenizer at `tokenizer.path`, its end of a document flagged special, and where it is."""
+    path = home_expanded(config.tokenizer.path, "tokenizer.path")
+    tokenizer = load_tokenizer(path)
+    try:
+        return with_end(tokenizer, choose_end(tokenizer, config.tokenizer.eos_token)), path
+    except UserError as error:
+        raise UserError(f"tokenizer.path={path}: {error}") from None
+
+
+def _limited(source: Source, limit_mb: float, note: bool = False) -> Iterator[Document]:
+    """The documents that are used: none empty (`note`: those are counted as unread), no more once `limit_mb` MiB of text (0: any)
+    are out."""
     left = limit_mb * MIB
     for document in source:
-        if document.text:
+        if not document.text:
+            if note:
+                source.unread.add("documents without text", document.name)
+        else:
             yield document
             left -= len(document.text.encode())
             if limit_mb and left <= 0:
@@ -146,7 +163,7 @@ def _make_tokenizer(source: Source, config: ShardBuild) -> Tokenizer:
     if config.tokenizer.kind == "bytes":
         return byte_tokenizer()
     if config.tokenizer.kind == "file":
-        return load_tokenizer(config.tokenizer.path)
+        return _tokenizer_file(config)[0]
     return train_bpe(_training_text(source, config), config.tokenizer.vocab_size)
 
 
@@ -164,22 +181,21 @@ def _training_text(source: Source, config: ShardBuild) -> Iterator[str]:
                     return
 
 
-def _write_shards(source: Source, config: ShardBuild, folder: Path) -> tuple[dict[str, Any], np.ndarray]:
+def _write_shards(source: Source, config: ShardBuild, folder: Path, eos_id: int) -> tuple[dict[str, Any], np.ndarray]:
     """Tokenise and write all documents; the `splits` entry of dataset.json, and how often each token stands in those of the
     training split, int64 [V]."""
-    tokenizer = text_tokenizer(folder / TOKENIZER)
-    eos_id = end_of_document(tokenizer)[1]
-    vocabulary = vocabulary_size(tokenizer)
+    encoder = TextEncoder(folder / TOKENIZER, eos_id)
+    vocabulary = vocabulary_size(load_tokenizer(folder / TOKENIZER))
     dtype, counts = token_dtype(vocabulary), np.zeros(vocabulary, dtype=np.int64)
     shard_bytes = int(config.shard_mb * MIB)
     writers = {split: SplitWriter(folder, split, shard_bytes, dtype) for split in SPLITS}
     written = 0
     with _bar("shards", source.size()) as bar:
-        for batch in _batches(_limited(source, config.limit_mb)):
-            encodings = tokenizer.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
+        for batch in _batches(_limited(source, config.limit_mb, note=True)):
+            encoded = encoder.encode_batch([document.text for document in batch], [document.name for document in batch])
             learned: list[np.ndarray] = []
-            for document, encoding in zip(batch, encodings, strict=True):
-                tokens = np.array([*encoding.ids, eos_id], dtype=dtype)
+            for document, text_tokens in zip(batch, encoded, strict=True):
+                tokens = np.append(text_tokens, eos_id).astype(dtype)
                 split = split_of(document.name, config.validation_share)
                 if writers[split].add(document.name, tokens):
                     check_free(folder, shard_bytes + RESERVE)
@@ -204,10 +220,11 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _write_manifest(folder: Path, settings: dict[str, Any], splits: dict[str, Any], counts: dict[str, Any]) -> None:
-    tokenizer = load_tokenizer(folder / TOKENIZER)
-    eos_token, eos_id = end_of_document(tokenizer)
-    vocab_size = vocabulary_size(tokenizer)
+def _write_manifest(
+    folder: Path, settings: dict[str, Any], splits: dict[str, Any], counts: dict[str, Any], end: tuple[str, int]
+) -> None:
+    vocab_size = vocabulary_size(load_tokenizer(folder / TOKENIZER))
+    eos_token, eos_id = end
     manifest = {
         "format": FORMAT,
         "tokenizer": {

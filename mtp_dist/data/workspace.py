@@ -17,38 +17,48 @@ MARKER = "UNFINISHED"
 def building_folder(out: Path) -> Iterator[Path]:
     """An empty folder to write into; it becomes `out` when the block ends without an error.
 
-    What an interrupted build has left is removed first. Raises UserError where another build writes there, or a folder of
-    that name was not made by a build.
+    What an interrupted build has left is removed first. Raises UserError where another build writes there, a thing of that name
+    was not made by a build, or the block ends with an OSError: nothing but the folder may raise one in there.
     """
-    folder = out.with_name(out.name + ".building")
-    with _marked(folder, out) as marker:
-        try:
-            # Held until the process ends, however it ends.
-            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another build is writing {folder}; wait for it, or choose another out=") from error
-        _empty(folder)
-        try:
-            yield folder
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
-        _make_durable(folder)
-        folder.rename(out)
-        # After the rename: killed in between, a complete dataset keeps a stray file, and nothing is lost.
-        (out / MARKER).unlink()
-        _sync(out.parent)
-
-
-def _marked(folder: Path, out: Path) -> IO[str]:
-    """The open marker of the folder, both made if they are missing."""
+    place = Path(os.path.abspath(out))
+    if not place.name:
+        raise UserError(f"out={out} cannot be made a dataset; choose another out=")
+    folder = place.with_name(place.name + ".building")
     try:
-        if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
-            raise UserError(f"{folder} is in the way and was not made by a build; move it, or choose another out=")
-        folder.mkdir(parents=True, exist_ok=True)
-        return (folder / MARKER).open("w")
+        with _marked(folder) as marker:
+            try:
+                # Held until the process ends, however it ends.
+                fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(f"another build is writing {folder}; wait for it, or choose another out=") from error
+            _empty(folder)
+            try:
+                yield folder
+                _make_durable(folder)
+                folder.rename(place)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            # After the rename: killed in between, a complete dataset keeps a stray file, and nothing is lost.
+            (place / MARKER).unlink()
+            _sync(place.parent)
     except OSError as error:
-        raise UserError(f"out={out} cannot be written: {error.strerror}; choose another out=") from None
+        raise UserError(f"out={out} cannot be written: {error.strerror or error}; choose another out=") from error
+
+
+def _marked(folder: Path) -> IO[str]:
+    """The open marker of the folder, both made if they are missing."""
+    there = os.path.lexists(folder)
+    if there and (folder.is_symlink() or not folder.is_dir() or os.listdir(folder) and not _is_regular(folder / MARKER)):
+        raise UserError(f"{folder} is in the way and was not made by a build; move it, or choose another out=")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Not emptied, not through a link, and without waiting for the other end of a FIFO.
+    opened = os.open(folder / MARKER, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    return os.fdopen(opened, "r+")
+
+
+def _is_regular(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def check_free(folder: Path, needed: int) -> None:
@@ -79,7 +89,7 @@ def _sync(path: Path) -> None:
 
 def _empty(folder: Path) -> None:
     for entry in folder.iterdir():
-        if entry.is_dir():
+        if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         elif entry.name != MARKER:
             entry.unlink()

@@ -37,6 +37,7 @@ class Sample:
         self.tokens = self.tokenizer.encode(self.prompt, add_special_tokens=False).ids
         if not self.tokens:
             raise UserError(f"validation.prompt={self.prompt!r} has no token; give a text, or leave it empty")
+        self.end = end_of_document(self.tokenizer, config.tokenizer.eos_token)[1]
         drafts = config.mtp.kind in DRAFTING and config.mtp.stride == 1
         mode = "speculative" if drafts else "plain"
         self.decode = DecodeConfig(mode=mode, max_new_tokens=config.validation.prompt_tokens)
@@ -51,7 +52,7 @@ class Sample:
             self.part,
             self.tokens,
             self.decode,
-            end=end_of_document(self.tokenizer)[1],
+            end=self.end,
             vocabulary=vocabulary_size(self.tokenizer),
         )
         text = decoded(self.tokenizer, found.tokens, self.tokens)
