@@ -115,8 +115,12 @@ def _record(value: Any, kind: Any, place: str) -> Any:
 
 
 def _one_of(value: Any, kinds: tuple[Any, ...], place: str) -> Any:
+    if value is None and type(None) in kinds:
+        return None
     problem = ""
     for kind in kinds:
+        if kind is type(None):
+            continue
         try:
             return _typed(value, kind, place)
         except FormError as error:

@@ -11,10 +11,13 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mtp_dist.errors import UserError
+from mtp_dist.regular_file import MIB, read_regular
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # Names under which published tokenizers keep theirs, in order of preference.
 KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>")
+LARGEST = 256 * MIB
+"""Of a tokenizer.json; published ones of 256,000 tokens have 35 MiB."""
 SMALLEST_BPE = 257  # the 256 byte values and the end-of-document token
 
 
@@ -48,13 +51,16 @@ def byte_tokenizer() -> Tokenizer:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """A tokenizer.json, without any truncation or padding that was saved in it. Raises UserError where it cannot be read."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"tokenizer file {path} does not exist; name a tokenizer.json")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        content = read_regular(path, LARGEST)
+    except FileNotFoundError:
+        raise UserError(f"tokenizer file {path} does not exist; name a tokenizer.json") from None
+    except OSError as error:
+        raise UserError(f"tokenizer file {path} cannot be read: {error.strerror}") from None
+    try:
+        tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"tokenizer file {path} is not a tokenizers JSON ({error})") from error
+        raise UserError(f"tokenizer file {path} is not a tokenizers JSON ({str(error)[:200]})") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
