@@ -29,11 +29,17 @@ class FormError(ValueError):
     """A document is not JSON, or a field of it is not what it must be."""
 
 
-def parsed(content: bytes | str) -> Any:
-    """The value of a JSON text. Raises FormError."""
+def parsed(content: bytes | str, *, nonfinite: bool = False) -> Any:
+    """The value of a JSON text. ``nonfinite``: NaN and Infinity are numbers, as Python writes them. Raises FormError."""
     try:
         text = content.decode("utf-8") if isinstance(content, bytes) else content
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse, parse_int=_integer, parse_float=_number)
+        value = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_constant=float if nonfinite else _refuse,
+            parse_int=_integer,
+            parse_float=_number,
+        )
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except FormError:
@@ -142,7 +148,7 @@ def _below(place: str, key: str) -> str:
 
 
 def _wrong(place: str, value: Any, wanted: str) -> NoReturn:
-    shown = json.dumps(value) if isinstance(value, str | int | float | None) else {dict: "an object", list: "a list"}[type(value)]
+    shown = "an object" if type(value) is dict else "a list" if type(value) is list else json.dumps(value)
     short = shown if len(shown) <= 40 else f"{shown[:40]}..."
     raise FormError(f"{place or 'the document'} is {short}, not {wanted}")
 

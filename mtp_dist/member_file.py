@@ -6,8 +6,9 @@ Manifests come with checkpoints and datasets that others made. A name in one mus
 
 import hashlib
 import os
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from mtp_dist.errors import UserError
 from mtp_dist.regular_file import open_regular
@@ -43,4 +44,9 @@ def member_sha256(folder: Path, name: str, size: int | None = None) -> tuple[int
         found = os.fstat(file.fileno()).st_size
         if size is not None and found != size:
             return found, ""
-        return found, hashlib.file_digest(file, "sha256").hexdigest()
+        return found, sha256_of(file)
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """Hexadecimal SHA-256 of the rest of an open file."""
+    return hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest()

@@ -117,12 +117,11 @@ def _layout(layout: dict[str, Any]) -> str:
 
 
 def _data(data: dict[str, Any]) -> str:
-    places = data.get("lanes", {}).values()
-    if not places:
+    lanes, order = data.get("lanes", {}), data.get("order", {})
+    if not isinstance(lanes, dict) or not isinstance(order, dict) or not lanes:
         return "none"
-    epochs = sorted({place["epoch"] for place in places})
-    order = data.get("order", {})
-    return f"{len(places)} lanes in epoch {' and '.join(map(str, epochs))}, dataset {order.get('fingerprint')}"
+    epochs = sorted({str(place.get("epoch")) for place in lanes.values() if isinstance(place, dict)})
+    return f"{len(lanes)} lanes in epoch {' and '.join(epochs)}, dataset {order.get('fingerprint')}"
 
 
 def _sizes(manifest: Manifest) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from mtp_dist.checkpoint.fault import point
 from mtp_dist.errors import UserError
 from mtp_dist.json_document import FormError, parsed, typed
-from mtp_dist.member_file import check_name, check_sha256, member_sha256
+from mtp_dist.member_file import check_name, check_sha256, member_sha256, sha256_of
 from mtp_dist.regular_file import MIB, open_regular, read_regular
 
 FORMAT = "mtp_dist.checkpoint/2"
@@ -254,7 +254,7 @@ def damaged(folder: Path, what: str) -> DamagedError:
 def file_record(path: Path) -> FileRecord:
     """Raises UserError where it is no regular file, OSError where it cannot be read."""
     with open_regular(path) as file:
-        return FileRecord(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+        return FileRecord(os.fstat(file.fileno()).st_size, sha256_of(file))
 
 
 def damage(folder: Path, name: str, expected: FileRecord) -> str | None:

@@ -39,7 +39,9 @@ def load_settings(checkpoint: Path, manifest: Manifest | None = None) -> Trainin
             raise damaged(checkpoint, f"{CONFIG} describes {name} of shape {shape}, the manifest {has}")
     # Of one module for all depths only the depth can be large: no text is that long.
     if modules(mtp) > len(modules_there) or mtp.depth > config.train.sequence_length or mtp.blocks > len(found.parameters):
-        raise damaged(checkpoint, f"{CONFIG} has mtp.depth={mtp.depth}, mtp.blocks={mtp.blocks}; the manifest holds fewer modules")
+        raise damaged(
+            checkpoint, f"{CONFIG} has mtp.depth={mtp.depth}, mtp.blocks={mtp.blocks}; the manifest holds fewer modules"
+        )
     return config
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from mtp_dist.data.manifest import Manifest, ShardRecord, SplitRecord, damaged, read_manifest, sample_key
 from mtp_dist.data.tokenizer import load_tokenizer, vocabulary_size
 from mtp_dist.errors import UserError
-from mtp_dist.member_file import member_sha256, open_member
+from mtp_dist.member_file import member_sha256, open_member, sha256_of
 from mtp_dist.regular_file import open_regular
 
 
@@ -149,7 +149,7 @@ class Dataset:
 def file_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a regular file. Raises UserError where it is none, OSError where it cannot be read."""
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(file)
 
 
 def _split(path: Path, name: str, record: SplitRecord, encoding: Encoding) -> Split:
@@ -169,7 +169,8 @@ def _check_shard(shard: Shard) -> None:
             raise UserError(f"shard {shard.path} is {size} bytes; expected {shard.bytes}; restore it or build the dataset again")
         open_member(shard.folder, shard.record.index).close()
     except FileNotFoundError as error:
-        what = f"index {shard.index_path} of shard {shard.path.name}" if error.filename == str(shard.index_path) else f"shard {shard.path}"
+        index = f"index {shard.index_path} of shard {shard.path.name}"
+        what = index if error.filename == str(shard.index_path) else f"shard {shard.path}"
         raise UserError(f"{what} is missing; restore it or build the dataset again") from None
     except OSError as error:
         raise UserError(f"{error.filename or shard.path} cannot be read: {error.strerror}") from None
