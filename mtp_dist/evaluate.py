@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from mtp_dist import decode_report, humaneval
 from mtp_dist.checkpoint import folder
-from mtp_dist.checkpoint.manifest import CONFIG, TOKENIZER
+from mtp_dist.checkpoint.manifest import TOKENIZER
+from mtp_dist.checkpoint.settings import load_settings
 from mtp_dist.config import versions
 from mtp_dist.config.command import application, open_output
 from mtp_dist.config.compose import differences, load, save
@@ -70,7 +71,7 @@ def prepare(config: Evaluation) -> Evaluation:
     at_least("sequences", config.sequences, 1)
     at_least("micro_batch", config.micro_batch, 1)
     checkpoint = folder.sound(config.checkpoint)
-    trained = load(checkpoint / CONFIG, TrainingRun)
+    trained = load_settings(checkpoint)
     full = copy.deepcopy(config)
     full.checkpoint = str(checkpoint.resolve())
     full.dtype = config.dtype or trained.train.dtype

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 
 from mtp_dist.checkpoint import folder
 from mtp_dist.checkpoint.manifest import CONFIG, TOKENIZER, read_manifest, sync_path
+from mtp_dist.checkpoint.settings import load_settings
 from mtp_dist.config import versions
 from mtp_dist.config.command import application
-from mtp_dist.config.compose import load
 from mtp_dist.config.rules import above, given, one_of
 from mtp_dist.config.schema import Export, TrainingRun
 from mtp_dist.data.tokenizer import end_of_document, load_tokenizer, vocabulary_size
@@ -47,7 +47,7 @@ def export(config: Export) -> Path:
     if out.exists():
         raise UserError(f"out={out} exists; choose a new folder, or remove it")
     path = folder.sound(config.checkpoint)
-    run = load(path / CONFIG, TrainingRun)
+    run = load_settings(path)
     dtype = config.dtype or run.train.dtype
     one_of("dtype", dtype, list(weight_file.SIZES))
     mtp = run.mtp if config.heads else replace(run.mtp, kind="none", depth=0)

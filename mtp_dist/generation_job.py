@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtp_dist.checkpoint import folder
-from mtp_dist.checkpoint.manifest import CONFIG
+from mtp_dist.checkpoint.settings import load_settings
 from mtp_dist.config import versions
 from mtp_dist.config.command import LastingOutput, open_output
 from mtp_dist.config.compose import compose, load, save
-from mtp_dist.config.schema import Generation, TrainingRun
+from mtp_dist.config.schema import Generation
 from mtp_dist.config.validation import validate_launch, validate_parallel
 from mtp_dist.decoding import request
 from mtp_dist.errors import AgreedError, UserError
@@ -54,7 +54,7 @@ def prepare(config: Generation) -> Generation:
     request.validate_layout(config)
     validate_launch(config.launch, config.parallel)
     checkpoint = folder.sound(config.checkpoint)
-    trained = load(checkpoint / CONFIG, TrainingRun)
+    trained = load_settings(checkpoint)
     decode = request.fitted(config.decode, trained.mtp)
     validate_parallel(config.parallel, trained.model, None)
     drafting = draft_folder(decode, checkpoint)

@@ -23,8 +23,12 @@ from pathlib import Path
 from typing import IO
 
 from mtp_dist.errors import UserError
+from mtp_dist.json_document import parsed, typed
+from mtp_dist.regular_file import require_regular
 
 NAME = ".lock"
+LARGEST = 4096
+"""Of the file, in characters."""
 # Tells rank 0 that its launcher holds the lock of this folder.
 LAUNCHED = "MTP_DIST_RUN_LOCK"
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
@@ -68,7 +72,10 @@ def require_free(run_dir: str | os.PathLike[str], *, wait_seconds: float = 0.0) 
 def _opened(run_dir: str | os.PathLike[str]) -> IO[str]:
     try:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
-        return open(Path(run_dir) / NAME, "a+", encoding="utf-8")
+        place = Path(run_dir) / NAME
+        if os.path.lexists(place):
+            require_regular(place)
+        return open(place, "a+", encoding="utf-8")
     except OSError as error:
         raise UserError(f"run_dir={run_dir} cannot be written: {error.strerror}") from None
 
@@ -108,7 +115,7 @@ def _holder(file: IO[str]) -> str:
     """Who has written itself down; the one that has the lock may not have come to it yet."""
     try:
         file.seek(0)
-        holder = json.loads(file.read())
+        holder = typed(parsed(file.read(LARGEST)), dict[str, int | str])
         return f"another job (host {holder['host']}, process {holder['pid']}, since {holder['since']})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another job, which has just started"

@@ -3,7 +3,7 @@ starts."""
 
 from pathlib import Path
 
-from mtp_dist.checkpoint.manifest import CONFIG
+from mtp_dist.checkpoint.settings import load_settings
 from mtp_dist.config import compose
 from mtp_dist.config.heads import CONTRACT, modules
 from mtp_dist.config.schema import TrainingRun
@@ -21,7 +21,7 @@ def require_same_model(checkpoint: Path, config: TrainingRun) -> None:
     """Raise UserError naming the first setting of the model that differs. A checkpoint whose settings cannot be read is passed
     over: it is damaged, and resuming will say so and take another."""
     try:
-        saved = compose.load(checkpoint / CONFIG, TrainingRun)
+        saved = load_settings(checkpoint)
     except UserError:
         return
     for key, here, wanted in compose.differences(saved, config):
@@ -35,7 +35,7 @@ def require_same_model(checkpoint: Path, config: TrainingRun) -> None:
 def require_start(checkpoint: Path, config: TrainingRun) -> None:
     """Raise UserError unless a new run of these settings can start from this checkpoint's weights, naming the first setting that
     stands against it. The number of heads may differ, and with ``init.heads=fresh`` their kind."""
-    saved = compose.load(checkpoint / CONFIG, TrainingRun)
+    saved = load_settings(checkpoint)
     for key, there, here in compose.differences(saved, config):
         name = f"init.checkpoint={checkpoint}"
         if key.startswith("model.") and key not in _POLICY:

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtp_dist.checkpoint.manifest import CONFIG, Manifest, damage, read_manifest
+from mtp_dist.checkpoint.manifest import Manifest, damage, read_manifest
+from mtp_dist.checkpoint.settings import load_settings
 from mtp_dist.config import compose
-from mtp_dist.config.schema import TrainingRun
 
 SHOWN = 10
 
@@ -48,7 +48,7 @@ def compare(one: Path, other: Path, *, all_parameters: bool) -> str:
         "settings": [
             (key, f"{was} -> {now}")
             for key, was, now in compose.differences(
-                compose.load(one / CONFIG, TrainingRun), compose.load(other / CONFIG, TrainingRun)
+                load_settings(one, first), load_settings(other, second)
             )
         ],
         "manifest": list(_manifest_differences(first, second)),
@@ -117,12 +117,11 @@ def _layout(layout: dict[str, Any]) -> str:
 
 
 def _data(data: dict[str, Any]) -> str:
-    places = data.get("lanes", {}).values()
-    if not places:
+    lanes, order = data.get("lanes", {}), data.get("order", {})
+    if not isinstance(lanes, dict) or not isinstance(order, dict) or not lanes:
         return "none"
-    epochs = sorted({place["epoch"] for place in places})
-    order = data.get("order", {})
-    return f"{len(places)} lanes in epoch {' and '.join(map(str, epochs))}, dataset {order.get('fingerprint')}"
+    epochs = sorted({str(place.get("epoch")) for place in lanes.values() if isinstance(place, dict)})
+    return f"{len(lanes)} lanes in epoch {' and '.join(epochs)}, dataset {order.get('fingerprint')}"
 
 
 def _sizes(manifest: Manifest) -> str:

@@ -11,13 +11,16 @@ from pathlib import Path
 
 from mtp_dist.checkpoint import folder
 from mtp_dist.checkpoint.compatibility import kept_heads
-from mtp_dist.checkpoint.manifest import CONFIG, read_manifest
-from mtp_dist.config import compose
+from mtp_dist.checkpoint.manifest import DRAFT_TOKENS, read_manifest
+from mtp_dist.checkpoint.settings import load_settings
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.data.dataset import Dataset
 from mtp_dist.errors import UserError
+from mtp_dist.json_document import parsed, typed
+from mtp_dist.regular_file import MIB, read_regular
 
-DRAFT_TOKENS = "draft_tokens.json"
+LARGEST = 16 * MIB
+"""Of the file; a token takes at most ten bytes of it."""
 
 
 def drafted(config: TrainingRun) -> list[int] | None:
@@ -63,17 +66,16 @@ def _inherited(config: TrainingRun) -> list[int] | None:
     if not config.init.checkpoint:
         return None
     path = Path(config.init.checkpoint)
-    saved = compose.load(path / CONFIG, TrainingRun)
+    saved = load_settings(path)
     return of_checkpoint(path, config) if kept_heads(saved, config) else None
 
 
 def _read(path: Path, config: TrainingRun, way_out: str) -> list[int]:
     try:
-        tokens = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}); {way_out}") from None
+        tokens = typed(parsed(read_regular(path, LARGEST)), list[int])
+    except (OSError, ValueError, UserError) as error:
+        raise UserError(f"{path} cannot be read ({str(error)[:200]}); {way_out}") from None
     number, rows = config.mtp.draft_vocabulary, config.model.vocab_size or 0
-    good = isinstance(tokens, list) and all(isinstance(token, int) and 0 <= token < rows for token in tokens)
-    if not good or len(set(tokens)) != number:
+    if not all(0 <= token < rows for token in tokens) or len(set(tokens)) != number:
         raise UserError(f"{path} does not hold mtp.draft_vocabulary={number} different tokens below {rows}; {way_out}")
-    return list(tokens)
+    return tokens

@@ -8,26 +8,38 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mtp_dist.checkpoint import folder as folders
 from mtp_dist.checkpoint.draft_tokens import of_checkpoint
-from mtp_dist.checkpoint.manifest import CONFIG, TOKENIZER, FragmentRecord, Manifest, damage, read_manifest
-from mtp_dist.config import compose
+from mtp_dist.checkpoint.manifest import (
+    TOKENIZER,
+    DamagedError,
+    FragmentRecord,
+    Manifest,
+    OptimizerRecord,
+    damage,
+    damaged,
+    read_manifest,
+)
+from mtp_dist.checkpoint.settings import load_settings
 from mtp_dist.config.schema import ParallelConfig, TrainingRun
 from mtp_dist.errors import UserError
+from mtp_dist.json_document import FormError, typed
+from mtp_dist.member_file import open_member
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.parameter import replace, spec_of
 from mtp_dist.parallel.engine import PARTS, Engine
 from mtp_dist.parallel.mesh import Mesh
 from mtp_dist.parallel.parameter_groups import HEADS, TRUNK, role_of
 from mtp_dist.parallel.stages import build_chunks
+
+T = TypeVar("T")
 
 
 def _every(name: str) -> bool:
@@ -50,7 +62,14 @@ class Checkpoint:
     @cached_property
     def config(self) -> TrainingRun:
         """The settings of the run that saved it."""
-        return compose.load(self.path / CONFIG, TrainingRun)
+        return load_settings(self.path, self.manifest)
+
+    def section(self, name: str, kind: type[T]) -> T:
+        """A section of the manifest with the fields that a dataclass has. Raises DamagedError where it has others."""
+        try:
+            return typed(getattr(self.manifest, name), kind, name)
+        except FormError as error:
+            raise damaged(self.path, str(error)) from None
 
     @property
     def tokenizer_path(self) -> Path:
@@ -66,10 +85,33 @@ class Checkpoint:
         files = sorted(self.manifest.files.items())[share::shares]
         return [problem for name, record in files if (problem := damage(self.path, name, record))]
 
-    def _tensor(self, file: str, key: str) -> Tensor:
-        if file not in self._open:
-            self._open[file] = safe_open(self.path / file, framework="pt")
-        return self._open[file].get_tensor(key)
+    def _tensor(self, file: str, key: str, dtype: str, count: int | None = None) -> Tensor:
+        """A one-dimensional tensor of a file, of just this dtype (as safetensors names it) and number of elements (None: any).
+        Raises DamagedError where the file holds another one, or cannot be read."""
+        try:
+            if file not in self._open:
+                with open_member(self.path, file):  # safetensors opens whatever lies there
+                    self._open[file] = safe_open(self.path / file, framework="pt")
+            place = self._open[file].get_slice(key)
+            found, shape = place.get_dtype(), place.get_shape()
+            if found != dtype or len(shape) != 1 or (count is not None and shape != [count]):
+                raise DamagedError(
+                    f"{self.path / file} holds {key} as {found} {shape}; expected {dtype} [{'N' if count is None else count}]; "
+                    "use another checkpoint"
+                )
+            tensor: Tensor = self._open[file].get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise DamagedError(f"{self.path / file} cannot be read ({str(error)[:200]}); use another checkpoint") from None
+        return tensor
+
+    def _require_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise UserError where a parameter of the model has another shape here."""
+        record = self.manifest.parameters.get(name)
+        if record is not None and record.shape != list(shape):
+            raise UserError(
+                f"checkpoint {self.path} has {name} of shape {record.shape}, the model of shape {list(shape)}: it belongs to a "
+                "different model"
+            )
 
     def read(self, name: str, part: str, start: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
         """float32 values of the box `start` .. `start + shape` of a parameter (None: all of it), of one of ``PARTS``. A
@@ -85,13 +127,12 @@ class Checkpoint:
             return torch.zeros(shape)
         wanted = torch.empty(shape)
         filled = 0
-        ordered = sorted(record.fragments, key=lambda f: (f.start, f.shape, f.begin))
-        for (box_start, box_shape), members in groupby(ordered, key=lambda f: (tuple(f.start), tuple(f.shape))):
+        for (box_start, box_shape), members in record.boxes().items():
             low = [max(a, b) for a, b in zip(start, box_start, strict=True)]
             high = [min(a + n, b + m) for a, n, b, m in zip(start, shape, box_start, box_shape, strict=True)]
             if any(a >= b for a, b in zip(low, high, strict=True)):
                 continue
-            box = self._box(name, part, box_shape, list(members))
+            box = self._box(name, part, box_shape, members)
             inside = box[tuple(slice(a - b, c - b) for a, c, b in zip(low, high, box_start, strict=True))]
             wanted[tuple(slice(a - b, c - b) for a, c, b in zip(low, high, start, strict=True))] = inside
             filled += inside.numel()
@@ -106,7 +147,8 @@ class Checkpoint:
         for fragment in fragments:
             if fragment.begin != position:
                 raise UserError(f"checkpoint {self.path} lacks values {position} to {fragment.begin} of a slice of {name}")
-            flat[fragment.begin : fragment.end] = self._tensor(fragment.file, f"{fragment.key}.{part}")
+            count = fragment.end - fragment.begin
+            flat[fragment.begin : fragment.end] = self._tensor(fragment.file, f"{fragment.key}.{part}", "F32", count)
             position = fragment.end
         if position != flat.numel():
             raise UserError(f"checkpoint {self.path} lacks values {position} to {flat.numel()} of a slice of {name}")
@@ -118,6 +160,7 @@ class Checkpoint:
             for name, p in list(chunk.named_parameters()):
                 if p.is_meta:  # a shared embedding is loaded with its first chunk
                     spec = spec_of(p)
+                    self._require_shape(name, spec.shape)
                     replace(chunk, name, self.read(name, PARTS[0], spec.start, spec.local_shape).to(dtype))
 
     def load_model(self, dtype: torch.dtype = torch.float32) -> Chunk:
@@ -146,6 +189,7 @@ class Checkpoint:
             source = name if weights(name) else spec.copy_of
             if source is None:
                 continue
+            self._require_shape(source, spec.shape)
             master = self.read(source, PARTS[0], spec.start, spec.local_shape)
             engine.set_weight(name, master)
             fragment = owned.get(name)
@@ -155,8 +199,10 @@ class Checkpoint:
                 if part == PARTS[0] or (source == name and role_of(name) in moments):
                     whole = master if part == PARTS[0] else self.read(name, part, spec.start, spec.local_shape)
                     values.copy_(whole.flatten()[fragment.begin : fragment.end])
-        applied = self.manifest.optimizer
-        steps = applied.get("steps") or dict.fromkeys((TRUNK, HEADS), applied["step"])
+        applied = self.section("optimizer", OptimizerRecord)
+        steps = applied.steps or dict.fromkeys((TRUNK, HEADS), applied.step)
+        if steps.keys() != {TRUNK, HEADS}:
+            raise damaged(self.path, f"optimizer.steps is of {sorted(steps)}")
         engine.optimizer_steps = {role: count if role in moments else 0 for role, count in steps.items()}
 
     def load_random_state(self, rank: int, device: torch.device) -> None:
@@ -164,10 +210,13 @@ class Checkpoint:
         file = f"rank_{rank:05d}.safetensors"
         if file not in self.manifest.files:
             return
-        torch.set_rng_state(self._tensor(file, "rng.cpu"))
-        with safe_open(self.path / file, framework="pt") as content:
-            if device.type == "cuda" and "rng.cuda" in content.keys():  # noqa: SIM118 (not a mapping)
-                torch.cuda.set_rng_state(content.get_tensor("rng.cuda"), device)
+        state = self._tensor(file, "rng.cpu", "U8")
+        try:
+            torch.set_rng_state(state)
+            if device.type == "cuda" and "rng.cuda" in self._open[file].keys():  # noqa: SIM118 (not a mapping)
+                torch.cuda.set_rng_state(self._tensor(file, "rng.cuda", "U8"), device)
+        except RuntimeError as error:
+            raise DamagedError(f"{self.path / file} holds no state of a random generator ({str(error)[:80]})") from None
 
 
 def open_checkpoint(path: str | Path, setting: str = "checkpoint") -> Checkpoint:

@@ -33,11 +33,11 @@ import torch.distributed as dist
 
 import mtp_dist
 from mtp_dist.checkpoint import folder as folders
-from mtp_dist.checkpoint.draft_tokens import DRAFT_TOKENS
 from mtp_dist.checkpoint.fault import point
 from mtp_dist.checkpoint.fragment_file import FragmentFile
 from mtp_dist.checkpoint.manifest import (
     CONFIG,
+    DRAFT_TOKENS,
     FORMAT,
     MANIFEST,
     TOKENIZER,

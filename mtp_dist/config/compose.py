@@ -6,6 +6,7 @@ Whatever a user can get wrong here is one UserError of one line. Text settings a
 """
 
 import difflib
+import io
 import os
 import re
 import types
@@ -29,11 +30,14 @@ from omegaconf.errors import OmegaConfBaseException
 from mtp_dist.config.escapes import unescaped, unescaped_list
 from mtp_dist.config.folder import conf_folder, groups
 from mtp_dist.errors import UserError
+from mtp_dist.regular_file import MIB, read_regular
 
 T = TypeVar("T")
 
 _OVERRIDE = re.compile(r"(?P<prefix>\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@-]*)(?P<equals>=)?(?P<value>.*)", re.DOTALL)
 
+LARGEST = MIB
+"""Of a file of settings, in bytes; they take a few KiB."""
 REMOVED = ("parallel.tail_cost",)
 """Settings of earlier versions that are passed over in their files."""
 
@@ -109,13 +113,18 @@ def load(path: str | os.PathLike[str], schema: type[T]) -> T:
     """Read what ``save`` wrote; a setting that the file lacks takes its default, or the ``absent`` of its field. UserError for
     what the schema refuses."""
     try:
-        raw = OmegaConf.load(Path(path))
+        text = read_regular(path, LARGEST).decode("utf-8")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {_one_line(error)}") from None
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from None
+    try:
+        _refuse_aliases(text)
+        raw = OmegaConf.load(io.StringIO(text))
+    except RecursionError:
+        raise UserError(f"{path} is not valid YAML: it is nested too deeply") from None
+    except Exception as error:  # what YAML makes of hostile text has no common class: dates, numbers, keys
+        raise UserError(f"{path} is not valid YAML: {_one_line(error)[:300]}") from None
     if not isinstance(raw, DictConfig):
         raise UserError(f"{path} does not hold settings (a mapping of names to values)")
     content = _escape_all(OmegaConf.to_container(raw, resolve=False))
@@ -129,6 +138,13 @@ def load(path: str | os.PathLike[str], schema: type[T]) -> T:
         raise UserError(f"{path}: {_reason(error, settings(schema))}") from None
     assert isinstance(config, DictConfig)
     return _typed(config, schema, str(path))
+
+
+def _refuse_aliases(text: str) -> None:
+    """``save`` writes none, and a few lines of them stand for gigabytes. Raises ValueError, and yaml.YAMLError."""
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"line {event.start_mark.line + 1} refers to an anchor, which settings never do")
 
 
 def differences(old: Any, new: Any) -> list[tuple[str, Any, Any]]:

@@ -9,7 +9,6 @@ Built into <out>.building: an interrupted build leaves nothing that looks comple
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
@@ -23,9 +22,22 @@ from tqdm import tqdm
 from mtp_dist.config.schema import ShardBuild
 from mtp_dist.data import token_counts
 from mtp_dist.data.build_settings import check_settings, require_effect
-from mtp_dist.data.dataset import FORMAT, MANIFEST, SPLITS, Dataset, file_sha256, read_manifest
+from mtp_dist.data.dataset import Dataset, file_sha256
 from mtp_dist.data.encoder import TextEncoder
-from mtp_dist.data.shards import SplitWriter, token_dtype
+from mtp_dist.data.manifest import (
+    FORMAT,
+    MANIFEST,
+    SPLITS,
+    CountsRecord,
+    Manifest,
+    SplitRecord,
+    TokenizerRecord,
+    read_manifest,
+    settings_hash,
+    token_dtype,
+    write_manifest,
+)
+from mtp_dist.data.shards import SplitWriter
 from mtp_dist.data.sources.files import home_expanded
 from mtp_dist.data.sources.source import Document, Source, open_source
 from mtp_dist.data.tokenizer import (
@@ -106,17 +118,13 @@ def build_settings(config: ShardBuild) -> dict[str, Any]:
     }
 
 
-def settings_hash(settings: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
 def _complete(out: Path, settings: dict[str, Any]) -> bool:
     """Whether `out` holds this very dataset; raises UserError where it holds anything else."""
     if (out / MANIFEST).is_file():
         before = read_manifest(out)
-        if before.get("settings_sha256") == settings_hash(settings):
+        if before.settings_sha256 == settings_hash(settings):
             return True
-        changed = [name for name, value in settings.items() if before.get("settings", {}).get(name) != value]
+        changed = [name for name, value in settings.items() if before.settings.get(name) != value]
         raise UserError(
             f"out={out} holds a dataset built with other settings ({', '.join(changed)}); "
             "choose another out= or delete that folder"
@@ -181,7 +189,7 @@ def _training_text(source: Source, config: ShardBuild) -> Iterator[str]:
                     return
 
 
-def _write_shards(source: Source, config: ShardBuild, folder: Path, eos_id: int) -> tuple[dict[str, Any], np.ndarray]:
+def _write_shards(source: Source, config: ShardBuild, folder: Path, eos_id: int) -> tuple[dict[str, SplitRecord], np.ndarray]:
     """Tokenise and write all documents; the `splits` entry of dataset.json, and how often each token stands in those of the
     training split, int64 [V]."""
     encoder = TextEncoder(folder / TOKENIZER, eos_id)
@@ -221,28 +229,20 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _write_manifest(
-    folder: Path, settings: dict[str, Any], splits: dict[str, Any], counts: dict[str, Any], end: tuple[str, int]
+    folder: Path, settings: dict[str, Any], splits: dict[str, SplitRecord], counts: CountsRecord, end: tuple[str, int]
 ) -> None:
     vocab_size = vocabulary_size(load_tokenizer(folder / TOKENIZER))
     eos_token, eos_id = end
-    manifest = {
-        "format": FORMAT,
-        "tokenizer": {
-            "file": TOKENIZER,
-            "sha256": file_sha256(folder / TOKENIZER),
-            "vocab_size": vocab_size,
-            "eos_id": eos_id,
-            "eos_token": eos_token,
-        },
-        "dtype": token_dtype(vocab_size).name,
-        "splits": splits,
-        "token_counts": counts,
-        "settings": settings,
-        "settings_sha256": settings_hash(settings),
-    }
-    with (folder / MANIFEST).open("w") as file:
-        json.dump(manifest, file, indent=1)
-        file.write("\n")
+    manifest = Manifest(
+        format=FORMAT,
+        tokenizer=TokenizerRecord(TOKENIZER, file_sha256(folder / TOKENIZER), vocab_size, eos_id, eos_token),
+        dtype=token_dtype(vocab_size).name,
+        splits=splits,
+        token_counts=counts,
+        settings=settings,
+        settings_sha256=settings_hash(settings),
+    )
+    write_manifest(folder, manifest)
 
 
 def _bar(what: str, total: int) -> tqdm:

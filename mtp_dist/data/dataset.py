@@ -4,30 +4,64 @@
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from mtp_dist.data.manifest import Manifest, ShardRecord, SplitRecord, damaged, read_manifest, sample_key
+from mtp_dist.data.tokenizer import load_tokenizer, vocabulary_size
 from mtp_dist.errors import UserError
+from mtp_dist.member_file import member_sha256, open_member, sha256_of
+from mtp_dist.regular_file import open_regular
 
-FORMAT = "mtp_dist.dataset/1"
-MANIFEST = "dataset.json"
-SPLITS = ("train", "validation")
+
+@dataclass(frozen=True)
+class Encoding:
+    """How documents are stored: the numpy `dtype` of their tokens, which are below `vocab_size` and end with `eos_id`."""
+
+    dtype: str
+    vocab_size: int
+    eos_id: int
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar and its index; sizes in bytes, sums in hexadecimal SHA-256."""
+    """One tar and its index, in the dataset's `folder`; sizes in bytes, sums in hexadecimal SHA-256. `first`: number in `split` of
+    its first document."""
 
-    path: Path
-    bytes: int
-    sha256: str
-    documents: int
-    tokens: int
-    index_path: Path
-    index_sha256: str
+    folder: Path
+    record: ShardRecord
+    split: str
+    first: int
+    encoding: Encoding
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.record.file
+
+    @property
+    def index_path(self) -> Path:
+        return self.folder / self.record.index
+
+    @property
+    def bytes(self) -> int:
+        return self.record.bytes
+
+    @property
+    def sha256(self) -> str:
+        return self.record.sha256
+
+    @property
+    def documents(self) -> int:
+        return self.record.documents
+
+    @property
+    def tokens(self) -> int:
+        return self.record.tokens
+
+    def key(self, number: int) -> str:
+        """Of its number-th document."""
+        return sample_key(self.split, self.first + number)
 
 
 @dataclass(frozen=True)
@@ -56,36 +90,34 @@ class Dataset:
     eos_id: int
     eos_token: str
     splits: Mapping[str, Split]
-    manifest: Mapping[str, Any]
+    manifest: Manifest
 
     @classmethod
     def open(cls, path: str | Path) -> "Dataset":
-        """Read `path`/dataset.json and check that its files are there, with the right sizes.
+        """Read `path`/dataset.json, compare what it says with its tokenizer, and check that its files are there, with the right
+        sizes.
 
         Raises UserError where the folder is no dataset, or a file of it is missing, cut, or not the one that was built.
         """
         path = Path(path)
         manifest = read_manifest(path)
-        try:
-            dataset = cls._described(path, manifest)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise _damaged(path, error) from error
-        dataset._check_files()
-        return dataset
-
-    @classmethod
-    def _described(cls, path: Path, manifest: Mapping[str, Any]) -> "Dataset":
-        tokenizer = manifest["tokenizer"]
-        return cls(
+        tokenizer = manifest.tokenizer
+        encoding = Encoding(manifest.dtype, tokenizer.vocab_size, tokenizer.eos_id)
+        dataset = cls(
             path=path,
-            tokenizer_path=path / tokenizer["file"],
-            tokenizer_sha256=tokenizer["sha256"],
-            vocab_size=tokenizer["vocab_size"],
-            eos_id=tokenizer["eos_id"],
-            eos_token=tokenizer["eos_token"],
-            splits={name: _split(path, name, value) for name, value in manifest["splits"].items()},
+            tokenizer_path=path / tokenizer.file,
+            tokenizer_sha256=tokenizer.sha256,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            eos_token=tokenizer.eos_token,
+            splits={name: _split(path, name, record, encoding) for name, record in manifest.splits.items()},
             manifest=manifest,
         )
+        dataset._check_tokenizer()
+        for split in dataset.splits.values():
+            for shard in split.shards:
+                _check_shard(shard)
+        return dataset
 
     def split(self, name: str) -> Split:
         """The named split; raises UserError where there is none or it is empty."""
@@ -97,63 +129,48 @@ class Dataset:
             )
         return split
 
-    def _check_files(self) -> None:
-        if not self.tokenizer_path.is_file():
-            raise UserError(f"dataset {self.path} lacks {self.tokenizer_path.name}; build it again")
-        if file_sha256(self.tokenizer_path) != self.tokenizer_sha256:
-            raise UserError(f"{self.tokenizer_path} is not the tokenizer that made these shards (SHA-256 differs); restore it")
-        for split in self.splits.values():
-            for shard in split.shards:
-                _check_shard(shard)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The content of a folder's dataset.json; raises UserError where there is none of this format."""
-    file = path / MANIFEST
-    if not file.is_file():
-        raise UserError(
-            f"{path} is not a dataset (no {MANIFEST}); build one: python data/build_shards.py source=python_stdlib out={path}"
-        )
-    try:
-        manifest = json.loads(file.read_bytes())
-        found = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, error) from error
-    if found != FORMAT:
-        raise UserError(f"{file} has format {found!r}, this version reads {FORMAT!r}; build the dataset again")
-    return manifest
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path / MANIFEST} is damaged ({type(error).__name__}: {error}); restore it or build the dataset again")
+    def _check_tokenizer(self) -> None:
+        file = self.tokenizer_path
+        try:
+            total = member_sha256(self.path, file.name)[1]
+        except FileNotFoundError:
+            raise UserError(f"dataset {self.path} lacks {file.name}; build it again") from None
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}") from None
+        if total != self.tokenizer_sha256:
+            raise UserError(f"{file} is not the tokenizer that made these shards (SHA-256 differs); restore it")
+        tokenizer = load_tokenizer(file)
+        if (rows := vocabulary_size(tokenizer)) != self.vocab_size:
+            raise damaged(self.path, f"vocab_size is {self.vocab_size}, but {file.name} has {rows} tokens")
+        if (number := tokenizer.token_to_id(self.eos_token)) != self.eos_id:
+            raise damaged(self.path, f"eos_id is {self.eos_id}, but {self.eos_token!r} is {number} in {file.name}")
 
 
 def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Hexadecimal SHA-256 of a regular file. Raises UserError where it is none, OSError where it cannot be read."""
+    with open_regular(path) as file:
+        return sha256_of(file)
 
 
-def _split(path: Path, name: str, value: Mapping[str, Any]) -> Split:
-    shards = tuple(
-        Shard(
-            path=path / shard["file"],
-            bytes=shard["bytes"],
-            sha256=shard["sha256"],
-            documents=shard["documents"],
-            tokens=shard["tokens"],
-            index_path=path / shard["index"],
-            index_sha256=shard["index_sha256"],
-        )
-        for shard in value["shards"]
-    )
-    return Split(name, value["documents"], value["tokens"], shards)
+def _split(path: Path, name: str, record: SplitRecord, encoding: Encoding) -> Split:
+    shards: list[Shard] = []
+    first = 0
+    for shard in record.shards:
+        shards.append(Shard(path, shard, name, first, encoding))
+        first += shard.documents
+    return Split(name, record.documents, record.tokens, tuple(shards))
 
 
 def _check_shard(shard: Shard) -> None:
-    if not shard.path.is_file():
-        raise UserError(f"shard {shard.path} is missing; restore it or build the dataset again")
-    if (size := shard.path.stat().st_size) != shard.bytes:
-        raise UserError(f"shard {shard.path} has {size} bytes for {shard.bytes}; restore it or build the dataset again")
-    if not shard.index_path.is_file():
-        raise UserError(f"index {shard.index_path} of shard {shard.path.name} is missing; restore it or build the dataset again")
+    try:
+        with open_member(shard.folder, shard.record.file) as file:
+            size = file.seek(0, 2)
+        if size != shard.bytes:
+            raise UserError(f"shard {shard.path} is {size} bytes; expected {shard.bytes}; restore it or build the dataset again")
+        open_member(shard.folder, shard.record.index).close()
+    except FileNotFoundError as error:
+        index = f"index {shard.index_path} of shard {shard.path.name}"
+        what = index if error.filename == str(shard.index_path) else f"shard {shard.path}"
+        raise UserError(f"{what} is missing; restore it or build the dataset again") from None
+    except OSError as error:
+        raise UserError(f"{error.filename or shard.path} cannot be read: {error.strerror}") from None

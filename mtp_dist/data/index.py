@@ -7,6 +7,7 @@ again a tar) and lets the reader prove that it got every byte of every sample.
 
 import io
 import tarfile
+import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from zlib import crc32
@@ -16,6 +17,9 @@ from webdataset.tariterators import base_plus_ext
 
 TOKENS = "tokens.npy"  # extension of the member that holds a document's tokens
 RECORD = 512  # tar members are padded to this
+
+
+_TYPES = {"keys": np.bytes_, "offsets": np.int64, "sizes": np.int64, "checksums": np.uint32, "tokens": np.int64}
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,23 @@ class ShardIndex:
 
     @classmethod
     def load(cls, data: bytes) -> "ShardIndex":
-        """Raises ValueError, KeyError, OSError or zipfile.BadZipFile where `data` is not an index."""
+        """Raises ValueError, KeyError, OSError or zipfile.BadZipFile where `data` is not an index of one entry or more, whose
+        samples lie end to end from the beginning of their tar on."""
+        # Stored, as `save` writes it: what is unpacked cannot be larger than `data`.
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed")
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            return cls(**{item.name: arrays[item.name] for item in fields(cls)})
+            index = cls(**{item.name: arrays[item.name] for item in fields(cls)})
+        for name, kind in _TYPES.items():
+            values = getattr(index, name)
+            if values.shape != (len(index.offsets),) or not len(values) or not np.issubdtype(values.dtype, kind):
+                raise ValueError(f"{name} is {values.dtype} {list(values.shape)}")
+        ends = index.offsets + index.sizes
+        aligned = not (index.sizes % RECORD).any() and (index.sizes >= RECORD).all()
+        if not aligned or index.offsets[0] != 0 or (index.offsets[1:] != ends[:-1]).any() or (index.tokens < 1).any():
+            raise ValueError("its samples do not lie end to end")
+        return index
 
     @classmethod
     def scan(cls, path: Path) -> "ShardIndex":

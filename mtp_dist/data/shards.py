@@ -4,13 +4,13 @@ The same documents give the same bytes: times, owners and modes in the tar heade
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import webdataset as wds
 
 from mtp_dist.data.dataset import file_sha256
 from mtp_dist.data.index import TOKENS, ShardIndex
+from mtp_dist.data.manifest import ShardRecord, SplitRecord, sample_key, shard_names
 
 
 class SplitWriter:
@@ -22,14 +22,13 @@ class SplitWriter:
         self._path = folder
         self._written = 0  # documents in the open shard
         self._documents = 0
-        self._shards: list[dict[str, Any]] = []
+        self._shards: list[ShardRecord] = []
 
     def add(self, name: str, tokens: np.ndarray) -> bool:
         """Append one document, `tokens` with its end-of-document token; True where that began a new shard."""
         fresh = self._writer is None
         writer = self._writer or self._open()
-        # No dot in the key: webdataset takes everything from the first dot on for the extension.
-        key = f"{self._split}-{self._documents:09d}"
+        key = sample_key(self._split, self._documents)
         writer.write({"__key__": key, "json": {"name": name}, TOKENS: tokens.astype(self._dtype)})
         self._documents += 1
         self._written += 1
@@ -37,17 +36,13 @@ class SplitWriter:
             self._finish()
         return fresh
 
-    def close(self) -> dict[str, Any]:
+    def close(self) -> SplitRecord:
         """Finish the last shard; the split's entry of dataset.json."""
         self._finish()
-        return {
-            "documents": self._documents,
-            "tokens": sum(shard["tokens"] for shard in self._shards),
-            "shards": self._shards,
-        }
+        return SplitRecord(self._documents, sum(shard.tokens for shard in self._shards), self._shards)
 
     def _open(self) -> wds.TarWriter:
-        self._path = self._folder / self._split / f"{self._split}-{len(self._shards):06d}.tar"
+        self._path = self._folder / shard_names(self._split, len(self._shards))[0]
         self._path.parent.mkdir(exist_ok=True)
         self._file = self._path.open("wb")
         self._writer = wds.TarWriter(self._file, user="", group="", mode=0o644, mtime=0)
@@ -61,22 +56,18 @@ class SplitWriter:
         index = ShardIndex.scan(self._path)
         if len(index) != self._written:
             raise OSError(f"{self._path}: {len(index)} documents read back for {self._written} written")
-        index_path = self._path.with_suffix(".index.npz")
+        names = shard_names(self._split, len(self._shards))
+        index_path = self._folder / names[1]
         index.save(index_path)
         self._shards.append(
-            {
-                "file": str(self._path.relative_to(self._folder)),
-                "bytes": self._path.stat().st_size,
-                "sha256": file_sha256(self._path),
-                "documents": len(index),
-                "tokens": int(index.tokens.sum()),
-                "index": str(index_path.relative_to(self._folder)),
-                "index_sha256": file_sha256(index_path),
-            }
+            ShardRecord(
+                file=names[0],
+                bytes=self._path.stat().st_size,
+                sha256=file_sha256(self._path),
+                documents=len(index),
+                tokens=int(index.tokens.sum()),
+                index=names[1],
+                index_sha256=file_sha256(index_path),
+            )
         )
         self._writer, self._written = None, 0
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The narrowest unsigned type that holds every token number."""
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)

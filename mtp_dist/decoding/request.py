@@ -14,7 +14,10 @@ from mtp_dist.config.rules import above, at_least, between, finite, given, one_o
 from mtp_dist.config.schema import DecodeConfig, Generation, MTPConfig
 from mtp_dist.decoding.tree_shape import deepest, fault
 from mtp_dist.errors import UserError
+from mtp_dist.regular_file import MIB, read_regular
 
+PROMPT_BYTES = 64 * MIB
+"""Of a prompt_file, at most."""
 MODES = ("plain", "speculative", "both")
 DRAFTERS = ("heads", "ngram", "model")
 DRAFTING = ("sequential", "parallel", "medusa", "notebook", "eagle", "eagle3")
@@ -220,7 +223,7 @@ def read_prompts(config: Generation) -> list[str]:
     if path.exists() and not path.is_file():
         raise UserError(f"prompt_file={config.prompt_file} is not a regular file; name a file of prompts")
     try:
-        content = path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark that is no text
+        content = read_regular(path, PROMPT_BYTES).decode("utf-8-sig")  # Windows editors begin a file with a mark that is no text
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"prompt_file={config.prompt_file} cannot be read: {reason}") from None

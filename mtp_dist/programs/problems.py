@@ -5,14 +5,17 @@ name). A completion: task_id, completion (what follows the prompt). Files may be
 """
 
 import gzip
-import json
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mtp_dist.config.rules import whole_text
 from mtp_dist.errors import UserError
+from mtp_dist.json_document import FormError, parsed
+from mtp_dist.regular_file import MIB, open_regular
+
+LARGEST = 256 * MIB
+"""Of a file, unpacked: HumanEval has 0.2 MiB."""
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Where a completion has left its function (Chen and others, arXiv 2107.03374, section 3.2 of the evaluation's code)."""
@@ -61,9 +64,13 @@ def truncated(text: str) -> str:
 
 def _rows(key: str, path: str, names: tuple[str, ...]) -> list[dict[str, Any]]:
     try:
-        raw = Path(path).read_bytes()
+        with open_regular(path) as file:
+            opened = gzip.GzipFile(fileobj=file) if path.endswith(".gz") else file
+            raw = opened.read(LARGEST + 1)
+        if len(raw) > LARGEST:
+            raise UserError(f"{key}={path} has more than {LARGEST // MIB} MiB of text; name a file of problems")
         # At line feeds alone: a JSON string may hold other characters that end lines.
-        lines = (gzip.decompress(raw) if path.endswith(".gz") else raw).decode("utf-8-sig").split("\n")
+        lines = raw.decode("utf-8-sig").split("\n")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{key}={path} cannot be read: {error}") from None
     rows = []
@@ -71,9 +78,9 @@ def _rows(key: str, path: str, names: tuple[str, ...]) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise UserError(f"{key}={path}: line {number} is not JSON") from None
+            row = parsed(line)
+        except FormError as error:
+            raise UserError(f"{key}={path}: line {number} cannot be read ({error})") from None
         if not isinstance(row, dict) or any(not isinstance(row.get(name), str) for name in names):
             raise UserError(f"{key}={path}: line {number} must have the texts {', '.join(names)}")
         for name in names:

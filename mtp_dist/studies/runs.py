@@ -14,11 +14,26 @@ from mtp_dist.config.schema import Study
 from mtp_dist.config.study import settled
 from mtp_dist.config.validation import validate_training
 from mtp_dist.errors import UserError
+from mtp_dist.json_document import FormError, parsed, typed
+from mtp_dist.regular_file import MIB, read_regular
 from mtp_dist.studies.experiment import Outcome
 from mtp_dist.studies.matching import matched
 
 NOT_THE_RESULT = ("run_dir", "size", "seeds", "variants", "only", "check_only", "launch", "tracker", "checkpoint", "validation")
 """Settings that change nothing in the outcome of one run."""
+
+
+LARGEST = 256 * MIB
+"""Of a file of one run, in bytes."""
+
+
+@dataclass
+class _Kept:
+    """The file of a run that is done; ``settings``: the mark of those that it ran with."""
+
+    settings: str
+    numbers: dict[str, float]
+    curves: dict[str, list[list[float]]]
 
 
 @dataclass(frozen=True)
@@ -32,12 +47,12 @@ class Run:
     def done(self) -> Outcome | None:
         """The outcome of these very settings, if it is there."""
         try:
-            content = json.loads(self.file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            content = typed(parsed(read_regular(self.file, LARGEST), nonfinite=True), _Kept)
+        except (FileNotFoundError, FormError):
             return None
-        if content.get("settings") != _mark(self.config):
-            return None
-        return Outcome(content["numbers"], content["curves"])
+        except OSError as error:
+            raise UserError(f"{self.file} cannot be read: {error.strerror}") from None
+        return Outcome(content.numbers, content.curves) if content.settings == _mark(self.config) else None
 
     def keep(self, outcome: Outcome) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)

@@ -10,12 +10,17 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mtp_dist.json_document import parsed, typed
+from mtp_dist.regular_file import open_regular
+
 METRICS_FILE = "metrics.jsonl"
 SYNC_SECONDS = 5.0
+LONGEST = 1 << 20
+"""Of a line, in bytes; one takes about a thousand."""
 
 log = logging.getLogger(__name__)
 
@@ -31,20 +36,28 @@ def encode(value: float) -> float | str:
 def _decode(line: bytes) -> dict[str, Any] | None:
     """One record, or None for a line that is not a whole one."""
     try:
-        record = json.loads(line)
+        record = typed(parsed(line), dict[str, int | float | str])
+        if type(record.get("step")) is not int:
+            return None
+        return {name: float(value) if isinstance(value, str) else value for name, value in record.items()}
     except ValueError:
         return None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        return None
-    return {name: float(value) if isinstance(value, str) else value for name, value in record.items()}
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Of a regular file; what follows the first ``LONGEST`` bytes of a line is a line of its own, and no record."""
+    with open_regular(path) as stream:
+        while line := stream.readline(LONGEST):
+            yield line
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All whole records in file order; ``step`` is an int, everything else a number. A missing file is an empty list."""
-    if not path.is_file():
+    """All whole records in file order; ``step`` is an int, everything else a number. A missing file is an empty list.
+
+    Raises UserError where something else than a file lies there."""
+    if not os.path.lexists(path):
         return []
-    with path.open("rb") as stream:
-        return [record for line in stream if line.endswith(b"\n") and (record := _decode(line)) is not None]
+    return [record for line in _lines(path) if line.endswith(b"\n") and (record := _decode(line)) is not None]
 
 
 class MetricsFile:
@@ -80,19 +93,18 @@ class MetricsFile:
 
 def _cut(path: Path, resume_step: int) -> int:
     """Leave the records up to ``resume_step``; rewritten only where something has to go. Returns the last step, or -1."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         return -1
     kept: list[bytes] = []
     last, lost, whole = -1, 0, True
-    with path.open("rb") as stream:
-        for line in stream:
-            record = _decode(line) if line.endswith(b"\n") else None
-            if record is not None and last < record["step"] <= resume_step:
-                kept.append(line)
-                last = record["step"]
-            else:
-                whole = False
-                lost += record is None
+    for line in _lines(path):
+        record = _decode(line) if line.endswith(b"\n") else None
+        if record is not None and last < record["step"] <= resume_step:
+            kept.append(line)
+            last = record["step"]
+        else:
+            whole = False
+            lost += record is None
     if not whole:
         _replace(path, b"".join(kept))
     if lost:

@@ -6,8 +6,15 @@ Exit codes race with signals; this file is written by rank 0 after the last chec
 import json
 import os
 from pathlib import Path
+from typing import Any
+
+from mtp_dist.errors import UserError
+from mtp_dist.json_document import FormError, parsed, typed
+from mtp_dist.regular_file import read_regular
 
 STATUS = "status.json"
+LARGEST = 1 << 16
+"""Of the file, in bytes."""
 RUNNING, STOPPED, FINISHED, FAILED = "running", "stopped", "finished", "failed"
 
 
@@ -21,6 +28,7 @@ def write_status(run_dir: Path, state: str, step: int, **more: str | int) -> Non
 def was_stopped(run_dir: Path) -> bool:
     """Whether the run's last job was asked to stop, and saved."""
     try:
-        return bool(json.loads((run_dir / STATUS).read_text())["state"] == STOPPED)
-    except (OSError, ValueError, KeyError):
+        content = typed(parsed(read_regular(run_dir / STATUS, LARGEST)), dict[str, Any])
+    except (OSError, FormError, UserError):
         return False
+    return content.get("state") == STOPPED

@@ -13,7 +13,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from mtp_dist.checkpoint.draft_tokens import DRAFT_TOKENS, drafted
+from mtp_dist.checkpoint.draft_tokens import drafted
+from mtp_dist.checkpoint.manifest import DRAFT_TOKENS, TrackerRecord
 from mtp_dist.checkpoint.writer import Saver
 from mtp_dist.config.layout import micro_batches, tokens_per_step
 from mtp_dist.config.schema import TrainingRun
@@ -114,12 +115,12 @@ class Trainer:
             )
         checkpoint.load_engine(self.workload.engine)
         checkpoint.load_random_state(self.mesh.rank, self.mesh.device)
-        self.progress = Progress(**checkpoint.manifest.progress)
+        self.progress = checkpoint.section("progress", Progress)
         self.data_state = checkpoint.manifest.data
         self.saved_step = checkpoint.step
         if self.mesh.rank == 0 and self.config.train.progress:
             print(f"resumed from {checkpoint.path} at step {checkpoint.step}", flush=True)
-        return str(checkpoint.manifest.tracker["run_id"])
+        return checkpoint.section("tracker", TrackerRecord).run_id
 
     def _open_stream(self) -> Batches | None:
         if not self.mesh.is_reader:

@@ -16,8 +16,9 @@ import pytest
 
 from mtp_dist.config.schema import ShardBuild, TokenizerConfig
 from mtp_dist.data.building import build, split_of
-from mtp_dist.data.dataset import SPLITS, Dataset
+from mtp_dist.data.dataset import Dataset
 from mtp_dist.data.index import ShardIndex
+from mtp_dist.data.manifest import SPLITS
 from mtp_dist.data.reading import load_index
 from mtp_dist.data.tokenizer import byte_tokenizer, train_bpe
 from mtp_dist.data.workspace import MARKER, building_folder, check_free

@@ -69,7 +69,7 @@ def test_a_cut_shard_is_noticed_at_once(own_dataset: Make) -> None:
     dataset = own_dataset()
     shard = dataset.split("train").shards[0]
     cut(shard, 5)
-    with pytest.raises(UserError, match=rf"{shard.path.name} has \d+ bytes for {shard.bytes}"):
+    with pytest.raises(UserError, match=rf"{shard.path.name} is \d+ bytes; expected {shard.bytes}"):
         Dataset.open(dataset.path)
 
 

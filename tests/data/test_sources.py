@@ -10,7 +10,8 @@ import pytest
 
 from mtp_dist.config.schema import TokenizerConfig
 from mtp_dist.data.building import build
-from mtp_dist.data.dataset import SPLITS, Dataset
+from mtp_dist.data.dataset import Dataset
+from mtp_dist.data.manifest import SPLITS
 from mtp_dist.data.reading import SampleReader
 from mtp_dist.data.sources.python_stdlib import PythonStdlib
 from mtp_dist.data.sources.source import open_source, optional_package

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from mtp_dist.data import token_counts
-from mtp_dist.data.dataset import MANIFEST, Dataset
+from mtp_dist.data.dataset import Dataset
+from mtp_dist.data.manifest import MANIFEST, MANIFEST_SUM, UNSUMMED
 from mtp_dist.errors import UserError
 
 
@@ -43,7 +44,8 @@ def test_a_build_counts_its_training_tokens(dataset: Dataset) -> None:
 def test_a_dataset_without_the_file_is_counted(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = json.loads((copied / MANIFEST).read_text())
     (copied / manifest.pop("token_counts")["file"]).unlink()
-    (copied / MANIFEST).write_text(json.dumps(manifest))
+    (copied / MANIFEST).write_text(json.dumps(manifest | {"format": UNSUMMED}))
+    (copied / MANIFEST_SUM).unlink()
     monkeypatch.setattr(token_counts, "DOCUMENTS", 3)
     dataset = Dataset.open(copied)
     assert dataset.splits["train"].documents > 3

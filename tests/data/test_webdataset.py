@@ -27,5 +27,5 @@ def test_webdataset_reads_our_shards(dataset: Dataset, world: int) -> None:
     assert sorted(sample["__key__"] for sample in theirs) == sorted(ours)
     for sample in theirs:
         assert (sample["tokens.npy"] == ours[sample["__key__"]]).all()
-        assert sample["tokens.npy"].dtype.name == dataset.manifest["dtype"]
+        assert sample["tokens.npy"].dtype.name == dataset.manifest.dtype
         assert sample["json"]["name"].endswith(".txt")
