@@ -1,7 +1,7 @@
-"""The bounds of every number setting: what makes sense, so that a slip is an error and not a run that hangs, fails or learns nothing.
+"""The bounds of every number setting: a slip is an error, and not a run that hangs, fails or learns nothing.
 
-They are wide: a bound refuses what no machine can do (10^9 layers) or what no arithmetic carries (a learning rate of 1e-300 is 0 in
-float32), not what is unusual. Of a list every number is held to them. Rules between settings are in ``validation.py``.
+They are wide: a bound refuses what no machine can do (10^9 layers) or what no arithmetic carries (a learning rate of 1e-300 is
+0 in float32), not what is unusual. Each number of a list is held to them. Rules between settings are in ``validation.py``.
 """
 
 from typing import Any, get_args
@@ -165,8 +165,8 @@ def bounds_of(key: str, kind: Any) -> Bounds | None:
 
 
 def require_within(key: str, kind: Any, value: Any, typed: str | None = None) -> None:
-    """Raise UserError for a setting with a number outside its bounds; null (not set) passes, and what is no number. ``typed``: the
-    value as the user wrote it, for the error."""
+    """Raise UserError for a setting with a number outside its bounds; null (not set) passes, and what is no number.
+    ``typed``: the value as the user wrote it, for the error."""
     bounds = bounds_of(key, kind)
     if bounds is None or value is None:
         return

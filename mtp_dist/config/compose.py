@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mtp_dist.config import conf_files
 from mtp_dist.config.bounds import require_within
 from mtp_dist.config.folder import conf_folder, groups
-from mtp_dist.config.numbers import NotANumber, numbers_in, parsed, parts, shown, takes_number
+from mtp_dist.config.numbers import NotANumberError, numbers_in, parsed, parts, shown, takes_number
 from mtp_dist.config.suggestions import example, key_suggestion, suggestion
 from mtp_dist.errors import UserError
 
@@ -175,7 +175,9 @@ def _checked(override: str, kinds: dict[str, Any], choices: dict[str, str | None
     """Key and value of an override whose key exists; UserError for one that adds, deletes or does not exist."""
     match = _OVERRIDE.fullmatch(override)
     if match is None or not match["equals"]:
-        raise UserError(f"{override!r} is not an override; write key=value (see --help)")
+        place = next((name for name in ("checkpoint", "run_dir") if name in kinds), "") if os.path.exists(override) else ""
+        meant = f"; did you mean {place}={override}?" if place else " (see --help)"
+        raise UserError(f"{override!r} is not an override; write key=value{meant}")
     key, prefix = match["key"], match["prefix"]
     branches = {".".join(name.split(".")[:depth]) for name in kinds for depth in range(1, name.count(".") + 1)}
     if key not in kinds and key not in branches and key not in choices:
@@ -222,7 +224,7 @@ def _value(key: str, text: str, kind: Any, schema: type) -> Any:
         raise UserError(f"{key}={text}: {key} takes {type_name(kind)}, and no interpolation; write the value")
     try:
         item = parsed(_unquoted(text), kind) if takes_number(kind) else _texts(text)
-    except NotANumber:
+    except NotANumberError:
         shape = f"{key}={example(key, kind, value(schema(), key))}"
         raise UserError(f"{key}={shown(text)}: {key} takes {type_name(kind)}, such as {shape}") from None
     require_within(key, kind, item, typed=text)
@@ -231,7 +233,7 @@ def _value(key: str, text: str, kind: Any, schema: type) -> Any:
 
 def _texts(text: str) -> list[str]:
     """A list of texts, ``[a, 'b, c']``, each as it was typed: quotes are for a comma, nothing is looked up or converted. Raises
-    NotANumber for anything else."""
+    NotANumberError for anything else."""
     return [_escaped(_unquoted(part.strip())) for part in parts(text.strip(), quotes="'\"")]
 
 
@@ -241,8 +243,8 @@ def _unquoted(value: str) -> str:
 
 
 def _read_numbers(content: dict[str, Any], kinds: dict[str, Any], origin: str) -> None:
-    """Make the numbers of a file, in place, those of their settings: text by the one rule (`2B`), whole numbers in lists of lists of
-    numbers, which OmegaConf refuses. UserError for a number where true or false belongs."""
+    """Convert the numbers of a file in place: text by the one rule (`2B`), and whole numbers in lists of lists of numbers, which
+    OmegaConf refuses. UserError for a number where true or false belongs."""
     for key, kind in kinds.items():
         *groups, name = key.split(".")
         place: Any = content
@@ -259,7 +261,7 @@ def _read_numbers(content: dict[str, Any], kinds: dict[str, Any], origin: str) -
         elif takes_number(kind) and isinstance(item, str):
             try:
                 place[name] = parsed(item, kind)
-            except NotANumber:
+            except NotANumberError:
                 raise UserError(f"{origin}: {key}={shown(item)}: {key} takes {type_name(kind)}") from None
 
 
@@ -320,7 +322,8 @@ def _typed(config: DictConfig, schema: type[T], origin: str) -> T:
 
 
 def _require_numbers(content: Any, schema: type, origin: str) -> None:
-    """Raise UserError for a number outside its bounds, or one that is to be looked up elsewhere: an error would tell what is there."""
+    """Raise UserError for a number outside its bounds, or one that is to be looked up elsewhere: an error would show what is
+    there."""
     for key, kind in settings(schema).items():
         item = content
         for name in key.split("."):

@@ -1,7 +1,7 @@
 """The files of ``conf/`` that a command composes, checked before Hydra reads them.
 
-People add files of their own there (an experiment, a model). YAML's aliases let ten lines stand for 10^9 values, and OmegaConf takes
-any whole number for true; both are refused here, in one line that names file and place.
+People add files of their own there (an experiment, a model). YAML's aliases let ten lines stand for 10^9 values, and OmegaConf
+takes any whole number for true; both are refused here, in one line that names file and place.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,8 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def check(config_name: str, options: dict[str, str | None], kinds: dict[str, Any]) -> None:
-    """Raise UserError for the first file that cannot be composed. ``options``: group -> option, as chosen. ``kinds``: the schema."""
+    """Raise UserError for the first file that cannot be composed. ``options``: group -> option, as chosen. ``kinds``: settings of
+    the schema."""
     seen: set[Path] = set()
     waiting = [("", conf_folder() / f"{config_name}.yaml")]
     waiting += [(group, conf_folder() / group / f"{option}.yaml") for group, option in options.items() if option]

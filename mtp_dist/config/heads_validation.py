@@ -102,7 +102,7 @@ def _validate_weight_points(points: list[list[float]]) -> None:
     for point in points:
         if len(point) != 2:
             raise UserError(f"mtp.loss_weight_points: {point} is not a pair [tokens seen, lambda]")
-        tokens, weight = point
+        tokens = point[0]
         if not tokens > last:
             raise UserError(f"mtp.loss_weight_points: {tokens:g} tokens after {last:g}; the tokens must ascend from above 0")
         last = tokens

@@ -2,9 +2,9 @@
 
     train.tokens=2B   train.sequence_length=1k   train.sequence_length=4Ki   optim.lr=3e-4   mtp.curriculum=[[0,1],[1B,2]]
 
-A number is decimal digits, underscores between them, an exponent, or one suffix: K, M, B (or G) and T are powers of 1000, Ki, Mi, Gi
-and Ti powers of 1024; upper or lower case. So 1k is 1000 and 1Ki is 1024. It is finite and within the ``Bounds`` of its setting
-(``bounds.py`` lists them). Text is parsed here and not by YAML or Hydra: nothing is looked up, rounded or expanded on the way.
+A number is decimal digits, underscores between them, and an exponent or a suffix: K, M, B (or G) and T are powers of 1000, Ki,
+Mi, Gi and Ti powers of 1024; upper or lower case. So 1k is 1000 and 1Ki is 1024. It is finite and within the ``Bounds`` of its
+setting (``bounds.py``). Text is parsed here and not by YAML or Hydra: nothing is looked up, rounded or expanded on the way.
 """
 
 import math
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from types import NoneType
 from typing import Any, get_args, get_origin
+
 SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 LONGEST_TEXT = 60
 """Characters of a number: more digits than any setting can use."""
@@ -44,7 +45,7 @@ class Bounds:
         return f"0, or {span}" if self.zero else span
 
 
-class NotANumber(ValueError):
+class NotANumberError(ValueError):
     """A text that is no value of its setting's type."""
 
 
@@ -60,7 +61,7 @@ def fault(number: object, bounds: Bounds, *, whole: bool) -> str | None:
 
 
 def parsed(text: str, kind: Any) -> Any:
-    """The value of a number, a truth value, one of them or null, or a list of any, as typed. Raises NotANumber.
+    """The value of a number, a truth value, one of them or null, or a list of any, as typed. Raises NotANumberError.
 
     A non-finite number is returned as such: the bounds refuse it, and name themselves.
     """
@@ -74,16 +75,16 @@ def parsed(text: str, kind: Any) -> Any:
         (kind,) = (item for item in arguments if item is not NoneType)
     if kind is bool:
         if text.lower() not in _WORDS:
-            raise NotANumber(text)
+            raise NotANumberError(text)
         return _WORDS[text.lower()]
     return _whole(text) if kind is int else _real(text)
 
 
 def parts(text: str, quotes: str = "") -> list[str]:
     """The elements of ``[a, b]`` or ``[[a, b], [c]]``, as typed; a comma between two of ``quotes`` or within brackets separates
-    nothing. Raises NotANumber where brackets or quotes do not fit."""
+    nothing. Raises NotANumberError where brackets or quotes do not fit."""
     if len(text) < 2 or text[0] != "[" or text[-1] != "]":
-        raise NotANumber(text)
+        raise NotANumberError(text)
     inner = text[1:-1]
     if not inner.strip():
         return []
@@ -96,12 +97,12 @@ def parts(text: str, quotes: str = "") -> list[str]:
         else:
             depth += (letter == "[") - (letter == "]")
             if depth < 0:
-                raise NotANumber(text)
+                raise NotANumberError(text)
             if letter == "," and depth == 0:
                 found.append(inner[start:place])
                 start = place + 1
     if depth or quote:
-        raise NotANumber(text)
+        raise NotANumberError(text)
     return [*found, inner[start:]]
 
 
@@ -133,7 +134,7 @@ def json_whole(text: str) -> int:
 
 def plain(number: float) -> str:
     """A number as a person writes it: 1000000, 1e18, 1e-8, 0.001."""
-    if isinstance(number, int) and abs(number) < 10**10:
+    if isinstance(number, int) and (abs(number) < 10**10 or int(float(f"{number:g}")) != number):
         return str(number)
     return re.sub(r"e([+-])0*", lambda match: "e" + match[1].strip("+"), f"{number:g}")
 
@@ -143,7 +144,7 @@ def _whole(text: str) -> Any:
     if isinstance(number, float):
         return number
     if number.denominator != 1:
-        raise NotANumber(text)
+        raise NotANumberError(text)
     return int(number)
 
 
@@ -156,12 +157,12 @@ def _real(text: str) -> float:
 
 
 def _exact(text: str) -> Fraction | float:
-    """The number exactly, or nan or an infinity. Raises NotANumber."""
+    """The number exactly, or nan or an infinity. Raises NotANumberError."""
     if _NOT_FINITE.fullmatch(text):
         return float(text.replace(".", ""))
     if len(text) > LONGEST_TEXT and _DIGITS.fullmatch(text):
         return math.inf
     match = _NUMBER.fullmatch(text) if len(text) <= LONGEST_TEXT else None
     if match is None:
-        raise NotANumber(text)
+        raise NotANumberError(text)
     return Fraction(match[1].replace("_", "")) * SUFFIXES.get((match[2] or "").lower(), 1)

@@ -1,4 +1,4 @@
-"""The rules that need more than one setting, checked once, before anything expensive. What a single number may be is in ``bounds``.
+"""The rules that need more than one setting, checked once, before anything expensive; ``bounds`` has those of single numbers.
 
 ``validate`` raises UserError at the first broken rule; it is pure. A rule that is torch's or DeepSpeed's own says so,
 since it may fall when they change.
@@ -9,6 +9,7 @@ import math
 from mtp_dist.config.attention import BACKENDS, require
 from mtp_dist.config.bounds import MOST_TOKENS
 from mtp_dist.config.heads_validation import validate_mtp
+from mtp_dist.config.launch_validation import validate_formats, validate_tracker
 from mtp_dist.config.layout import (
     SCHEDULES,
     chunks,
@@ -58,7 +59,7 @@ def validate_training(config: TrainingRun, vocabulary: int | None) -> None:
     for key, asked in (("init.heads=fresh", config.init.heads == "fresh"), ("init.optimizer=true", config.init.optimizer)):
         if asked and not config.init.checkpoint:
             raise UserError(f"{key} without init.checkpoint has nothing to take; give init.checkpoint=RUN_FOLDER or leave it out")
-    one_of("tracker.wandb", config.tracker.wandb, ["offline", "online", "disabled"])
+    validate_tracker(config.tracker)
     one_of("tokenizer.kind", config.tokenizer.kind, ["bpe", "bytes", "file"])
 
 
@@ -93,6 +94,7 @@ def validate_parallel(parallel: ParallelConfig, model: ModelConfig, vocabulary: 
 def validate_launch(launch: LaunchConfig, parallel: ParallelConfig) -> None:
     """Whether nodes and processes make the world size."""
     one_of("launch.device", launch.device, ["auto", "cpu", "cuda"])
+    validate_formats(launch)
     if not 0 <= launch.node_rank < launch.nodes:
         raise UserError(f"launch.node_rank={launch.node_rank} is not one of launch.nodes={launch.nodes} nodes, counted from 0")
     world = world_size(parallel)
