@@ -172,7 +172,8 @@ def require_within(key: str, kind: Any, value: Any, typed: str | None = None) ->
         return
     for number in numbers_in(value):
         if (rule := fault(number, bounds, whole=_is_whole(kind))) is not None:
-            raise UserError(f"{key}={shown(value if typed is None else typed)} {rule}")
+            which = f": {shown(number)}" if isinstance(value, list) else ""
+            raise UserError(f"{key}={shown(value if typed is None else typed)}{which} {rule}")
 
 
 def _is_flag(kind: Any) -> bool:

@@ -48,8 +48,8 @@ def application(
 
 
 def named(words: Sequence[str], schema: type, paths: Sequence[str]) -> list[str]:
-    """The arguments with the names of ``paths`` put before bare words. A path may hold an equals sign (``runs/lr=0.1``): what stands
-    before it is then neither a setting nor like one, or there is such a file."""
+    """The arguments with the names of ``paths`` put before bare words. A path may hold an equals sign (``runs/lr=0.1``): what
+    stands before it is then no setting, and has a slash or there is such a file."""
     known, names = settings(schema), iter(paths)
 
     def is_path(word: str) -> bool:
