@@ -3,9 +3,6 @@
 Needs no processes and no torch but to compare values. Exit status 1 where a file of the checkpoint is damaged.
 """
 
-import sys
-from collections.abc import Sequence
-
 from mtp_dist.checkpoint import folder
 from mtp_dist.checkpoint.description import compare, damages, describe
 from mtp_dist.config.command import application
@@ -17,13 +14,6 @@ EXAMPLES = (
     "python -m mtp_dist.inspect runs/quickstart/checkpoints/step_00000200 parameters=true verify=false",
     "python -m mtp_dist.inspect runs/one/checkpoints/step_00000100 runs/two/checkpoints/step_00000100",
 )
-_NAMES = ("checkpoint", "other")
-
-
-def named(words: Sequence[str]) -> list[str]:
-    """The arguments with the names of the first two settings put before bare paths."""
-    names = iter(_NAMES)
-    return [word if word.startswith("-") or "=" in word else f"{next(names, 'other')}={word}" for word in words]
 
 
 def run(config: Inspection) -> int:
@@ -45,4 +35,4 @@ def run(config: Inspection) -> int:
 
 
 if __name__ == "__main__":
-    application("inspect", Inspection, run, argv=named(sys.argv[1:]), examples=EXAMPLES)
+    application("inspect", Inspection, run, paths=("checkpoint", "other"), examples=EXAMPLES)

@@ -3,17 +3,19 @@
 Takes the settings of ``mtp_dist.train`` and checks them alike, apart from places (run_dir, init.checkpoint); needs no processes,
 and no dataset where ``model.vocab_size`` is given. Prints the layout, parameters, batches, memory of each rank and operations a
 token, compares pipeline schedules by simulating a step, and names the smallest layout of this run that fits ``world_memory_gib``.
+``model=llama3_8b`` alone is a question too: what was not given is assumed as such a model is usually trained, and said first.
 Torch is loaded only for what needs it: a pipeline's schedules, and ``measure=true``.
 """
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mtp_dist.config import versions
 from mtp_dist.config.attention import possible
 from mtp_dist.config.command import application
+from mtp_dist.config.compose import compose
 from mtp_dist.config.heads import detaches, embeds_on_last, modules
 from mtp_dist.config.layout import (
     SCHEDULES,
@@ -37,12 +39,21 @@ from mtp_dist.parallel.cost import costs
 from mtp_dist.parallel.placement import layers_of_chunks
 
 EXAMPLES = (
+    "python -m mtp_dist.plan model=llama3_8b",
     "python -m mtp_dist.plan experiment=quickstart",
     "python -m mtp_dist.plan model=llama3_8b model.vocab_size=128256 parallel.pipeline=4 parallel.tensor=2 parallel.data=2 "
     "train.steps=1000",
     "python -m mtp_dist.plan experiment=quickstart measure=true",
 )
 GIB = 2**30
+VOCABULARY = 32000
+TOKENS_A_PARAMETER = 20
+"""Hoffmann et al., arXiv 2203.15556."""
+USUAL_BATCHES = (
+    (10**9, {"train.sequence_length": 4096, "train.global_batch": 1024, "train.micro_batch": 1, "data.lanes": 64}),
+    (10**8, {"train.sequence_length": 2048, "train.global_batch": 256}),
+)
+"""Models of at least so many parameters: about 4 and 0.5 million tokens a step."""
 LARGEST_WORLD = 4096
 # Tensor ranks beyond one node's eight devices talk over the slow network in every layer.
 LARGEST_TENSOR = 8
@@ -60,6 +71,45 @@ def prepare(config: Plan) -> tuple[Plan, Dataset | None]:
     full = resolve(config, vocabulary)
     assert isinstance(full, Plan)
     return full, dataset
+
+
+def with_assumptions(typed: list[str]) -> tuple[Plan, list[str]]:
+    """The composed settings, completed where they leave the size of the run or the layout open, and what was assumed for that.
+
+    An experiment settles both, and only gets the length of the run where it has none. Wrong settings are returned as they are,
+    for ``prepare`` to say so.
+    """
+    keys = {word.partition("=")[0] for word in typed}
+    config, found = compose("plan", Plan, typed), dict[str, str]()
+    if config.model.vocab_size is None and not config.data.path:
+        found["model.vocab_size"] = str(VOCABULARY)
+    endless = config.train.steps is None and config.train.tokens is None
+    length = {"train.steps": "1"} if endless else {}
+
+    def attempt(more: dict[str, str]) -> Plan | None:
+        try:
+            return prepare(compose("plan", Plan, [*typed, *(f"{key}={text}" for key, text in more.items())]))[0]
+        except UserError:
+            return None
+
+    full = attempt(found | length)
+    if full is None:
+        return config, []
+    parameters = budget.chunk_parameters(full.model, full.mtp, full.model.layers).total
+    if "experiment" not in keys:
+        usual = next((settings for least, settings in USUAL_BATCHES if parameters >= least), {})
+        batches = {key: str(number) for key, number in usual.items() if key not in keys}
+        if batches and (larger := attempt(found | length | batches)):
+            full, found = larger, found | batches
+    if endless:
+        found["train.tokens"] = f"{TOKENS_A_PARAMETER * parameters:.1e}".replace("e+", "e")
+    settled = any(key in ("experiment", "parallel") or key.startswith(("parallel.", "launch.")) for key in keys)
+    if not settled and (smallest := smallest_layout(full)):
+        chosen = smallest.parallel
+        found |= {f"parallel.{name}": str(getattr(chosen, name)) for name in ("pipeline", "tensor", "data")
+                  if getattr(chosen, name) != getattr(full.parallel, name)}  # fmt: skip
+    assumed = [f"{key}={text}" for key, text in found.items()]
+    return compose("plan", Plan, [*typed, *assumed]), assumed
 
 
 def _dataset(config: Plan) -> Dataset | None:
@@ -277,9 +327,11 @@ def _range(layers: range) -> str:
     return f"{layers[0]}" if len(layers) == 1 else f"{layers[0]} .. {layers[-1]}"
 
 
-def run(config: Plan) -> int:
-    """The command."""
+def run(config: Plan, assumed: Sequence[str] = ()) -> int:
+    """The command. ``assumed``: settings that were not given."""
     full, dataset = prepare(config)
+    if assumed:
+        print(f"assumed, as not given: {' '.join(assumed)}", end="\n\n")
     if full.measure:
         print(_measure(full), end="\n\n", flush=True)
     print(text(full, dataset))
@@ -306,5 +358,17 @@ def _measure(config: Plan) -> str:
     )
 
 
+def main() -> None:
+    """The command line."""
+    assumed: list[str] = []
+
+    def completed(typed: list[str]) -> Plan:
+        config, found = with_assumptions(typed)
+        assumed.extend(found)
+        return config
+
+    application("plan", Plan, lambda config: run(config, assumed), examples=EXAMPLES, shortcut=completed)
+
+
 if __name__ == "__main__":
-    application("plan", Plan, run, examples=EXAMPLES)
+    main()

@@ -89,4 +89,4 @@ def run(config: Report) -> int:
 
 
 if __name__ == "__main__":
-    application("report", Report, run, examples=["python -m mtp_dist.report run_dir=runs/quickstart"])
+    application("report", Report, run, paths=("run_dir",), examples=["python -m mtp_dist.report runs/quickstart"])

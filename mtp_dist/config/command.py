@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TextIO, TypeVar, cast
 import yaml  # type: ignore[import-untyped]
 
 from mtp_dist import __version__
-from mtp_dist.config.compose import compose, config_groups, type_name
+from mtp_dist.config.compose import compose, config_groups, settings, type_name
 from mtp_dist.config.folder import groups
 from mtp_dist.config.schema import describe
 from mtp_dist.errors import UserError
@@ -34,15 +34,32 @@ def application(
     examples: Sequence[str] = (),
     epilog: str = "",
     shortcut: Callable[[list[str]], T | None] | None = None,
+    paths: Sequence[str] = (),
 ) -> NoReturn:
     """Compose ``conf/<config_name>.yaml`` from the command line, call ``run`` with it, and exit with what it returns.
 
     ``argv``: arguments without the program's name; None takes the process's own. ``command``, ``examples``, ``epilog``: shown by
     ``--help``; the command is otherwise the one in the schema's docstring. ``shortcut``: gives a configuration for some overrides
-    without composing, or None.
+    without composing, or None. ``paths``: settings whose names may be left out, in this order.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if paths:
+        arguments = named(arguments, schema, paths)
     sys.exit(guarded(lambda: _answer(config_name, schema, run, shortcut, arguments, (command, examples, epilog))))
+
+
+def named(words: Sequence[str], schema: type, paths: Sequence[str]) -> list[str]:
+    """The arguments with the names of ``paths`` put before bare words. A path may hold an equals sign (``runs/lr=0.1``): what
+    stands before it is then no setting, and has a slash or there is such a file."""
+    known, names = settings(schema), iter(paths)
+
+    def is_path(word: str) -> bool:
+        key, equals, _ = word.partition("=")
+        if word.startswith(("-", "+", "~")) or (equals and key in known):
+            return False
+        return not equals or "/" in key or os.path.lexists(word)
+
+    return [f"{next(names, paths[-1])}={word}" if is_path(word) else word for word in words]
 
 
 def guarded(action: Callable[[], int | None]) -> int:

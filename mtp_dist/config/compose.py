@@ -5,7 +5,6 @@ Whatever a user can get wrong here is one UserError of one line. Text settings a
 ``prompt=a, b: ${c}`` needs no quotes beyond the shell's; escapes have a meaning in those of ``escapes.py`` alone. Composition itself is Hydra's compose API (https://hydra.cc/docs/advanced/compose_api/).
 """
 
-import difflib
 import io
 import os
 import re
@@ -27,8 +26,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mtp_dist.config import conf_files
+from mtp_dist.config.bounds import require_within
 from mtp_dist.config.escapes import unescaped, unescaped_list
 from mtp_dist.config.folder import conf_folder, groups
+from mtp_dist.config.numbers import NotANumberError, numbers_in, parsed, parts, shown, takes_number
+from mtp_dist.config.suggestions import example, key_suggestion, suggestion
 from mtp_dist.errors import UserError
 from mtp_dist.regular_file import MIB, read_regular
 
@@ -41,32 +44,25 @@ LARGEST = MIB
 REMOVED = ("parallel.tail_cost",)
 """Settings of earlier versions that are passed over in their files."""
 
-# 2e9 is how people write a number of tokens; a whole number so written is one.
-_POWER = re.compile(r"\d+(\.\d+)?[eE]\+?\d{1,2}")
-
 
 def compose(config_name: str, schema: type[T], overrides: list[str]) -> T:
     """``conf/<config_name>.yaml`` with ``key=value`` overrides, as an instance of ``schema``. Raises UserError."""
     kinds = settings(schema)
     choices = config_groups(config_name)
-    texts: dict[str, str | list[str]] = {}
+    values: dict[str, Any] = {}
     rest: list[str] = []
-    escaping = _escaping(schema)
+    options = dict(choices)
     for override in overrides:
-        key, value = _checked(override, kinds, choices, schema)
-        if key in escaping:
-            texts[key] = _unescaped(key, kinds[key], value)
-        elif key in kinds and _takes_text(kinds[key], value):
-            texts[key] = _unquoted(value)
-        elif kinds.get(key) == list[list[float]]:
-            rest.append(f"{key}={_with_points(value)}")
-        elif _takes_whole(kinds.get(key)) and _POWER.fullmatch(value) and float(value).is_integer():
-            rest.append(f"{key}={int(float(value))}")
+        key, text = _checked(override, kinds, choices, schema)
+        if key in kinds and _reads(kinds[key]):
+            values[key] = _value(key, text, kinds[key], schema)
         else:
             rest.append(override)
+            options |= {key: text} if key in choices else {}
+    conf_files.check(config_name, options, kinds)
     config = _composed(config_name, schema, rest, kinds)
-    for key, value in texts.items():
-        OmegaConf.update(config, key, _escape_all(value))
+    for key, item in values.items():
+        OmegaConf.update(config, key, item)
     return _typed(config, schema, f"conf/{config_name}.yaml")
 
 
@@ -77,13 +73,7 @@ def changed(config: T, overrides: list[str], origin: str) -> T:
     kinds, content = settings(schema), _escape_all(asdict(config))  # type: ignore[call-overload]
     for override in overrides:
         key, text = _checked(override, kinds, {}, schema)
-        new: Any
-        if key in _escaping(schema):
-            new = _escape_all(_unescaped(key, kinds[key], text))
-        elif _takes_text(kinds[key], text):
-            new = _escaped(_unquoted(text))
-        else:
-            new = yaml.safe_load(_with_points(text) if kinds[key] == list[list[float]] else text)
+        new = _value(key, text, kinds[key], schema)
         *groups, name = key.split(".")
         place = content
         for group in groups:
@@ -131,7 +121,6 @@ def load(path: str | os.PathLike[str], schema: type[T]) -> T:
     _drop_removed(content)
     _refuse_unknown(content, schema, str(path))
     _fill_absent(content, schema)
-    _whole_to_float(content, settings(schema), str(path))
     try:
         config = OmegaConf.merge(OmegaConf.structured(schema), content)
     except OmegaConfBaseException as error:
@@ -187,12 +176,6 @@ def type_name(kind: Any) -> str:
     return {str: "text", int: "int", float: "number", bool: "true or false"}.get(kind, str(kind))
 
 
-def suggestion(word: str, known: list[str]) -> str:
-    """``; did you mean X?`` where some known word is near, else nothing."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 @cache
 def _escaping(schema: type, prefix: str = "") -> frozenset[str]:
     """Settings in whose text escapes have a meaning."""
@@ -223,11 +206,13 @@ def _checked(override: str, kinds: dict[str, Any], choices: dict[str, str | None
     _require_text(override)
     match = _OVERRIDE.fullmatch(override)
     if match is None or not match["equals"]:
-        raise UserError(f"{override!r} is not an override; write key=value (see --help)")
+        place = next((name for name in ("checkpoint", "run_dir") if name in kinds), "") if os.path.exists(override) else ""
+        meant = f"; did you mean {place}={override}?" if place else " (see --help)"
+        raise UserError(f"{override!r} is not an override; write key=value{meant}")
     key, prefix = match["key"], match["prefix"]
     branches = {".".join(name.split(".")[:depth]) for name in kinds for depth in range(1, name.count(".") + 1)}
     if key not in kinds and key not in branches and key not in choices:
-        raise UserError(f"{key} is not a setting of {schema.__name__}{_near_key(key, [*kinds, *choices])}")
+        raise UserError(f"{key} is not a setting of {schema.__name__}{key_suggestion(key, list(kinds), list(choices))}")
     if prefix == "~":
         raise UserError(f"{override}: a setting cannot be removed; give it a value: {key}=VALUE")
     if prefix:
@@ -246,16 +231,6 @@ def _require_text(override: str) -> None:
     except UnicodeEncodeError as error:
         shown = os.fsencode(override).decode(errors="backslashreplace")
         raise UserError(f"{shown} is not UTF-8 (character {error.start}, counted from 0); give it as UTF-8") from None
-
-
-def _near_key(key: str, known: list[str]) -> str:
-    """Suggest by the whole dotted key first, then by its last part (``dim`` or ``moddel.layers`` or ``layers``)."""
-    whole = suggestion(key, known)
-    if whole:
-        return whole
-    last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
-    near = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.75)
-    return f"; did you mean {last[near[0]]}?" if near else "; --help lists them all"
 
 
 def _refuse_option(group: str, option: str, has_settings: bool) -> None:
@@ -278,8 +253,34 @@ def _unescaped(key: str, kind: Any, value: str) -> str | list[str]:
     return unescaped_list(key, value) if kind == list[str] else unescaped(key, _unquoted(value))
 
 
-def _takes_whole(kind: Any) -> bool:
-    return kind is int or int in typing.get_args(kind)
+def _reads(kind: Any) -> bool:
+    """Whether ``_value`` takes the text of a setting of that type, so that Hydra never sees it."""
+    return kind == list[str] or str in (kind, *typing.get_args(kind)) or takes_number(kind)
+
+
+def _value(key: str, text: str, kind: Any, schema: type) -> Any:
+    """What was typed for a setting, for OmegaConf to take as it is. Raises UserError that shows what would be right."""
+    if key in _escaping(schema):
+        return _escape_all(_unescaped(key, kind, text))
+    if _takes_text(kind, text):
+        return _escaped(_unquoted(text))
+    if str in typing.get_args(kind) and typing.get_origin(kind) is not list:
+        return None  # null
+    if takes_number(kind) and "${" in text:
+        raise UserError(f"{key}={text}: {key} takes {type_name(kind)}, and no interpolation; write the value")
+    try:
+        item = parsed(_unquoted(text), kind) if takes_number(kind) else _texts(text)
+    except NotANumberError:
+        shape = f"{key}={example(key, kind, value(schema(), key))}"
+        raise UserError(f"{key}={shown(text)}: {key} takes {type_name(kind)}, such as {shape}") from None
+    require_within(key, kind, item, typed=text)
+    return item
+
+
+def _texts(text: str) -> list[str]:
+    """A list of texts, ``[a, 'b, c']``, each as it was typed: quotes are for a comma, nothing is looked up or converted. Raises
+    NotANumberError for anything else."""
+    return [_escaped(_unquoted(part.strip())) for part in parts(text.strip(), quotes="'\"")]
 
 
 def _unquoted(value: str) -> str:
@@ -287,23 +288,27 @@ def _unquoted(value: str) -> str:
     return value[1:-1] if quoted else value
 
 
-def _with_points(value: str) -> str:
-    """Whole numbers written as floats: OmegaConf converts them in a list of numbers, but refuses them in a list of lists."""
-    return re.sub(r"(?<![\w.])(\d[\d_]*)(?![\w.])", r"\1.0", value)
-
-
-def _whole_to_float(content: dict[str, Any], kinds: dict[str, Any], origin: str) -> None:
-    """The same, in place, for settings that were read from a file."""
-    for key in [key for key, kind in kinds.items() if kind == list[list[float]]]:
+def _read_numbers(content: dict[str, Any], kinds: dict[str, Any], origin: str) -> None:
+    """Convert the numbers of a file in place: text by the one rule (`2B`), and whole numbers in lists of lists of numbers, which
+    OmegaConf refuses. UserError for a number where true or false belongs."""
+    for key, kind in kinds.items():
         *groups, name = key.split(".")
         place: Any = content
         for group in groups:
-            place = place.get(group, {})
-        rows = place.get(name, [])
-        if type(rows) is not list or not all(type(row) is list for row in rows):
-            raise UserError(f"{origin}: {key}={rows} is not a list of lists, such as [[1000, 0.1]]")
-        if rows:
-            place[name] = [[float(n) if type(n) is int else n for n in row] for row in rows]
+            place = place.get(group) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or name not in place:
+            continue
+        item = place[name]
+        conf_files.require_flag(key, kind, item, origin)
+        if kind == list[list[float]]:
+            if type(item) is not list or not all(type(row) is list for row in item):
+                raise UserError(f"{origin}: {key}={shown(item)} is not a list of lists, such as [[1000, 0.1]]")
+            place[name] = [[float(n) if type(n) is int and abs(n) < 10**300 else n for n in row] for row in item]
+        elif takes_number(kind) and isinstance(item, str):
+            try:
+                place[name] = parsed(item, kind)
+            except NotANumberError:
+                raise UserError(f"{origin}: {key}={shown(item)}: {key} takes {type_name(kind)}") from None
 
 
 def _escaped(text: str) -> str:
@@ -353,12 +358,31 @@ def _typed(config: DictConfig, schema: type[T], origin: str) -> T:
     """The dataclass instance. Hydra opens a structured config to ``+key=value``, so unknown keys are looked for once more."""
     content = OmegaConf.to_container(config, resolve=False)
     _refuse_unknown(content, schema, origin)
+    _require_numbers(content, schema, origin)
     try:
         instance = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise UserError(f"{origin}: {_reason(error, settings(schema))}") from None
     assert isinstance(instance, schema)
     return instance
+
+
+def _require_numbers(content: Any, schema: type, origin: str) -> None:
+    """Raise UserError for a number outside its bounds, or one that is to be looked up elsewhere: an error would show what is
+    there."""
+    for key, kind in settings(schema).items():
+        item = content
+        for name in key.split("."):
+            item = item.get(name) if isinstance(item, dict) else None
+        if not takes_number(kind):
+            continue
+        for number in numbers_in(item):
+            if isinstance(number, str):
+                raise UserError(f"{origin}: {key}={number}: {key} takes {type_name(kind)}, and no interpolation; write the value")
+        try:
+            require_within(key, kind, item)
+        except UserError as error:
+            raise UserError(f"{origin}: {error}") from None
 
 
 def _drop_removed(content: Any) -> None:

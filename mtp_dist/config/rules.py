@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 
-from mtp_dist.config.compose import suggestion
+from mtp_dist.config.suggestions import suggestion
 from mtp_dist.errors import UserError
 
 

@@ -402,7 +402,7 @@ class ShardBuild:
 class Report:
     """`python -m mtp_dist.report`."""
 
-    run_dir: str = setting("", "Folder of the run.")
+    run_dir: str = setting("", "Folder of the run. `run_dir=` may be left out.")
     output: str = setting("", "Folder for the plots. Empty: <run_dir>/report.")
 
 

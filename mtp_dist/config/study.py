@@ -4,7 +4,7 @@ once."""
 import copy
 
 from mtp_dist.config.compose import differences
-from mtp_dist.config.rules import alternatives, at_least, one_of
+from mtp_dist.config.rules import alternatives, one_of
 from mtp_dist.config.schema import Study
 from mtp_dist.errors import UserError
 
@@ -62,8 +62,6 @@ def _refuse_unread(config: Study) -> None:
 
 def _choice_points(config: Study) -> None:
     task, length, depth = config.choice_points, config.train.sequence_length, config.mtp.depth
-    at_least("choice_points.branches", task.branches, 2)
-    at_least("choice_points.rows", task.rows, 1)
     if not depth <= task.choice < length:
         raise UserError(
             f"choice_points.choice={task.choice} must be from mtp.depth={depth} to train.sequence_length - 1 = {length - 1}"
@@ -79,9 +77,6 @@ def _choice_points(config: Study) -> None:
 
 def _path_star(config: Study) -> None:
     task = config.path_star
-    at_least("path_star.degree", task.degree, 2)
-    at_least("path_star.length", task.length, 1)
-    at_least("path_star.test_rows", task.test_rows, 1)
     needed = 1 + task.degree * task.length
     if task.nodes < needed:
         raise UserError(f"path_star.nodes={task.nodes} is less than the {needed} nodes of a graph; choose {needed} or more")
@@ -91,10 +86,6 @@ def _path_star(config: Study) -> None:
 
 def _induction(config: Study) -> None:
     task, length = config.induction, config.train.sequence_length
-    for name in ("names", "words"):
-        at_least(f"induction.{name}", getattr(task, name), 2)
-    for name in ("people", "test_rows"):
-        at_least(f"induction.{name}", getattr(task, name), 1)
     if task.mentions <= task.people:
         raise UserError(
             f"induction.mentions={task.mentions} leaves no second mention of each of induction.people={task.people}; choose more"
@@ -111,8 +102,6 @@ def _induction(config: Study) -> None:
 
 def _polynomials(config: Study) -> None:
     task = config.polynomials
-    for name in ("coefficients", "operations", "test_rows"):
-        at_least(f"polynomials.{name}", getattr(task, name), 1)
     if task.modulus < 2 or any(task.modulus % part == 0 for part in range(2, task.modulus)):
         raise UserError(f"polynomials.modulus={task.modulus} is not a prime; choose 7, for example")
     if task.beyond < task.operations:
@@ -123,9 +112,6 @@ def _polynomials(config: Study) -> None:
 
 
 def _heads(config: Study) -> None:
-    for name in ("prompts", "prompt_tokens", "new_tokens"):
-        at_least(f"text.{name}", getattr(config.text, name), 1)
-    at_least("text.temperature", config.text.temperature, 0)
     if config.mtp.stride > 1:
         raise UserError(f"mtp.stride={config.mtp.stride} leaps over tokens, and experiment=heads drafts each; choose 1")
 

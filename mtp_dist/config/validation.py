@@ -1,4 +1,4 @@
-"""The rules that need more than one setting, checked once, before anything expensive.
+"""The rules that need more than one setting, checked once, before anything expensive; ``bounds`` has those of single numbers.
 
 ``validate`` raises UserError at the first broken rule; it is pure. A rule that is torch's or DeepSpeed's own says so,
 since it may fall when they change.
@@ -7,8 +7,10 @@ since it may fall when they change.
 import math
 
 from mtp_dist.config.attention import BACKENDS, require
+from mtp_dist.config.bounds import MOST_TOKENS, require_within
 from mtp_dist.config.compose import settings, value
 from mtp_dist.config.heads_validation import validate_mtp
+from mtp_dist.config.launch_validation import validate_formats, validate_tracker
 from mtp_dist.config.layout import (
     SCHEDULES,
     chunks,
@@ -19,10 +21,12 @@ from mtp_dist.config.layout import (
     total_steps,
     world_size,
 )
+from mtp_dist.config.numbers import plain
 from mtp_dist.config.resolution import head_dim, matched, vocabulary_rows
-from mtp_dist.config.rules import above, alternatives, at_least, between, divisors, finite, given, one_of, whole_text
+from mtp_dist.config.rules import alternatives, at_least, divisors, given, one_of, whole_text
 from mtp_dist.config.schema import LaunchConfig, ModelConfig, ParallelConfig, TrainingRun
 from mtp_dist.errors import UserError
+from mtp_dist.quantity import counted
 
 
 def validate(config: TrainingRun, vocabulary: int | None) -> None:
@@ -40,36 +44,30 @@ def validate_training(config: TrainingRun, vocabulary: int | None) -> None:
     taken, config = config.model.layers, matched(config)
     taken -= config.model.layers
     for key, kind in settings(type(config)).items():
-        if kind is float:
-            finite(key, value(config, key))
-    between("seed", config.seed, 0, 2**63 - 1)
+        require_within(key, kind, value(config, key))
     validate_model(config.model, vocabulary)
     validate_parallel(config.parallel, config.model, vocabulary, taken)
     validate_launch(config.launch, config.parallel)
     validate_mtp(config.mtp, config.model, vocabulary or config.model.vocab_size, config.train.sequence_length)
     _validate_zero(config)
     _validate_attention(config)
-    _validate_optimizer(config)
+    _validate_schedule(config)
     _validate_loop(config)
     _validate_batches(config)
     _validate_lanes(config)
     _validate_lengths(config)
     validate_sequence_parallel(config.parallel, config.train.sequence_length)
-    _validate_intervals(config)
+    _validate_sample(config)
     one_of("init.heads", config.init.heads, ["keep", "fresh"])
     for key, asked in (("init.heads=fresh", config.init.heads == "fresh"), ("init.optimizer=true", config.init.optimizer)):
         if asked and not config.init.checkpoint:
             raise UserError(f"{key} without init.checkpoint has nothing to take; give init.checkpoint=RUN_FOLDER or leave it out")
-    one_of("tracker.wandb", config.tracker.wandb, ["offline", "online", "disabled"])
+    validate_tracker(config.tracker)
     one_of("tokenizer.kind", config.tokenizer.kind, ["bpe", "bytes", "file"])
 
 
 def validate_model(model: ModelConfig, vocabulary: int | None) -> None:
     """Rules inside the trunk."""
-    for name in ("layers", "hidden", "heads", "kv_heads", "mlp", "head_dim", "vocab_size", "vocab_multiple"):
-        at_least(f"model.{name}", getattr(model, name), 1)
-    for name in ("norm_eps", "rope_theta", "init_std"):
-        above(f"model.{name}", getattr(model, name), 0)
     if model.heads % model.kv_heads:
         choices = alternatives(divisors(model.heads))
         raise UserError(f"model.kv_heads={model.kv_heads} does not divide model.heads={model.heads}; choose {choices}")
@@ -89,9 +87,6 @@ def validate_model(model: ModelConfig, vocabulary: int | None) -> None:
 
 def validate_parallel(parallel: ParallelConfig, model: ModelConfig, vocabulary: int | None, taken: int = 0) -> None:
     """Whether a layout fits a trunk, out of which ``mtp.match_parameters`` has taken so many blocks."""
-    for name in ("pipeline", "tensor", "data"):
-        at_least(f"parallel.{name}", getattr(parallel, name), 1)
-    above("parallel.timeout_minutes", parallel.timeout_minutes, 0)
     if parallel.pipeline > 1:
         # One process has no pipeline, so there the schedule means nothing and may stay what it was.
         one_of("parallel.schedule", parallel.schedule, SCHEDULES)
@@ -102,16 +97,9 @@ def validate_parallel(parallel: ParallelConfig, model: ModelConfig, vocabulary: 
 def validate_launch(launch: LaunchConfig, parallel: ParallelConfig) -> None:
     """Whether nodes and processes make the world size."""
     one_of("launch.device", launch.device, ["auto", "cpu", "cuda"])
-    at_least("launch.nodes", launch.nodes, 1)
-    at_least("launch.processes_per_node", launch.processes_per_node, 1)
-    at_least("launch.threads", launch.threads, 0)
-    between("launch.master_port", launch.master_port, 0, 65535)
+    validate_formats(launch)
     if not 0 <= launch.node_rank < launch.nodes:
         raise UserError(f"launch.node_rank={launch.node_rank} is not one of launch.nodes={launch.nodes} nodes, counted from 0")
-    at_least("launch.signal_seconds", launch.signal_seconds, 0)
-    at_least("launch.max_restarts", launch.max_restarts, 0)
-    at_least("launch.gpus_per_node", launch.gpus_per_node, 0)
-    at_least("launch.cpus_per_task", launch.cpus_per_task, 1)
     world = world_size(parallel)
     sizes = f"parallel.pipeline x data x tensor = {parallel.pipeline} x {parallel.data} x {parallel.tensor} = {world}"
     if world % launch.nodes:
@@ -180,19 +168,12 @@ def _validate_costs(costs: list[float]) -> None:
             f"parallel.costs has {len(costs)} entries, not 6 (forward, backward, weight gradient of a block, then of the "
             "heads); python -m mtp_dist.plan measure=true prints them, [] counts operations"
         )
-    for cost in costs:
-        finite("parallel.costs", cost)
-        at_least("parallel.costs", cost, 0)
     if costs and not costs[0]:
         raise UserError(f"parallel.costs={costs}: the first, a block's forward pass, is 0")
 
 
 def _validate_zero(config: TrainingRun) -> None:
     stage = config.zero.stage
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"zero.stage={stage} is not one of 0, 1, 2 or 3")
-    at_least("zero.reduce_bucket_size", config.zero.reduce_bucket_size, 1)
-    at_least("zero.allgather_bucket_size", config.zero.allgather_bucket_size, 1)
     if stage >= 2 and config.parallel.pipeline > 1:
         part = "gradients" if stage == 2 else "parameters"
         raise UserError(
@@ -233,27 +214,12 @@ def _validate_attention(config: TrainingRun) -> None:
     require(config.model, config.train, None if device == "auto" else device)
 
 
-def _validate_optimizer(config: TrainingRun) -> None:
-    optim, schedule = config.optim, config.schedule
-    above("optim.lr", optim.lr, 0)
-    above("optim.head_lr_ratio", optim.head_lr_ratio, 0)
-    for name in ("beta1", "beta2"):
-        beta = getattr(optim, name)
-        if not 0 <= beta < 1:
-            raise UserError(f"optim.{name}={beta} must be at least 0 and less than 1")
-    above("optim.eps", optim.eps, 0)
-    at_least("optim.weight_decay", optim.weight_decay, 0)
-    at_least("optim.clip", optim.clip, 0)
-    one_of("schedule.kind", schedule.kind, ["cosine", "wsd", "constant"])
-    at_least("schedule.warmup_tokens", schedule.warmup_tokens, 0)
-    at_least("schedule.decay_tokens", schedule.decay_tokens, 1)
-    between("schedule.min_ratio", schedule.min_ratio, 0, 1)
+def _validate_schedule(config: TrainingRun) -> None:
+    one_of("schedule.kind", config.schedule.kind, ["cosine", "wsd", "constant"])
 
 
 def _validate_loop(config: TrainingRun) -> None:
     train = config.train
-    for name in ("global_batch", "micro_batch", "sequence_length", "steps", "tokens", "nonfinite_limit", "log_every_steps"):
-        at_least(f"train.{name}", getattr(train, name), 1)
     one_of("train.nonfinite", train.nonfinite, ["stop", "skip"])
     if (train.steps is None) == (train.tokens is None):
         have = "are both given" if train.steps is not None else "are both null"
@@ -284,10 +250,6 @@ def _validate_batches(config: TrainingRun) -> None:
 
 def _validate_lanes(config: TrainingRun) -> None:
     data, replicas, batch = config.data, config.parallel.data, config.train.global_batch
-    at_least("data.lanes", data.lanes, 1)
-    at_least("data.block_samples", data.block_samples, 1)
-    at_least("data.mix_tokens", data.mix_tokens, 0)
-    at_least("data.prefetch", data.prefetch, 0)
     choices = alternatives(number for number in divisors(batch) if number % replicas == 0)
     if batch % data.lanes:
         raise UserError(f"data.lanes={data.lanes} does not divide train.global_batch={batch}; choose {choices}")
@@ -298,7 +260,9 @@ def _validate_lanes(config: TrainingRun) -> None:
 def _validate_lengths(config: TrainingRun) -> None:
     steps, schedule = total_steps(config), config.schedule
     tokens = steps * tokens_per_step(config)
-    run = f"the {tokens} tokens of the run ({steps} steps of {tokens_per_step(config)})"
+    run = f"the {counted(tokens, 'token')} of the run ({counted(steps, 'step')} of {tokens_per_step(config)})"
+    if tokens > MOST_TOKENS:
+        raise UserError(f"{run} are more than {plain(MOST_TOKENS)}; choose fewer train.steps or a smaller train.global_batch")
     if schedule.warmup_tokens >= tokens:
         raise UserError(f"schedule.warmup_tokens={schedule.warmup_tokens} must be less than {run}")
     if schedule.kind == "wsd" and schedule.decay_tokens is not None and schedule.warmup_tokens + schedule.decay_tokens > tokens:
@@ -308,23 +272,7 @@ def _validate_lengths(config: TrainingRun) -> None:
         )
 
 
-def _validate_intervals(config: TrainingRun) -> None:
-    for key in (
-        "train.log_every_minutes",
-        "validation.every_steps",
-        "validation.every_minutes",
-        "checkpoint.every_steps",
-        "checkpoint.every_minutes",
-        "checkpoint.keep_last",
-        "checkpoint.keep_every_steps",
-    ):
-        at_least(key, value(config, key), 0)
-    at_least("validation.sequences", config.validation.sequences, 1)
-    _validate_sample(config)
-
-
 def _validate_sample(config: TrainingRun) -> None:
-    at_least("validation.prompt_tokens", config.validation.prompt_tokens, 1)
     whole_text("validation.prompt", config.validation.prompt)
     obstacles = {
         "parallel.sequence_parallel=true shares positions, and a decoder's pass may have one": config.parallel.sequence_parallel,

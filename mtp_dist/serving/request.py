@@ -5,10 +5,13 @@ value that stands for "none"), so that no request is answered as if it had asked
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from mtp_dist.config.bounds import TEMPERATURE, TOP_P
+from mtp_dist.config.numbers import Bounds, fault, json_whole
+from mtp_dist.config.numbers import shown as shown_number
 
 MOST_STOPS = 16
 LONGEST_STOP = 256
@@ -95,9 +98,9 @@ def read(body: bytes, served: Served, encode: Callable[[str], list[int]]) -> Ask
     return Asked(
         prompts=prompts,
         limits=_limits(content, prompts, served),
-        temperature=_number(content, "temperature", served.temperature, 0, 2),
+        temperature=_number(content, "temperature", served.temperature, replace(TEMPERATURE, most=2)),
         top_k=_integer(content, "top_k", served.top_k, 0, served.vocabulary),
-        top_p=_share(content, "top_p", served.top_p),
+        top_p=_number(content, "top_p", served.top_p, TOP_P),
         stop=_stops(content.get("stop"), served),
         seed=None if content.get("seed") is None else _integer(content, "seed", 0, 0, LARGEST_SEED),
         stream=stream,
@@ -113,7 +116,7 @@ def wrong(name: str, value: object, rule: str) -> RequestError:
 
 def _content(body: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(body)
+        content = json.loads(body, parse_int=json_whole)
     except UnicodeDecodeError:
         raise RequestError(400, "the body is not UTF-8 text; send a JSON object") from None
     except RecursionError:
@@ -193,28 +196,21 @@ def _encodable(name: str, text: str) -> str:
     return text
 
 
-def _number(content: Mapping[str, Any], name: str, default: float, least: float, most: float) -> float:
+def _number(content: Mapping[str, Any], name: str, default: float, bounds: Bounds) -> float:
     value = content.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not least <= value <= most:
-        raise wrong(name, value, f"must be a number from {least} to {most}")
+    if (rule := fault(value, bounds, whole=False)) is not None:
+        raise wrong(name, value, rule)
     return float(value)
-
-
-def _share(content: Mapping[str, Any], name: str, default: float) -> float:
-    value = _number(content, name, default, 0, 1)
-    if value == 0:
-        raise wrong(name, value, "must be greater than 0, and at most 1")
-    return value
 
 
 def _integer(content: Mapping[str, Any], name: str, default: int, least: int, most: int) -> int:
     value = content.get(name)
     if value is None:
         return default
-    if not _is_integer(value) or not least <= value <= most:
-        raise wrong(name, value, f"must be a whole number from {least} to {most}")
+    if (rule := fault(value, Bounds(least, most), whole=True)) is not None:
+        raise wrong(name, value, rule)
     return int(value)
 
 
@@ -238,5 +234,7 @@ def _text(content: Mapping[str, Any], name: str, default: str) -> str:
 
 def _shown(value: object) -> str:
     """A value as JSON, which is ASCII, cut where it is long."""
+    if _is_integer(value):
+        return shown_number(value)
     text = value if isinstance(value, str) and value.isascii() and value.isprintable() else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -7,12 +7,12 @@ import pytest
 
 from mtp_dist.config.command import application
 from mtp_dist.config.schema import Inspection
-from mtp_dist.inspect import named, run
+from mtp_dist.inspect import run
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
     with pytest.raises(SystemExit) as ended:
-        application("inspect", Inspection, run, argv=named(words))
+        application("inspect", Inspection, run, argv=words, paths=("checkpoint", "other"))
     captured = capsys.readouterr()
     return int(ended.value.code or 0), captured.out + captured.err  # type: ignore[arg-type]
 
