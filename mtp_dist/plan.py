@@ -1,7 +1,8 @@
 """What a training configuration would do, without doing it: ``python -m mtp_dist.plan key=value ...``.
 
 Takes the settings of ``mtp_dist.train`` and checks them alike, apart from places (run_dir, init.checkpoint); needs no processes,
-and no dataset where ``model.vocab_size`` is given. Prints the layout, parameters, batches, memory of each rank and operations a
+and no dataset where ``model.vocab_size`` is given. With the ``run_dir`` of a run that exists it plans that run, with what is
+typed laid over its settings. Prints the layout, parameters, batches, memory of each rank and operations a
 token, compares pipeline schedules by simulating a step, and names the smallest layout of this run that fits ``world_memory_gib``.
 Torch is loaded only for what needs it: a pipeline's schedules, and ``measure=true``.
 """
@@ -9,6 +10,7 @@ Torch is loaded only for what needs it: a pipeline's schedules, and ``measure=tr
 import copy
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from mtp_dist.config import versions
@@ -31,6 +33,7 @@ from mtp_dist.config.schema import ParallelConfig, Plan
 from mtp_dist.config.validation import validate_training
 from mtp_dist.data.dataset import Dataset
 from mtp_dist.errors import UserError
+from mtp_dist.freezing import continued_as
 from mtp_dist.launching import available_cores, threads_of_each
 from mtp_dist.parallel import budget
 from mtp_dist.parallel.cost import costs
@@ -307,4 +310,4 @@ def _measure(config: Plan) -> str:
 
 
 if __name__ == "__main__":
-    application("plan", Plan, run, examples=EXAMPLES)
+    application("plan", Plan, run, examples=EXAMPLES, shortcut=partial(continued_as, Plan, "plan"))
