@@ -168,7 +168,8 @@ def launch(config: SlurmRun) -> int:
 
 def main() -> None:
     """The command line."""
-    application("train", SlurmRun, launch, shortcut=partial(continued_as, SlurmRun, "train"), command="python launch/slurm.py", examples=EXAMPLES)
+    resumed = partial(continued_as, SlurmRun, "train")
+    application("train", SlurmRun, launch, shortcut=resumed, command="python launch/slurm.py", examples=EXAMPLES)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -32,8 +33,10 @@ from mtp_dist.data.dataset import Dataset, file_sha256
 from mtp_dist.data.packing import full_rows, row_length
 from mtp_dist.errors import UserError
 from mtp_dist.freezing import check_world, under_launcher
-from mtp_dist.launching import environment_alone, start_module
+from mtp_dist.launching import stand_alone, start_module
+from mtp_dist.parent_process import end_rank_with_parent
 from mtp_dist.slurm_step import adopt
+from mtp_dist.training.signals import end_at_once
 
 if TYPE_CHECKING:  # torch takes seconds to load: wrong settings are answered before
     from mtp_dist.parallel.mesh import Mesh
@@ -141,7 +144,7 @@ def launch(config: Evaluation) -> int:
             raise UserError(f"output={ready.output} cannot be written: {error.strerror}") from None
     if world_size(ready.parallel) > 1:
         return start_module(ready, MODULE, [f"settings={path}"])
-    os.environ.update(environment_alone(ready))
+    stand_alone(ready)
     return work(ready)
 
 
@@ -280,6 +283,8 @@ def main() -> None:
     if not under_launcher():
         application("evaluate", Evaluation, launch, examples=EXAMPLES)
         return
+    end_rank_with_parent(signal.SIGKILL)
+    end_at_once()
     try:
         sys.exit(work(frozen(sys.argv[1:])))
     except UserError as error:

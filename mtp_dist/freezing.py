@@ -28,6 +28,7 @@ from mtp_dist.config.validation import validate
 from mtp_dist.data.dataset import Dataset, file_sha256
 from mtp_dist.errors import UserError
 from mtp_dist.launching import available_cores, threads_of_each
+from mtp_dist.rank_environment import is_torch_rank
 from mtp_dist.run_lock import held
 from mtp_dist.slurm_step import is_task
 
@@ -141,7 +142,7 @@ def freeze(config: TrainingRun) -> Path:
 
 def under_launcher(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this is one process of a job that torchrun or srun started."""
-    return "RANK" in environment or is_task(environment)
+    return is_torch_rank(environment) or is_task(environment)
 
 
 def frozen(argv: list[str], environment: Mapping[str, str] = os.environ) -> TrainingRun:
@@ -225,7 +226,7 @@ def changes(config: TrainingRun) -> list[str]:
 
 def check_world(parallel: ParallelConfig, settings: Path, environment: Mapping[str, str] = os.environ) -> None:
     """Raise UserError unless as many processes were started as the frozen file ``settings`` asks for."""
-    name = "WORLD_SIZE" if "RANK" in environment else "SLURM_STEP_NUM_TASKS"
+    name = "WORLD_SIZE" if is_torch_rank(environment) else "SLURM_STEP_NUM_TASKS"
     started, needed = environment.get(name), world_size(parallel)
     if started is not None and started != str(needed):
         raise UserError(
@@ -348,6 +349,8 @@ def run(config: TrainingRun) -> None:
     # The cores are those of other machines.
     full = check(config, cores=0)
     with held(full.run_dir):
+        for line in changes(full):
+            print(line)
         print(f"settings frozen in {freeze(full)}")
 
 

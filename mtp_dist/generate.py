@@ -6,6 +6,7 @@ notes and progress to the standard error. One process holds the whole model, unl
 """
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +24,8 @@ from mtp_dist.config.validation import validate_launch
 from mtp_dist.decoding import request
 from mtp_dist.errors import UserError
 from mtp_dist.freezing import under_launcher
+from mtp_dist.parent_process import end_rank_with_parent
+from mtp_dist.training.signals import end_at_once
 
 if TYPE_CHECKING:  # torch takes seconds to load: wrong settings are answered before
     from tokenizers import Tokenizer
@@ -381,6 +384,8 @@ def main() -> None:
         application("generate", Generation, run, examples=EXAMPLES)
     from mtp_dist.generation_job import main as process
 
+    end_rank_with_parent(signal.SIGKILL)
+    end_at_once()
     sys.exit(process(sys.argv[1:]))
 
 
