@@ -36,6 +36,7 @@ from mtp_dist.freezing import check_world, under_launcher
 from mtp_dist.launching import stand_alone, start_module
 from mtp_dist.parent_process import end_rank_with_parent
 from mtp_dist.slurm_step import adopt
+from mtp_dist.standard_streams import say
 from mtp_dist.training.signals import end_at_once
 
 if TYPE_CHECKING:  # torch takes seconds to load: wrong settings are answered before
@@ -144,6 +145,7 @@ def launch(config: Evaluation) -> int:
             raise UserError(f"output={ready.output} cannot be written: {error.strerror}") from None
     if world_size(ready.parallel) > 1:
         return start_module(ready, MODULE, [f"settings={path}"])
+    say(f"evaluating {ready.checkpoint} in this process")
     stand_alone(ready)
     return work(ready)
 
@@ -174,8 +176,11 @@ def work(config: Evaluation) -> int:
     mesh = build_mesh(config.parallel, device)
     result = measure(config, mesh)
     if mesh.rank == 0:
-        Path(config.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(table(result))
+        print(table(result), flush=True)
+        try:
+            Path(config.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"output={config.output} cannot be written: {error.strerror}") from None
         print(f"written to {config.output}", flush=True)
     disconnect()
     return 0

@@ -25,6 +25,7 @@ from mtp_dist.data.tokenizer import end_of_document, load_tokenizer, vocabulary_
 from mtp_dist.errors import UserError
 from mtp_dist.interop import hugging_face, weight_file
 from mtp_dist.interop.hugging_face import Renamed
+from mtp_dist.standard_streams import say
 
 if TYPE_CHECKING:  # torch takes seconds to load: wrong settings are answered before
     from torch import Tensor
@@ -133,6 +134,7 @@ def _values(checkpoint: "Checkpoint", tensor: Renamed, dtype: str) -> "Tensor":
 
 def run(config: Export) -> int:
     """The command."""
+    say(f"exporting {config.checkpoint} to {config.out}")
     out = export(config)
     print(f"written to {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
     return 0

@@ -25,6 +25,7 @@ from mtp_dist.decoding import request
 from mtp_dist.errors import UserError
 from mtp_dist.freezing import under_launcher
 from mtp_dist.parent_process import end_rank_with_parent
+from mtp_dist.standard_streams import say
 from mtp_dist.training.signals import end_at_once
 
 if TYPE_CHECKING:  # torch takes seconds to load: wrong settings are answered before
@@ -179,7 +180,12 @@ def open_writer(config: Generation, prompts: list[str]) -> "tuple[Checkpoint, Wr
 
 
 def load_writer(path: str, decode: DecodeConfig, seed: int, *, device: str = "auto") -> "tuple[Checkpoint, Writer]":
-    """The checkpoint of a setting, and its model ready to write. Raises UserError before any weight is read."""
+    """The checkpoint of a setting, and its model ready to write. Raises UserError before any weight is read, and before torch is
+    loaded where there is no such folder."""
+    folder.locate(path)
+    if decode.drafter == "model" and decode.mode != "plain" and not Path(decode.draft_model).is_dir():
+        raise UserError(f"decode.draft_model={decode.draft_model} does not exist; give a run folder or a checkpoint folder")
+    say(f"loading {path}")
     import torch
 
     from mtp_dist.checkpoint.reader import open_checkpoint

@@ -67,8 +67,8 @@ def torchrun_command(config: Job, module: str, arguments: list[str]) -> list[str
 def process_environment(
     config: Job, cores: int, cuda_devices: int, outer: Mapping[str, str]
 ) -> dict[str, str]:
-    """The environment of the processes of one node: ``outer`` with the threads and the accelerator of ``launch``, and without what
-    an outer launcher has set for processes of its own.
+    """The environment of the processes of one node: ``outer`` with the threads and the accelerator of ``launch``, and without
+    what an outer launcher has set for processes of its own.
 
     ``cores``: CPU cores that this node may use. ``cuda_devices``: GPUs that torch sees. Raises UserError when they do not fit.
     """

@@ -77,10 +77,19 @@ def _dataset(config: Plan) -> Dataset | None:
 
 def text(config: Plan, dataset: Dataset | None) -> str:
     """The whole plan of a prepared configuration."""
-    parts = [_layout(config), _parameters(config), _batches(config, dataset), _memory(config), _operations(config)]
+    return "\n\n".join(parts(config, dataset))
+
+
+def parts(config: Plan, dataset: Dataset | None) -> Iterator[str]:
+    """Its parts, each when it is asked for: the later ones take seconds."""
+    yield _layout(config)
+    yield _parameters(config)
+    yield _batches(config, dataset)
+    yield _memory(config)
+    yield _operations(config)
     if config.parallel.pipeline > 1:
-        parts.append(_schedules(config))
-    return "\n\n".join([*parts, _fit(config)])
+        yield _schedules(config)
+    yield _fit(config)
 
 
 def _layout(config: Plan) -> str:
@@ -285,7 +294,8 @@ def run(config: Plan) -> int:
     full, dataset = prepare(config)
     if full.measure:
         print(_measure(full), end="\n\n", flush=True)
-    print(text(full, dataset))
+    for number, part in enumerate(parts(full, dataset)):
+        print(("\n" if number else "") + part, flush=True)
     return 0
 
 

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from mtp_dist.config.command import application
 from mtp_dist.config.schema import Report
 from mtp_dist.errors import UserError
+from mtp_dist.standard_streams import say
 from mtp_dist.tracking import names
 from mtp_dist.tracking.jsonl import METRICS_FILE, read_records
 from mtp_dist.tracking.plots import DRAWINGS, Series
@@ -83,6 +84,7 @@ def page_text(title: str, records: Sequence[dict[str, Any]], plots: Sequence[Pat
 def run(config: Report) -> int:
     if not config.run_dir:
         raise UserError("run_dir is empty; give the folder of a run: run_dir=runs/quickstart")
+    say(f"drawing the metrics of {config.run_dir}")
     for path in write_report(Path(config.run_dir), Path(config.output) if config.output else None):
         print(path)
     return 0

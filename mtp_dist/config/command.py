@@ -4,6 +4,7 @@ Contract: exit status 0 done, 2 bad input (``error: ...`` on the standard error)
 Nothing here imports torch: help and bad settings are answered at once.
 """
 
+import errno
 import os
 import re
 import sys
@@ -21,6 +22,8 @@ from mtp_dist.config.schema import describe
 from mtp_dist.errors import UserError
 
 T = TypeVar("T")
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""No program's fault: said in one line, wherever it happens."""
 
 
 def application(
@@ -53,10 +56,19 @@ def guarded(action: Callable[[], int | None]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader (`| head`) has left. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            return _left()
+        if error.errno not in DISK_TROUBLE:
+            raise
+        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
+        return 2
+
+
+def _left() -> int:
+    """The reader (`| head`) has left. Python would complain once more when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def help_text(

@@ -220,13 +220,21 @@ class Trainer:
         if self.trace is not None:
             metrics |= self.trace.after(self.progress.step)
         if validate:
-            metrics |= self.validate()
+            metrics |= self._validated()
         if metrics:
             self._track(metrics)
         self.console.step(self.progress.step, metrics)
         if keep and not stop:
             self.save()
         return stop
+
+    def _validated(self) -> dict[str, float]:
+        """``validate``, where held-out rows can be read; else all ranks know why, and save and end after the next step."""
+        try:
+            return self.validate()
+        except AgreedError as error:
+            self.problem = self.problem or str(error)
+            return {}
 
     def _track(self, metrics: dict[str, float]) -> None:
         """Write the metrics down. Where the disk refuses, all ranks hear of it after the next step, save and end."""
