@@ -3,7 +3,6 @@
 from mtp_dist.config import versions
 from mtp_dist.config.command import application
 from mtp_dist.config.schema import ShardBuild
-from mtp_dist.standard_streams import say
 
 EXAMPLES = (
     "python data/build_shards.py out=runs/stdlib",
@@ -17,7 +16,7 @@ def run(config: ShardBuild) -> None:
     versions.check()
     # Here, so that --help and a bad setting are answered without loading torch (which webdataset imports).
     if config.out:
-        say(f"dataset {config.out} from source={config.source}")
+        print(f"dataset {config.out} from source={config.source}", flush=True)
     from mtp_dist.data.building import build
 
     dataset, fresh = build(config)

@@ -25,7 +25,6 @@ from mtp_dist.data.tokenizer import end_of_document, load_tokenizer, vocabulary_
 from mtp_dist.errors import UserError
 from mtp_dist.interop import hugging_face, weight_file
 from mtp_dist.interop.hugging_face import Renamed
-from mtp_dist.standard_streams import say
 
 if TYPE_CHECKING:  # torch takes seconds to load: wrong settings are answered before
     from torch import Tensor
@@ -53,6 +52,7 @@ def export(config: Export) -> Path:
     one_of("dtype", dtype, list(weight_file.SIZES))
     mtp = run.mtp if config.heads else replace(run.mtp, kind="none", depth=0)
     hugging_face.require_expressible(run.model, mtp)
+    print(f"exporting {path}", flush=True)
     tensors = hugging_face.renamed(run.model, mtp)
     temporary = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
@@ -134,7 +134,6 @@ def _values(checkpoint: "Checkpoint", tensor: Renamed, dtype: str) -> "Tensor":
 
 def run(config: Export) -> int:
     """The command."""
-    say(f"exporting {config.checkpoint} to {config.out}")
     out = export(config)
     print(f"written to {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
     return 0

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtp_dist.checkpoint import folder
-from mtp_dist.checkpoint.manifest import TOKENIZER
+from mtp_dist.checkpoint.manifest import CONFIG, TOKENIZER
 from mtp_dist.config import versions
 from mtp_dist.config.command import application
+from mtp_dist.config.compose import load
 from mtp_dist.config.heads import modules
 from mtp_dist.config.layout import world_size
-from mtp_dist.config.schema import DecodeConfig, Generation
+from mtp_dist.config.schema import DecodeConfig, Generation, TrainingRun
 from mtp_dist.config.validation import validate_launch
 from mtp_dist.decoding import request
 from mtp_dist.errors import UserError
@@ -180,24 +181,22 @@ def open_writer(config: Generation, prompts: list[str]) -> "tuple[Checkpoint, Wr
 
 
 def load_writer(path: str, decode: DecodeConfig, seed: int, *, device: str = "auto") -> "tuple[Checkpoint, Writer]":
-    """The checkpoint of a setting, and its model ready to write. Raises UserError before any weight is read, and before torch is
-    loaded where there is no such folder."""
-    folder.locate(path)
-    if decode.drafter == "model" and decode.mode != "plain" and not Path(decode.draft_model).is_dir():
-        raise UserError(f"decode.draft_model={decode.draft_model} does not exist; give a run folder or a checkpoint folder")
-    say(f"loading {path}")
+    """The checkpoint of a setting, and its model ready to write. Raises UserError before any weight is read; where folders do not
+    fit, before torch is loaded."""
+    found = folder.sound(path)
+    decode = request.fitted(decode, load(found / CONFIG, TrainingRun).mtp)
+    drafting = draft_folder(decode, found)
+    say(f"loading {found}")
     import torch
 
-    from mtp_dist.checkpoint.reader import open_checkpoint
+    from mtp_dist.checkpoint.reader import Checkpoint
     from mtp_dist.data.tokenizer import text_tokenizer
     from mtp_dist.decoding.draft_lengths import DraftLengths
     from mtp_dist.decoding.drafters import draft_length
     from mtp_dist.decoding.preparation import prepare, require_tools
     from mtp_dist.decoding.stopping import StopStrings
 
-    checkpoint = open_checkpoint(path)
-    decode = request.fitted(decode, checkpoint.config.mtp)
-    drafting = draft_folder(decode, checkpoint.path)
+    checkpoint = Checkpoint(found)
     tokenizer = text_tokenizer(checkpoint.tokenizer_path)
     if decode.threads:
         torch.set_num_threads(decode.threads)

@@ -27,6 +27,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> list[Path]:
     records = read_records(path)
     if not records:
         raise UserError(f"run_dir={run_dir} holds no metrics ({METRICS_FILE} is missing or empty); train there first")
+    say(f"drawing {len(records)} records of {path}")
     folder = output or run_dir / "report"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +85,6 @@ def page_text(title: str, records: Sequence[dict[str, Any]], plots: Sequence[Pat
 def run(config: Report) -> int:
     if not config.run_dir:
         raise UserError("run_dir is empty; give the folder of a run: run_dir=runs/quickstart")
-    say(f"drawing the metrics of {config.run_dir}")
     for path in write_report(Path(config.run_dir), Path(config.output) if config.output else None):
         print(path)
     return 0

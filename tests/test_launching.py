@@ -99,7 +99,7 @@ from mtp_dist.config.schema import LaunchConfig, ParallelConfig, TrainingRun
 from mtp_dist.launching import process_environment, run_child, torchrun_command
 config = TrainingRun(parallel=ParallelConfig(pipeline=2), launch=LaunchConfig(threads=1))
 command = torchrun_command(config, "process_of_a_job", ["run_dir={folder}", "{exit_status}"])
-sys.exit(run_child(command, process_environment(config, 2, 0, os.environ)))
+sys.exit(run_child(command, process_environment(config, 2, 0, os.environ), saves=True).status)
 """
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
@@ -160,7 +160,7 @@ def test_an_interrupt_that_was_ignored_stays_so() -> None:
 import os, signal, sys
 from mtp_dist.launching import run_child
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-sys.exit(run_child([sys.executable, "-c", "import os, signal; os.kill(os.getppid(), signal.SIGINT)"], os.environ))
+sys.exit(run_child([sys.executable, "-c", "import os, signal; os.kill(os.getppid(), signal.SIGINT)"], os.environ).status)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
