@@ -20,7 +20,7 @@ from mtp_dist.errors import UserError
 from mtp_dist.exit_codes import STOPPED
 from mtp_dist.freezing import resolved_file
 from mtp_dist.launching import start
-from mtp_dist.parent_process import end_with
+from mtp_dist.parent_process import end_with_foreign
 from mtp_dist.run_lock import held
 
 LOCK_SECONDS = 180.0
@@ -40,7 +40,7 @@ def run() -> int:
     if len(sys.argv) != 4 or "SLURM_NODEID" not in os.environ:
         raise UserError("slurm_node.py is started by srun, with RUN_DIR ADDRESS PORT; to submit a job: python launch/slurm.py")
     # When Slurm's own process of this step is killed, nobody else ends what it has started.
-    end_with(0, signal.SIGTERM)
+    end_with_foreign(signal.SIGTERM)
     run_dir, address, port = sys.argv[1:]
     node = os.environ["SLURMD_NODENAME"]
     launcher = Path(run_dir) / f".launcher-{node}"

@@ -28,6 +28,7 @@ from typing import Any
 import psutil
 
 from mtp_dist.errors import UserError
+from mtp_dist.standard_streams import say
 
 NAME = ".lock"
 # Tells rank 0 that its launcher holds the lock of this folder.
@@ -108,14 +109,18 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _lock(file: FileIO, run_dir: str | os.PathLike[str], role: str, wait_seconds: float) -> None:
-    end = time.monotonic() + max(wait_seconds, PASSING_SECONDS)
+    began = time.monotonic()
+    end, said = began + max(wait_seconds, PASSING_SECONDS), False
     while not _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
         if time.monotonic() >= end:
             raise UserError(
                 f"run_dir={run_dir} is in use by {_holder(file, run_dir)}; stop that job, or choose another run_dir "
                 "(a further node of the same job needs its own launch.node_rank)"
             )
-        time.sleep(1.0 if wait_seconds else 0.05)
+        if wait_seconds and not said and time.monotonic() - began > PASSING_SECONDS:
+            said = True
+            say(f"run_dir={run_dir} is in use by {_holder(file, run_dir)}; waiting up to {wait_seconds:.0f} s")
+        time.sleep(min(wait_seconds, 1.0) if said else 0.05)
     _write(file, [_record(role)])
     _share(file, run_dir)
 

@@ -14,7 +14,7 @@ from mtp_dist.rank_environment import ignored_place, is_torch_rank, own_variable
 
 # Starts one rank and waits to be killed; the rank says when it is armed.
 PARENT = """
-import os, subprocess, sys, time
+import os, subprocess, sys, threading, time
 rank = '''
 import signal, sys, time
 from mtp_dist.parent_process import end_rank_with_parent
@@ -22,22 +22,37 @@ end_rank_with_parent(signal.SIGKILL)
 print("armed", flush=True)
 time.sleep(3600)
 '''
-child = subprocess.Popen([sys.executable, "-c", rank], env={**os.environ, "MTP_DIST_PARENT": sys.argv[1] or str(os.getpid())})
-print(child.pid, flush=True)
+environment = os.environ | ({"MTP_DIST_PARENT": str(os.getpid())} if sys.argv[1] == "ours" else {})
+
+
+def start():
+    child = subprocess.Popen([sys.executable, "-c", rank], env=environment)
+    print(child.pid, flush=True)
+
+
+if sys.argv[1] == "thread":  # which ends
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+else:
+    start()
 time.sleep(3600)
 """
 
 
-def parent(named: str = "") -> tuple["subprocess.Popen[str]", psutil.Process]:
-    process = subprocess.Popen([sys.executable, "-c", PARENT, named], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def parent(kind: str) -> tuple["subprocess.Popen[str]", psutil.Process]:
+    process = subprocess.Popen([sys.executable, "-c", PARENT, kind], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     return process, psutil.Process(int(process.stdout.readline()))
 
 
-def test_a_rank_does_not_outlive_its_parent() -> None:
-    process, rank = parent()
+@pytest.mark.parametrize("kind", ["ours", "theirs", "thread"])
+def test_a_rank_does_not_outlive_its_parent(kind: str) -> None:
+    """Also of a launcher that starts ranks from a thread of its own, which may end before them."""
+    process, rank = parent(kind)
     assert process.stdout is not None
     assert process.stdout.readline() == "armed\n"
+    assert psutil.wait_procs([rank], timeout=0.2)[0] == []
     process.kill()
     assert psutil.wait_procs([rank], timeout=60)[1] == []
     process.communicate()

@@ -92,11 +92,15 @@ def save(config: Any, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        yaml.safe_dump(asdict(config), file, sort_keys=False, allow_unicode=True, width=1000)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, target)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            yaml.safe_dump(asdict(config), file, sort_keys=False, allow_unicode=True, width=1000)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def load(path: str | os.PathLike[str], schema: type[T]) -> T:
