@@ -148,6 +148,8 @@ def _settle(config: TrainingRun, before: Status | None, outcome: "Outcome") -> i
     run_dir, after = Path(config.run_dir), read_status(Path(config.run_dir))
     own = None if after is None or (before is not None and after.mark == before.mark) else after
     if own is not None and own.state == STOPPED:
+        if outcome.status > 128:
+            say(f"the ranks have saved step {own.step}; start it again to go on")
         return exit_codes.STOPPED
     if own is not None and own.state == FINISHED and outcome.status > 128:
         return 0  # what was left to do when it was killed changes nothing
@@ -208,6 +210,7 @@ class _Torchrun:
             preexec_fn=lambda: end_with(parent, signal.SIGTERM),
         )
         self._orphans: list[psutil.Process] = []
+        self._asked = False
 
     def ranks(self) -> list[psutil.Process]:
         """The processes that torchrun has started and that are there."""
@@ -231,13 +234,19 @@ class _Torchrun:
         status = self.child.wait()
         if status < 0:
             self._orphans = [process for process in psutil.Process().children() if _is_rank_of(process, self.child.pid)]
-            if self._orphans:
-                say(f"error: torchrun (process {self.child.pid}) was ended by signal {-status}; its ranks save and stop")
-                psutil.wait_procs(self._orphans)
+            if not self._asked:
+                say(f"error: torchrun (process {self.child.pid}) was killed by signal {-status}; its ranks end, too")
+            psutil.wait_procs(self._orphans)
         return status
+
+    def stop(self) -> None:
+        """End torchrun, which has no rank yet."""
+        self._asked = True
+        self.child.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """End torchrun and everything below it. Its processes have sessions of their own, so no group holds them all."""
+        self._asked = True
         below = []
         with contextlib.suppress(psutil.NoSuchProcess):
             # Stopped, it cannot start another one in the meantime.
@@ -280,7 +289,7 @@ def run_child(
             what = "the processes save and stop" if saves else "the processes end"
             say(f"stopping: {what}; once more to end them at once")
         else:
-            torchrun.child.send_signal(signal.SIGTERM)
+            torchrun.stop()
 
     def notify(number: int, frame: FrameType | None) -> None:
         torchrun.signal_ranks(signal.SIGUSR1)

@@ -61,7 +61,8 @@ def test_ranks_save_and_stop_when_what_started_them_is_killed(tmp_path: Path, ti
     if killed == "torchrun":
         assert launcher.returncode == STOPPED
         said = [line for line in errors.splitlines() if "error" in line]
-        assert said == [f"error: torchrun (process {torchrun.pid}) was ended by signal 9; its ranks save and stop"], errors
+        assert said == [f"error: torchrun (process {torchrun.pid}) was killed by signal 9; its ranks end, too"], errors
+        assert f"the ranks have saved step {state.step}" in errors
 
 
 @pytest.mark.full
