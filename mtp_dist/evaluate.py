@@ -145,7 +145,7 @@ def launch(config: Evaluation) -> int:
             raise UserError(f"output={ready.output} cannot be written: {error.strerror}") from None
     if world_size(ready.parallel) > 1:
         return start_module(ready, MODULE, [f"settings={path}"])
-    say(f"evaluating {ready.checkpoint} in this process")
+    say(f"note: evaluating {ready.checkpoint} in this process")
     stand_alone(ready)
     return work(ready)
 

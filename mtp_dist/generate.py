@@ -186,7 +186,7 @@ def load_writer(path: str, decode: DecodeConfig, seed: int, *, device: str = "au
     found = folder.sound(path)
     decode = request.fitted(decode, load(found / CONFIG, TrainingRun).mtp)
     drafting = draft_folder(decode, found)
-    say(f"loading {found}")
+    say(f"note: loading {found}")
     import torch
 
     from mtp_dist.checkpoint.reader import Checkpoint
