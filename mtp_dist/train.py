@@ -102,7 +102,6 @@ def _train(config: TrainingRun, stop: StopRequest) -> int:
             stop.install()
             end_rank_with_parent(signal.SIGTERM)  # from here on there is something to save
             state = trainer.run()
-            end_rank_with_parent(signal.SIGKILL)
         finally:
             trainer.close()
         disconnect()
