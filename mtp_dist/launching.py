@@ -276,12 +276,14 @@ def run_child(
     that others are missing.
     """
     survive_closing()
-    torchrun = _Torchrun(command, environment)
+    torchrun: _Torchrun | None = None
     asked = 0
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         asked += 1
+        if torchrun is None:
+            return  # seen below
         if asked > 1:
             if kill_on_second:
                 torchrun.kill()
@@ -291,16 +293,25 @@ def run_child(
         else:
             torchrun.stop()
 
-    def notify(number: int, frame: FrameType | None) -> None:
-        torchrun.signal_ranks(signal.SIGUSR1)
+    def hang_up(number: int, frame: FrameType | None) -> None:
+        # The kernel and the shell may each send one when a terminal closes; neither means: at once.
+        if not asked:
+            stop(number, frame)
 
-    handlers = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGHUP: stop, signal.SIGUSR1: notify}
+    def notify(number: int, frame: FrameType | None) -> None:
+        if torchrun is not None:
+            torchrun.signal_ranks(signal.SIGUSR1)
+
+    handlers = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGHUP: hang_up, signal.SIGUSR1: notify}
     heard = [number for number in handlers if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, handlers[number]) for number in heard}
     ended = threading.Event()
-    if waiting:
-        threading.Thread(target=_say_who_is_missing, args=(torchrun, waiting, ended), daemon=True).start()
     try:
+        torchrun = _Torchrun(command, environment)
+        if asked:
+            torchrun.stop()
+        if waiting:
+            threading.Thread(target=_say_who_is_missing, args=(torchrun, waiting, ended), daemon=True).start()
         status = torchrun.wait()
     finally:
         ended.set()

@@ -135,16 +135,18 @@ def wait_for(folder: Path, name: str, launcher: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stop_reaches_each_process_once_and_gives_it_time(tmp_path: Path, number: signal.Signals) -> None:
     launcher = launched(tmp_path, 0)
     wait_for(tmp_path, "started", launcher)
     launcher.send_signal(signal.SIGUSR1)
     wait_for(tmp_path, "notified", launcher)
     launcher.send_signal(number)
+    launcher.send_signal(signal.SIGHUP)  # the terminal closes: no second request
+    launcher.send_signal(signal.SIGHUP)
     _, errors = launcher.communicate()
     assert launcher.returncode == 0, errors
-    assert "save and stop" in errors
+    assert errors.count("save and stop") == 1
     for rank in range(2):
         assert (tmp_path / f"started.{rank}").read_text() == "2 1 cpu 0"
         assert (tmp_path / f"ended.{rank}").read_text() == "SIGUSR1 SIGTERM"
