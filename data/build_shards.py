@@ -23,6 +23,8 @@ def run(config: ShardBuild) -> None:
     """Build, or find complete, the dataset that `config` describes, and say what it holds."""
     versions.check()
     # Here, so that --help and a bad setting are answered without loading torch (which webdataset imports).
+    if config.out:
+        print(f"dataset {config.out} from source={config.source}", flush=True)
     from mtp_dist.data.building import build
     from mtp_dist.data.sources.unread import printable
 

@@ -4,9 +4,8 @@
     python launch/slurm.py dry_run=true ...        print the script, write nothing
 
 It takes the settings of ``python -m mtp_dist.train``: composes, checks and freezes them in the run folder, writes
-``<run_dir>/train.sbatch`` from ``slurm/train.sbatch.template`` and submits it. With ``run_dir=FOLDER`` alone, or with settings of
-``launch.`` beside it, a run that exists goes on with its own settings. How such a job stops,
-requeues and resumes: ``docs/operations.md``.
+``<run_dir>/train.sbatch`` from ``slurm/train.sbatch.template`` and submits it. A run that exists goes on with its own settings;
+those that are typed beside ``run_dir=FOLDER`` lie over them. How such a job stops, requeues and resumes: ``docs/operations.md``.
 """
 
 import os
@@ -17,13 +16,14 @@ import string
 import subprocess
 import sys
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 from mtp_dist.config.command import application
 from mtp_dist.config.layout import processes_per_node
 from mtp_dist.config.schema import TrainingRun, setting
 from mtp_dist.errors import UserError
-from mtp_dist.freezing import check, continued, freeze
+from mtp_dist.freezing import changes, check, continued_as, freeze
 from mtp_dist.run_lock import held
 
 FOLDER = Path(__file__).resolve().parents[1]
@@ -144,12 +144,16 @@ def launch(config: SlurmRun) -> int:
     # Not resolved: the link of a virtual environment is what makes it one.
     python = os.path.abspath(sys.executable)
     text = render(run, TEMPLATE.read_text(encoding="utf-8"), python, str(FOLDER), os.getcwd())
+    changed = changes(run)
     if config.dry_run:
-        print(text, end="")
+        print(text, end="", flush=True)
+        print("".join(f"{line}\n" for line in changed), end="", file=sys.stderr)
         return 0
     script = Path(run.run_dir) / SCRIPT
     # Refused while a job is at work there.
     with held(run.run_dir):
+        for line in changed:
+            print(line)
         freeze(run)
         script.write_text(text, encoding="utf-8")
     job = submit(script)
@@ -162,17 +166,9 @@ def launch(config: SlurmRun) -> int:
     return 0
 
 
-def resumed(argv: list[str]) -> SlurmRun | None:
-    """A run that exists, when nothing but its folder (and dry_run) was typed."""
-    dry_run = "dry_run=true" in argv
-    run = continued([word for word in argv if word not in ("dry_run=true", "dry_run=false")])
-    if run is None:
-        return None
-    return SlurmRun(**{item.name: getattr(run, item.name) for item in fields(TrainingRun)}, dry_run=dry_run)
-
-
 def main() -> None:
     """The command line."""
+    resumed = partial(continued_as, SlurmRun, "train")
     application("train", SlurmRun, launch, shortcut=resumed, command="python launch/slurm.py", examples=EXAMPLES)
 
 

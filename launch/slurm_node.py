@@ -8,6 +8,7 @@ makes the node save and stop. At the end it becomes ``RUN_DIR/.ended-<node>``.
 """
 
 import os
+import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,6 +20,7 @@ from mtp_dist.errors import UserError
 from mtp_dist.exit_codes import STOPPED
 from mtp_dist.freezing import resolved_file
 from mtp_dist.launching import start
+from mtp_dist.parent_process import end_with_foreign
 from mtp_dist.run_lock import held
 
 LOCK_SECONDS = 180.0
@@ -37,6 +39,8 @@ def node_settings(run_dir: str, address: str, port: str, node: int) -> TrainingR
 def run() -> int:
     if len(sys.argv) != 4 or "SLURM_NODEID" not in os.environ:
         raise UserError("slurm_node.py is started by srun, with RUN_DIR ADDRESS PORT; to submit a job: python launch/slurm.py")
+    # When Slurm's own process of this step is killed, nobody else ends what it has started.
+    end_with_foreign(signal.SIGTERM)
     run_dir, address, port = sys.argv[1:]
     node = os.environ["SLURMD_NODENAME"]
     launcher = Path(run_dir) / f".launcher-{node}"

@@ -4,8 +4,8 @@
     python launch/torchrun.py run_dir=runs/big parallel.data=8 launch.nodes=2 launch.master_addr=10.0.0.1 launch.node_rank=0 ...
 
 It takes the settings of ``python -m mtp_dist.train``: composes, checks and freezes them in the run folder, then starts processes.
-With ``run_dir=FOLDER`` alone, or with settings of ``launch.`` beside it, a run that exists goes on with its own settings: on the
-second of two machines, ``run_dir=FOLDER launch.node_rank=1``.
+A run that exists goes on with its own settings; those that are typed beside ``run_dir=FOLDER`` lie over them: on the second of
+two machines, ``run_dir=FOLDER launch.node_rank=1``.
 """
 
 from mtp_dist.config.command import application

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -33,8 +34,11 @@ from mtp_dist.data.dataset import Dataset, file_sha256
 from mtp_dist.data.packing import full_rows, row_length
 from mtp_dist.errors import UserError
 from mtp_dist.freezing import check_world, under_launcher
-from mtp_dist.launching import environment_alone, start_module
+from mtp_dist.launching import stand_alone, start_module
+from mtp_dist.parent_process import end_rank_with_parent
 from mtp_dist.slurm_step import adopt
+from mtp_dist.standard_streams import say
+from mtp_dist.training.signals import end_at_once
 
 if TYPE_CHECKING:  # torch takes seconds to load: wrong settings are answered before
     from mtp_dist.parallel.mesh import Mesh
@@ -149,7 +153,8 @@ def launch(config: Evaluation) -> int:
             raise UserError(f"output={ready.output} cannot be written: {error.strerror}") from None
     if world_size(ready.parallel) > 1:
         return start_module(ready, MODULE, [f"settings={path}"])
-    os.environ.update(environment_alone(ready))
+    say(f"note: evaluating {ready.checkpoint} in this process")
+    stand_alone(ready)
     return work(ready)
 
 
@@ -188,7 +193,7 @@ def work(config: Evaluation) -> int:
     mesh = build_mesh(config.parallel, device)
     result = measure(config, mesh)
     if mesh.rank == 0:
-        print(table(result))
+        print(table(result), flush=True)
         try:
             Path(config.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
@@ -301,6 +306,8 @@ def main() -> None:
         application("evaluate", Evaluation, launch, examples=EXAMPLES)
         return
     open_output()
+    end_rank_with_parent(signal.SIGKILL)
+    end_at_once()
     try:
         sys.exit(work(frozen(sys.argv[1:])))
     except UserError as error:

@@ -52,6 +52,7 @@ def export(config: Export) -> Path:
     one_of("dtype", dtype, list(weight_file.SIZES))
     mtp = run.mtp if config.heads else replace(run.mtp, kind="none", depth=0)
     hugging_face.require_expressible(run.model, mtp)
+    print(f"exporting {path}", flush=True)
     tensors = hugging_face.renamed(run.model, mtp)
     temporary = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:

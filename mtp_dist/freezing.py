@@ -10,24 +10,25 @@ Any other setting may change from one start to the next; the earlier file stays 
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mtp_dist.checkpoint import draft_tokens, folder
 from mtp_dist.checkpoint.compatibility import require_same_model, require_start
 from mtp_dist.checkpoint.manifest import TOKENIZER, read_manifest
 from mtp_dist.config import versions
 from mtp_dist.config.command import application
-from mtp_dist.config.compose import compose, differences, load, save
-from mtp_dist.config.layout import world_size
-from mtp_dist.config.resolution import resolve
+from mtp_dist.config.compose import chosen, compose, differences, load, overlaid, save, value
+from mtp_dist.config.layout import processes_per_node, world_size
+from mtp_dist.config.resolution import decay_tokens, resolve
 from mtp_dist.config.schema import ParallelConfig, TrainingRun
 from mtp_dist.config.validation import validate
 from mtp_dist.data.dataset import Dataset, file_sha256
 from mtp_dist.errors import UserError
 from mtp_dist.launching import available_cores, threads_of_each
+from mtp_dist.rank_environment import is_torch_rank
 from mtp_dist.run_lock import held
 from mtp_dist.slurm_step import is_task
 
@@ -62,6 +63,7 @@ NOT_IDENTITY = (
     "mtp.freeze_trunk",
 )
 PATHS = ("data.path", "tokenizer.path", "init.checkpoint")
+Run = TypeVar("Run", bound=TrainingRun)
 
 
 def resolved_file(run_dir: str | os.PathLike[str]) -> Path:
@@ -142,7 +144,7 @@ def freeze(config: TrainingRun) -> Path:
 
 def under_launcher(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this is one process of a job that torchrun or srun started."""
-    return "RANK" in environment or is_task(environment)
+    return is_torch_rank(environment) or is_task(environment)
 
 
 def frozen(argv: list[str], environment: Mapping[str, str] = os.environ) -> TrainingRun:
@@ -166,31 +168,67 @@ def frozen(argv: list[str], environment: Mapping[str, str] = os.environ) -> Trai
 
 
 def continued(argv: list[str]) -> TrainingRun | None:
-    """The frozen settings of a run that exists, when ``run_dir=FOLDER`` and settings of ``launch.`` are all that was typed:
-    continue as it was, started as asked. Else None. Raises UserError for a setting of ``launch.`` that does not exist."""
-    places = [word for word in argv if word.startswith("launch.")]
-    run_dir = _only_run_dir([word for word in argv if word not in places])
-    if run_dir is None or not resolved_file(run_dir).exists():
+    """A run that exists, with the typed settings laid over its frozen ones; None where the folder that ``argv`` names holds no
+    run.
+
+    Whatever was not typed keeps the run's value, not the default (``compose.chosen`` says what counts as typed); settings that
+    were derived from others are derived again. Raises UserError for a setting that does not exist or takes no such value.
+    """
+    if not any(word.startswith(("run_dir=", "experiment=")) for word in argv):
         return None
-    config = load(resolved_file(run_dir), TrainingRun)
-    config.run_dir = run_dir
-    if config.train.tokens is not None:
-        # The steps were derived from the tokens, and will be again.
-        config.train.steps = None
-    typed = {word.partition("=")[0].removeprefix("launch.") for word in places}
-    if "nodes" in typed:
-        # Derived from the nodes of before, as the threads may be.
-        config.launch.processes_per_node, config.launch.threads = None, 0
-    asked = compose("train", TrainingRun, places).launch
-    for field in fields(asked):
-        if field.name in typed:
-            setattr(config.launch, field.name, getattr(asked, field.name))
+    typed = compose("train", TrainingRun, argv)
+    old = _frozen_before(typed.run_dir) if typed.run_dir else None
+    if old is None:
+        return None
+    keys = chosen("train", TrainingRun, argv)
+    if typed.mtp.match_parameters and "mtp.match_parameters" in keys:
+        # The frozen trunk is what was left; the blocks are taken out of the whole one.
+        keys.add("model.layers")
+    config = overlaid(old, typed, keys)
+    config.run_dir = typed.run_dir
+    _derive_again(config, old, keys)
     return config
+
+
+def continued_as(schema: type[Run], config_name: str, argv: list[str]) -> Run | None:
+    """``continued`` for a command whose settings are those of a training run and some of its own."""
+    run_settings = {field.name for field in fields(TrainingRun)}
+    own = [field.name for field in fields(schema) if field.name not in run_settings]
+    typed = [word for word in argv if word.partition("=")[0] in own]
+    run = continued([word for word in argv if word not in typed])
+    if run is None:
+        return None
+    extra = compose(config_name, schema, typed)
+    return schema(**{name: getattr(run, name) for name in run_settings}, **{name: getattr(extra, name) for name in own})
+
+
+def _derive_again(config: TrainingRun, old: TrainingRun, keys: Collection[str]) -> None:
+    """Leave open, in place, what ``resolve`` and ``check`` derive, unless it was typed."""
+    if "train.steps" not in keys and (config.train.tokens is not None or "train.tokens" in keys):
+        config.train.steps = None
+    elif "train.steps" in keys and "train.tokens" not in keys:
+        config.train.tokens = None
+    if "schedule.decay_tokens" not in keys and old.train.steps and decay_tokens(old) == old.schedule.decay_tokens:
+        config.schedule.decay_tokens = None
+    if "launch.nodes" in keys or any(key.startswith("parallel.") for key in keys):
+        if "launch.processes_per_node" not in keys:
+            config.launch.processes_per_node = None
+        if "launch.threads" not in keys and processes_per_node(config) != old.launch.processes_per_node:
+            config.launch.threads = 0
+
+
+def changes(config: TrainingRun) -> list[str]:
+    """What a checked configuration changes in its run, a line each: ``changed: optim.lr 0.005 -> 0.001``. None on other nodes
+    than the first, whose settings are the run's. Raises UserError where it makes another model or stream of data."""
+    old = _frozen_before(config.run_dir)
+    if old is None or config.launch.node_rank != 0:
+        return []
+    return [f"changed: {key} {_shown(value(old, key))} -> {_shown(value(config, key))}" for key in _changes(old, config)]
 
 
 def check_world(parallel: ParallelConfig, settings: Path, environment: Mapping[str, str] = os.environ) -> None:
     """Raise UserError unless as many processes were started as the frozen file ``settings`` asks for."""
-    name = "WORLD_SIZE" if "RANK" in environment else "SLURM_STEP_NUM_TASKS"
+    name = "WORLD_SIZE" if is_torch_rank(environment) else "SLURM_STEP_NUM_TASKS"
     started, needed = environment.get(name), world_size(parallel)
     if started is not None and started != str(needed):
         raise UserError(
@@ -324,6 +362,8 @@ def run(config: TrainingRun) -> None:
     # The cores are those of other machines.
     full = check(config, cores=0)
     with held(full.run_dir):
+        for line in changes(full):
+            print(line)
         print(f"settings frozen in {freeze(full)}")
 
 

@@ -6,6 +6,7 @@ notes and progress to the standard error. One process holds the whole model, unl
 """
 
 import json
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -14,16 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtp_dist.checkpoint import folder
-from mtp_dist.checkpoint.manifest import TOKENIZER
+from mtp_dist.checkpoint.manifest import CONFIG, TOKENIZER
 from mtp_dist.config import versions
 from mtp_dist.config.command import application
+from mtp_dist.config.compose import load
 from mtp_dist.config.heads import modules
 from mtp_dist.config.layout import world_size
-from mtp_dist.config.schema import DecodeConfig, Generation
+from mtp_dist.config.schema import DecodeConfig, Generation, TrainingRun
 from mtp_dist.config.validation import validate_launch
 from mtp_dist.decoding import request
 from mtp_dist.errors import UserError
 from mtp_dist.freezing import under_launcher
+from mtp_dist.parent_process import end_rank_with_parent
+from mtp_dist.standard_streams import say
+from mtp_dist.training.signals import end_at_once
 
 if TYPE_CHECKING:  # torch takes seconds to load: wrong settings are answered before
     from tokenizers import Tokenizer
@@ -190,19 +195,22 @@ def encode_prompts(tokenizer: "Tokenizer", prompts: "Sequence[str]") -> "list[li
 
 
 def load_writer(path: str, decode: DecodeConfig, seed: int, *, device: str = "auto") -> "tuple[Checkpoint, Writer]":
-    """The checkpoint of a setting, and its model ready to write. Raises UserError before any weight is read."""
+    """The checkpoint of a setting, and its model ready to write. Raises UserError before any weight is read; where folders do not
+    fit, before torch is loaded."""
+    found = folder.sound(path)
+    decode = request.fitted(decode, load(found / CONFIG, TrainingRun).mtp)
+    drafting = draft_folder(decode, found)
+    say(f"note: loading {found}")
     import torch
 
-    from mtp_dist.checkpoint.reader import open_checkpoint
+    from mtp_dist.checkpoint.reader import Checkpoint
     from mtp_dist.data.tokenizer import text_tokenizer
     from mtp_dist.decoding.draft_lengths import DraftLengths
     from mtp_dist.decoding.drafters import draft_length
     from mtp_dist.decoding.preparation import prepare, require_tools
     from mtp_dist.decoding.stopping import StopStrings
 
-    checkpoint = open_checkpoint(path)
-    decode = request.fitted(decode, checkpoint.config.mtp)
-    drafting = draft_folder(decode, checkpoint.path)
+    checkpoint = Checkpoint(found)
     tokenizer = text_tokenizer(checkpoint.tokenizer_path)
     if decode.threads:
         torch.set_num_threads(decode.threads)
@@ -399,6 +407,8 @@ def main() -> None:
         application("generate", Generation, run, examples=EXAMPLES)
     from mtp_dist.generation_job import main as process
 
+    end_rank_with_parent(signal.SIGKILL)
+    end_at_once()
     sys.exit(process(sys.argv[1:]))
 
 

@@ -8,6 +8,7 @@ from mtp_dist.checkpoint.description import compare, damages, describe
 from mtp_dist.config.command import application
 from mtp_dist.config.schema import Inspection
 from mtp_dist.errors import UserError
+from mtp_dist.training.status import current
 
 EXAMPLES = (
     "python -m mtp_dist.inspect runs/quickstart",
@@ -19,10 +20,13 @@ EXAMPLES = (
 def run(config: Inspection) -> int:
     """The command."""
     candidates = folder.locate(config.checkpoint)
+    state = current(Path(config.checkpoint))
+    if state is not None:
+        print(f"run {state.state} at step {state.step}" + (f" of {state.total}" if state.total is not None else ""))
     path = candidates[0]
     if len(candidates) > 1:
         print(f"newest of {len(candidates)}: {', '.join(candidate.name for candidate in candidates)}")
-    print(describe(path, parameters=config.parameters and not config.other))
+    print(describe(path, parameters=config.parameters and not config.other), flush=True)
     found = damages(path) if config.verify else []
     if config.verify:
         print(f"  damaged: {'; '.join(found)}" if found else "  sound: every file has its size and SHA-256")

@@ -1,7 +1,8 @@
 """What a training configuration would do, without doing it: ``python -m mtp_dist.plan key=value ...``.
 
 Takes the settings of ``mtp_dist.train`` and checks them alike, apart from places (run_dir, init.checkpoint); needs no processes,
-and no dataset where ``model.vocab_size`` is given. Prints the layout, parameters, batches, memory of each rank and operations a
+and no dataset where ``model.vocab_size`` is given. With the ``run_dir`` of a run that exists it plans that run, with what is
+typed laid over its settings. Prints the layout, parameters, batches, memory of each rank and operations a
 token, compares pipeline schedules by simulating a step, and names the smallest layout of this run that fits ``world_memory_gib``.
 ``model=llama3_8b`` alone is a question too: what was not given is assumed as such a model is usually trained, and said first.
 Torch is loaded only for what needs it: a pipeline's schedules, and ``measure=true``.
@@ -33,6 +34,7 @@ from mtp_dist.config.schema import ParallelConfig, Plan
 from mtp_dist.config.validation import validate_training
 from mtp_dist.data.dataset import Dataset
 from mtp_dist.errors import UserError
+from mtp_dist.freezing import continued_as
 from mtp_dist.launching import available_cores, threads_of_each
 from mtp_dist.parallel import budget
 from mtp_dist.parallel.cost import costs
@@ -124,10 +126,19 @@ def _dataset(config: Plan) -> Dataset | None:
 
 def text(config: Plan, dataset: Dataset | None) -> str:
     """The whole plan of a prepared configuration."""
-    parts = [_layout(config), _parameters(config), _batches(config, dataset), _memory(config), _operations(config)]
+    return "\n\n".join(parts(config, dataset))
+
+
+def parts(config: Plan, dataset: Dataset | None) -> Iterator[str]:
+    """Its parts, each when it is asked for: the later ones take seconds."""
+    yield _layout(config)
+    yield _parameters(config)
+    yield _batches(config, dataset)
+    yield _memory(config)
+    yield _operations(config)
     if config.parallel.pipeline > 1:
-        parts.append(_schedules(config))
-    return "\n\n".join([*parts, _fit(config)])
+        yield _schedules(config)
+    yield _fit(config)
 
 
 def _layout(config: Plan) -> str:
@@ -334,7 +345,8 @@ def run(config: Plan, assumed: Sequence[str] = ()) -> int:
         print(f"assumed, as not given: {' '.join(assumed)}", end="\n\n")
     if full.measure:
         print(_measure(full), end="\n\n", flush=True)
-    print(text(full, dataset))
+    for number, part in enumerate(parts(full, dataset)):
+        print(("\n" if number else "") + part, flush=True)
     return 0
 
 
@@ -363,6 +375,8 @@ def main() -> None:
     assumed: list[str] = []
 
     def completed(typed: list[str]) -> Plan:
+        if (planned := continued_as(Plan, "plan", typed)) is not None:
+            return planned
         config, found = with_assumptions(typed)
         assumed.extend(found)
         return config

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from mtp_dist.config.command import application
 from mtp_dist.config.schema import Report
 from mtp_dist.errors import UserError
+from mtp_dist.standard_streams import say
 from mtp_dist.tracking import names
 from mtp_dist.tracking.jsonl import METRICS_FILE, read_records
 from mtp_dist.tracking.plots import DRAWINGS, Series
@@ -26,6 +27,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> list[Path]:
     records = read_records(path)
     if not records:
         raise UserError(f"run_dir={run_dir} holds no metrics ({METRICS_FILE} is missing or empty); train there first")
+    say(f"drawing {len(records)} records of {path}")
     folder = output or run_dir / "report"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
 
+from mtp_dist.checkpoint import folder
 from mtp_dist.config import versions
 from mtp_dist.config.command import application
 from mtp_dist.config.rules import above, at_least, between, finite, given
@@ -55,6 +56,7 @@ def run(config: Serving) -> int:
     """The command; it ends on a signal."""
     versions.check()
     validate(config)
+    folder.locate(config.checkpoint)
     if not _loopback(config.host):
         print(f"note: host={config.host}: whoever reaches this address can use the model; there is no password", file=sys.stderr)
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, MutableMapping
 
 from mtp_dist.config.schema import LaunchConfig
 from mtp_dist.errors import UserError
+from mtp_dist.rank_environment import is_torch_rank, leave_outer_job
 
 LOOPBACK = "127.0.0.1"
 
@@ -45,7 +46,8 @@ def torch_variables(slurm: Mapping[str, str], address: str, port: int) -> dict[s
 
 def adopt(launch: LaunchConfig, environment: MutableMapping[str, str] = os.environ) -> None:
     """Set torch's variables where srun alone started this process; elsewhere do nothing. Raises UserError."""
-    if "RANK" not in environment and is_task(environment):
+    if not is_torch_rank(environment) and is_task(environment):
+        leave_outer_job(environment)
         environment.update(torch_variables(environment, _address(launch, environment), launch.master_port))
         environment.setdefault("OMP_NUM_THREADS", environment.get("SLURM_CPUS_PER_TASK", "1"))
 

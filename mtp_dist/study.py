@@ -22,7 +22,7 @@ from mtp_dist.config.rules import given
 from mtp_dist.config.schema import Study
 from mtp_dist.config.study import options
 from mtp_dist.errors import UserError
-from mtp_dist.launching import environment_alone
+from mtp_dist.launching import stand_alone
 from mtp_dist.parallel.budget import flops_per_token
 from mtp_dist.studies.experiment import Outcome
 from mtp_dist.studies.matching import parameters
@@ -88,7 +88,7 @@ def run(config: Study) -> int:
 @contextmanager
 def world_of_one(config: Study) -> "Iterator[Mesh]":
     """This process as a whole job: its mesh, until the end of the block."""
-    os.environ.update(environment_alone(config))
+    stand_alone(config)
     import torch
 
     from mtp_dist.parallel.mesh import build_mesh, choose_device, connect, disconnect

@@ -163,7 +163,10 @@ def test_a_run_folder_without_write_permission(place: Place) -> None:
 
 @pytest.mark.parametrize(
     "launcher",
-    [{"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}],
+    [
+        {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "theirs"},
+        {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+    ],
     ids=["torchrun", "srun"],
 )
 def test_composing_in_a_process_of_a_job(place: Place, launcher: dict[str, str]) -> None:
@@ -217,7 +220,7 @@ def test_a_run_folder_in_which_a_job_is_at_work(place: Place, program: list[str]
 
 
 def test_a_world_of_another_size(place: Place, trained: Callable[[str], Path]) -> None:
-    said = answer([*TRAIN, f"run_dir={trained('world')}"], cwd=place.folder, RANK="0", WORLD_SIZE="3")
+    said = answer([*TRAIN, f"run_dir={trained('world')}"], cwd=place.folder, RANK="0", WORLD_SIZE="3", MTP_DIST_PARENT="0")
     assert "WORLD_SIZE=3" in said
     assert "parallel.pipeline x data x tensor" in said
 

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +13,23 @@ from pathlib import Path
 import pytest
 
 from mtp_dist.config.compose import compose, load
-from mtp_dist.config.schema import ShardBuild, TokenizerConfig, TrainingRun
+from mtp_dist.config.schema import ParallelConfig, Plan, ShardBuild, TokenizerConfig, TrainingRun
 from mtp_dist.data.building import build
 from mtp_dist.errors import UserError
-from mtp_dist.freezing import check, continued, freeze, frozen, prepare, resolved_file, under_launcher
+from mtp_dist.freezing import (
+    changes,
+    check,
+    continued,
+    continued_as,
+    freeze,
+    frozen,
+    prepare,
+    resolved_file,
+    under_launcher,
+)
 
 Composer = Callable[..., TrainingRun]
+RANK = {"RANK": "0", "MTP_DIST_PARENT": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +68,7 @@ def test_what_is_frozen_is_what_every_process_reads(composed: Composer, dataset:
     assert prepared.model.vocab_size == vocabulary
     assert (prepared.model.head_dim, prepared.launch.processes_per_node) == (32, 1)
     assert load(resolved_file(prepared.run_dir), TrainingRun) == prepared
-    assert frozen([f"run_dir={prepared.run_dir}"], {"RANK": "0", "WORLD_SIZE": "1"}) == prepared
+    assert frozen([f"run_dir={prepared.run_dir}"], RANK | {"WORLD_SIZE": "1"}) == prepared
 
 
 def test_a_frozen_trunk_must_have_been_trained(composed: Composer) -> None:
@@ -166,17 +179,17 @@ def test_only_the_first_of_several_nodes_writes_and_each_keeps_its_own_rank(comp
 @pytest.mark.parametrize("argv", [[], ["train.steps=3"], ["run_dir=x", "train.steps=3"], ["run_dir="]])
 def test_a_process_of_a_job_takes_only_the_run_folder(argv: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        frozen(argv, {"RANK": "0"})
+        frozen(argv, RANK)
     for word in ["only run_dir=FOLDER", "python -m mtp_dist.train", *argv]:
         assert word in str(caught.value)
 
 
 def test_a_run_that_was_not_prepared_and_a_wrong_number_of_processes_are_named(composed: Composer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"resolved\.yaml does not exist; run `python -m mtp_dist\.train"):
-        frozen([f"run_dir={tmp_path}"], {"RANK": "0"})
+        frozen([f"run_dir={tmp_path}"], RANK)
     config = prepare(composed("parallel=v2"))
     with pytest.raises(UserError, match=r"WORLD_SIZE=3 .* 2 x 1 x 1 = 2"):
-        frozen([f"run_dir={config.run_dir}"], {"RANK": "0", "WORLD_SIZE": "3"})
+        frozen([f"run_dir={config.run_dir}"], RANK | {"WORLD_SIZE": "3"})
     with pytest.raises(UserError, match="SLURM_STEP_NUM_TASKS=3"):
         frozen([f"run_dir={config.run_dir}"], {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3"})
 
@@ -184,19 +197,25 @@ def test_a_run_that_was_not_prepared_and_a_wrong_number_of_processes_are_named(c
 def test_a_moved_run_folder_reads_as_where_it_is(composed: Composer, tmp_path: Path) -> None:
     config = prepare(composed())
     Path(config.run_dir).rename(tmp_path / "moved")
-    assert frozen([f"run_dir={tmp_path / 'moved'}"], {"RANK": "0"}).run_dir == str(tmp_path / "moved")
+    assert frozen([f"run_dir={tmp_path / 'moved'}"], RANK).run_dir == str(tmp_path / "moved")
 
 
 @pytest.mark.parametrize(
     ("environment", "answer"),
     [
         ({}, False),
-        ({"RANK": "3"}, True),
+        ({"RANK": "3", "MTP_DIST_PARENT": "4711"}, True),
+        (
+            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "GROUP_RANK": "1", "TORCHELASTIC_RUN_ID": "somebody's torchrun"},
+            True,
+        ),
+        # What an operator of a cluster sets in each of its containers.
+        ({"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "job-0", "MASTER_PORT": "23456", "PET_NNODES": "4"}, False),
         ({"SLURM_PROCID": "0", "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "4"}, True),
         # srun --pty bash: settings are composed there as on a laptop.
         ({"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}, False),
         # One task a node, each of which starts torchrun.
-        ({"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "RANK": "0"}, True),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", **RANK}, True),
         ({"SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}, False),
     ],
 )
@@ -209,12 +228,99 @@ def test_what_srun_and_torchrun_start_is_a_process_of_the_job_and_a_batch_script
 @pytest.mark.parametrize("length", ["train.steps=50", "train.steps=null train.tokens=100000"])
 def test_the_run_folder_alone_continues_a_run_with_its_own_settings(composed: Composer, length: str) -> None:
     config = prepare(composed(*length.split(), "optim.lr=0.25", "schedule=wsd"))
-    again = continued([f"run_dir={config.run_dir}"])
-    assert again is not None
-    assert prepare(again) == config
+    same = continued([f"run_dir={config.run_dir}"])
+    assert same is not None
+    assert prepare(same) == config
     assert files(config) == ["resolved.yaml"]
-    assert continued([f"run_dir={config.run_dir}", "optim.lr=1"]) is None
     assert continued(["run_dir=does/not/exist"]) is None
+
+
+def again(config: TrainingRun, *words: str) -> TrainingRun:
+    found = continued([f"run_dir={config.run_dir}", *words])
+    assert found is not None
+    return check(found)
+
+
+def test_typed_settings_lie_over_the_frozen_ones(composed: Composer) -> None:
+    words = ["optim.lr=0.005", "parallel=v2", "parallel.timeout_minutes=3", "train.micro_batch=2", "schedule.warmup_tokens=99"]
+    config = prepare(composed(*words))
+    lower = again(config, "optim.lr=0.001")
+    assert lower == replace(config, optim=replace(config.optim, lr=0.001))
+    assert changes(lower) == ["changed: optim.lr 0.005 -> 0.001"]
+    # A group stands for what its options set, and nothing else.
+    replicas = again(config, "parallel=data2", "schedule=constant")
+    assert replicas.parallel == replace(config.parallel, pipeline=1, data=2, schedule=ParallelConfig().schedule)
+    assert replicas.schedule == replace(config.schedule, kind="constant")
+    assert (replicas.train, replicas.optim) == (config.train, config.optim)
+    assert [line.split()[1] for line in changes(replicas)] == ["parallel.pipeline", "parallel.data", "schedule.kind"]
+    alone = again(config, "parallel=single", "parallel.timeout_minutes=4")
+    assert (alone.launch.processes_per_node, alone.parallel.timeout_minutes, alone.parallel.pipeline) == (1, 4, 1)
+    assert files(config) == ["resolved.yaml"]
+
+
+def test_the_length_of_a_run_is_the_one_that_was_typed_last(composed: Composer) -> None:
+    config = prepare(composed("schedule=wsd"))
+    tokens = config.train.steps * config.train.global_batch * config.train.sequence_length  # type: ignore[operator]
+    longer = again(config, f"train.tokens={2 * tokens}")
+    assert (longer.train.steps, longer.train.tokens) == (100, 2 * tokens)
+    assert longer.schedule.decay_tokens == 2 * tokens // 5, "derived again"
+    freeze(longer)
+    assert again(config, "optim.lr=0.1").train == longer.train
+    shorter = again(config, "train.steps=60")
+    assert (shorter.train.steps, shorter.train.tokens) == (60, None)
+    kept = again(config, "train.steps=60", "schedule.decay_tokens=4096")
+    assert again(kept, "train.steps=70").schedule.decay_tokens != kept.schedule.decay_tokens
+    freeze(kept)
+    assert again(kept, "train.steps=70").schedule.decay_tokens == 4096, "typed once, it stays"
+
+
+def test_an_experiment_typed_again_changes_nothing(dataset: Path, tmp_path: Path) -> None:
+    """As launch/quickstart.sh does: the same command twice."""
+    words = ["experiment=quickstart", f"run_dir={tmp_path / 'run'}", f"data.path={dataset}", "train.micro_batch=2"]
+    config = prepare(compose("train", TrainingRun, words))
+    same = continued(words)
+    assert same is not None
+    assert check(same) == config
+    assert changes(check(same)) == []
+    # What its file does not set keeps the run's value.
+    fewer = continued(words[:-1])
+    assert fewer is not None
+    assert changes(check(fewer)) == ["changed: train.micro_batch 2 -> 4"]
+    prepared = prepare(again(config, "parallel.timeout_minutes=2", "optim.beta2=0.9"))
+    kept = continued(words)
+    assert kept is not None
+    assert (kept.parallel.timeout_minutes, kept.optim.beta2) == (2, 0.9)
+    assert check(kept) == prepared
+
+
+def test_a_trunk_that_made_room_for_its_heads_makes_room_once(composed: Composer) -> None:
+    words = ["mtp=gloeckle_n4", "mtp.match_parameters=true", "model.layers=9", "parallel=v2"]
+    config = prepare(composed(*words))
+    assert config.model.layers < 9
+    for same in (words, ["mtp.match_parameters=true", "model.layers=9"], ["optim.lr=0.001"]):
+        assert again(config, *same).model.layers == config.model.layers
+
+
+@pytest.mark.parametrize("typed", ["model=small", "model.layers=5", "seed=7", "data.lanes=4", "mtp=none", "mtp.depth=1"])
+def test_what_may_not_change_is_refused_by_name(composed: Composer, typed: str) -> None:
+    config = prepare(composed())
+    with pytest.raises(UserError) as caught:
+        again(config, typed)
+    assert typed.partition("=")[0] in str(caught.value)
+    assert "new run_dir" in str(caught.value)
+
+
+def test_other_commands_lay_typed_settings_over_a_run_as_well(composed: Composer, tmp_path: Path) -> None:
+    config = prepare(composed("optim.lr=0.25", "parallel=v2"))
+    plan = continued_as(Plan, "plan", [f"run_dir={config.run_dir}", "world_memory_gib=3", "parallel=data2"])
+    assert plan is not None
+    assert (plan.world_memory_gib, plan.optim.lr, plan.parallel.data, plan.parallel.pipeline) == (3, 0.25, 2, 1)
+    assert continued_as(Plan, "plan", ["world_memory_gib=3", "parallel=data2"]) is None
+    done = subprocess.run(
+        [sys.executable, "-m", "mtp_dist.freezing", f"run_dir={config.run_dir}", "optim.lr=0.125"], capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[0] == "changed: optim.lr 0.25 -> 0.125", done.stderr
+    assert load(resolved_file(config.run_dir), TrainingRun).optim.lr == 0.125
 
 
 def test_a_mistyped_run_folder_is_named_beside_the_data_that_it_lacks(composed: Composer) -> None:
@@ -223,8 +329,8 @@ def test_a_mistyped_run_folder_is_named_beside_the_data_that_it_lacks(composed: 
     said = refusal(wrong)
     assert "data.path is empty" in said and "run_dir=runs/qickstart has no resolved.yaml" in said and "run_dir of a run" in said
     started = prepare(composed())
-    there = refusal(compose("train", TrainingRun, [f"run_dir={started.run_dir}", "train.steps=60"]))
-    assert there.startswith("data.path is empty; give it")
+    there = continued([f"run_dir={started.run_dir}", "train.steps=60"])
+    assert there is not None and there.data.path == started.data.path
 
 
 def test_another_node_continues_a_run_with_its_own_place(composed: Composer) -> None:
@@ -243,7 +349,6 @@ def test_another_node_continues_a_run_with_its_own_place(composed: Composer) -> 
         continued([f"run_dir={config.run_dir}", "launch.node_rnk=1"])
     with pytest.raises(UserError, match=r"launch\.node_rank takes int"):
         continued([f"run_dir={config.run_dir}", "launch.node_rank=one"])
-    assert continued([f"run_dir={config.run_dir}", "launch.node_rank=1", "optim.lr=1"]) is None
 
 
 def test_the_settings_are_there_at_every_moment(composed: Composer, monkeypatch: pytest.MonkeyPatch) -> None:

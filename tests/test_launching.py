@@ -12,7 +12,12 @@ import pytest
 
 from mtp_dist.config.schema import LaunchConfig, ParallelConfig, TrainingRun
 from mtp_dist.errors import UserError
+from mtp_dist.exit_codes import STOPPED
 from mtp_dist.launching import process_environment, torchrun_command
+from mtp_dist.run_lock import held
+from mtp_dist.training.status import read_status
+
+ROOT = Path(__file__).parents[1]
 
 # Stands for a training process, without the weight of torch: it writes down its place and the signals that it gets.
 PROCESS = """
@@ -21,7 +26,7 @@ rank = os.environ["RANK"]
 seen = []
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: seen.append(signal.Signals(number).name))
-names = ("WORLD_SIZE", "OMP_NUM_THREADS", "DS_ACCELERATOR")
+names = ("WORLD_SIZE", "OMP_NUM_THREADS", "DS_ACCELERATOR", "TORCHELASTIC_MAX_RESTARTS")
 place = " ".join(os.environ.get(name, "-") for name in names)
 folder = pathlib.Path(sys.argv[1].removeprefix("run_dir="))
 (folder / f"started.{rank}").write_text(place)
@@ -90,6 +95,24 @@ while True:
 """
 
 
+# What a cluster's operator may have set in a container for a torchrun of its own.
+OUTER = {
+    "PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_NPROC_PER_NODE": "5", "PET_RDZV_BACKEND": "etcd", "PET_MAX_RESTARTS": "9",
+    "RANK": "1", "WORLD_SIZE": "64", "LOCAL_WORLD_SIZE": "9", "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "1",
+    "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "theirs", "TORCHELASTIC_MAX_RESTARTS": "7",
+}  # fmt: skip
+# As a training process while it starts: no handler of its own, and it ends with torchrun.
+STARTING = """
+import os, pathlib, signal, sys, time
+from mtp_dist.parent_process import end_rank_with_parent
+end_rank_with_parent(signal.SIGKILL)
+folder = pathlib.Path(sys.argv[1].removeprefix("run_dir="))
+(folder / f"pids.{os.environ['RANK']}").write_text(f"{os.getpid()} {os.getppid()}")
+(folder / f"started.{os.environ['RANK']}").touch()
+time.sleep(3600)
+"""
+
+
 def launched(folder: Path, exit_status: int, process: str = PROCESS) -> subprocess.Popen[str]:
     (folder / "process_of_a_job.py").write_text(process)
     code = f"""
@@ -99,9 +122,9 @@ from mtp_dist.config.schema import LaunchConfig, ParallelConfig, TrainingRun
 from mtp_dist.launching import process_environment, run_child, torchrun_command
 config = TrainingRun(parallel=ParallelConfig(pipeline=2), launch=LaunchConfig(threads=1))
 command = torchrun_command(config, "process_of_a_job", ["run_dir={folder}", "{exit_status}"])
-sys.exit(run_child(command, process_environment(config, 2, 0, os.environ)))
+sys.exit(run_child(command, process_environment(config, 2, 0, os.environ), saves=True).status)
 """
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    environment = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", **OUTER}
     return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -112,18 +135,20 @@ def wait_for(folder: Path, name: str, launcher: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stop_reaches_each_process_once_and_gives_it_time(tmp_path: Path, number: signal.Signals) -> None:
     launcher = launched(tmp_path, 0)
     wait_for(tmp_path, "started", launcher)
     launcher.send_signal(signal.SIGUSR1)
     wait_for(tmp_path, "notified", launcher)
     launcher.send_signal(number)
+    launcher.send_signal(signal.SIGHUP)  # the terminal closes: no second request
+    launcher.send_signal(signal.SIGHUP)
     _, errors = launcher.communicate()
     assert launcher.returncode == 0, errors
-    assert "save and stop" in errors
+    assert errors.count("save and stop") == 1
     for rank in range(2):
-        assert (tmp_path / f"started.{rank}").read_text() == "2 1 cpu"
+        assert (tmp_path / f"started.{rank}").read_text() == "2 1 cpu 0"
         assert (tmp_path / f"ended.{rank}").read_text() == "SIGUSR1 SIGTERM"
 
 
@@ -160,7 +185,91 @@ def test_an_interrupt_that_was_ignored_stays_so() -> None:
 import os, signal, sys
 from mtp_dist.launching import run_child
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-sys.exit(run_child([sys.executable, "-c", "import os, signal; os.kill(os.getppid(), signal.SIGINT)"], os.environ))
+sys.exit(run_child([sys.executable, "-c", "import os, signal; os.kill(os.getppid(), signal.SIGINT)"], os.environ).status)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def started(folder: Path, **launch: object) -> subprocess.Popen[str]:
+    """The launcher of a run, as ``mtp_dist.train`` starts it, of ranks that never come to train."""
+    (folder / "process_of_a_job.py").write_text(STARTING)
+    code = f"""
+import sys
+from mtp_dist import launching
+from mtp_dist.config.schema import LaunchConfig, ParallelConfig, TrainingRun
+from mtp_dist.run_lock import held
+command = launching.torchrun_command
+launching.torchrun_command = lambda config, module, arguments: command(config, "process_of_a_job", arguments)
+launching.MISSING_SECONDS = 0.2
+config = TrainingRun(run_dir="{folder}", parallel=ParallelConfig(data=2), launch=LaunchConfig(threads=1, **{launch!r}))
+with held(config.run_dir):
+    sys.exit(launching.start(config))
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}"}
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("killed", ["launcher", "torchrun"])
+def test_ranks_that_start_end_with_whatever_started_them(tmp_path: Path, killed: str) -> None:
+    launcher = started(tmp_path)
+    wait_for(tmp_path, "started", launcher)
+    pids = {int(pid) for file in tmp_path.glob("pids.*") for pid in file.read_text().split()}
+    processes = [psutil.Process(pid) for pid in pids]
+    assert len(processes) == 3
+    torchrun = next(process for process in processes if process.ppid() == launcher.pid)
+    (launcher if killed == "launcher" else torchrun).kill()
+    _, errors = launcher.communicate()
+    assert psutil.wait_procs(processes, timeout=60)[1] == []
+    with held(tmp_path, wait_seconds=60):  # nobody has the folder
+        pass
+    if killed == "torchrun":
+        assert launcher.returncode == 128 + signal.SIGKILL
+        assert "Traceback" not in errors
+        state = read_status(tmp_path)
+        assert state is not None and (state.state, state.step) == ("killed", 0)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("to", ["launcher", "rank"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_stop_while_ranks_start_is_a_stop(tmp_path: Path, number: signal.Signals, to: str) -> None:
+    if to == "rank" and number == signal.SIGHUP:
+        pytest.skip("nothing sends that to a rank")
+    launcher = started(tmp_path)
+    wait_for(tmp_path, "started", launcher)
+    if to == "launcher":
+        launcher.send_signal(number)
+    else:
+        os.kill(int((tmp_path / "pids.1").read_text().split()[0]), number)
+    _, errors = launcher.communicate()
+    assert launcher.returncode == STOPPED, errors
+    assert "stopped while the ranks started: nothing was trained after step 0" in errors.splitlines()[-1]
+    assert "error" not in errors and "Traceback" not in errors and "failures" not in errors
+    state = read_status(tmp_path)
+    assert state is not None and (state.state, state.step) == ("stopped", 0)
+
+
+@pytest.mark.timeout(120)
+def test_a_stop_before_there_are_ranks_is_a_stop(tmp_path: Path) -> None:
+    launcher = started(tmp_path)
+    assert launcher.stderr is not None
+    assert launcher.stderr.readline() == "starting 2 processes\n"
+    while not psutil.Process(launcher.pid).children():
+        time.sleep(0.01)
+    launcher.send_signal(signal.SIGTERM)
+    _, errors = launcher.communicate()
+    assert launcher.returncode == STOPPED, errors
+    assert "nothing was trained" in errors
+
+
+@pytest.mark.timeout(120)
+def test_a_node_that_waits_for_another_says_so(tmp_path: Path) -> None:
+    launcher = started(tmp_path, nodes=2, master_port=29467)
+    assert launcher.stderr is not None
+    assert launcher.stderr.readline() == "starting 1 process of 2 (node 0 of 0 to 1; all meet at 127.0.0.1:29467)\n"
+    assert launcher.stderr.readline().startswith("waiting for the other nodes (node 0 of 0 to 1; all meet at 127.0.0.1:29467): ")
+    launcher.send_signal(signal.SIGTERM)
+    launcher.communicate()
+    assert launcher.returncode == STOPPED

@@ -44,12 +44,25 @@ def test_every_task_of_a_step_draws_one_port_and_another_step_another() -> None:
 
 
 @pytest.mark.parametrize(
-    "environment", [{}, TASK | {"RANK": "0"}, TASK | {"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}]
+    "environment",
+    [
+        {},
+        TASK | {"RANK": "0", "MTP_DIST_PARENT": "7"},
+        TASK | {"SLURM_STEP_NUM_TASKS": "1"},
+        {"SLURM_PROCID": "0", "SLURM_JOB_ID": "7"},
+    ],
 )
 def test_other_environments_are_left_alone(environment: dict[str, str]) -> None:
     before = dict(environment)
     adopt(LaunchConfig(), environment)
     assert environment == before
+
+
+def test_a_task_leaves_what_an_outer_job_has_set() -> None:
+    environment = TASK | {"SLURM_STEP_NUM_NODES": "1", "RANK": "9", "WORLD_SIZE": "64", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    adopt(LaunchConfig(), environment)
+    assert (environment["RANK"], environment["WORLD_SIZE"]) == ("3", "4")
+    assert "TORCHELASTIC_USE_AGENT_STORE" not in environment
 
 
 def test_the_address_is_the_given_one_or_this_machine_or_what_slurm_says(

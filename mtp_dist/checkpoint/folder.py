@@ -13,8 +13,11 @@ from mtp_dist.checkpoint.fault import point
 from mtp_dist.checkpoint.manifest import MANIFEST, damage, read_manifest, sync_path
 from mtp_dist.config.schema import CheckpointConfig
 from mtp_dist.errors import UserError
+from mtp_dist.standard_streams import say
 
 LATEST = "latest"
+SAID_BYTES = 2**30
+"""To read so much takes a second or more, and is said."""
 _NAME = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(r"step_\d{8,}\.tmp-.*")
 
@@ -64,6 +67,8 @@ def sound(path: str | Path, setting: str = "checkpoint") -> Path:
     for candidate in locate(path, setting):
         try:
             files = read_manifest(candidate).files
+            if (size := sum(record.size for record in files.values())) > SAID_BYTES:
+                say(f"checking {candidate} ({size / 2**30:.1f} GiB)")
             problem = next((found for name, record in sorted(files.items()) if (found := damage(candidate, name, record))), None)
         except UserError as error:
             skipped.append(str(error))

@@ -23,7 +23,7 @@ import platform
 import shutil
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,10 @@ class _Save:
     committing: bool = False
 
 
+def _contents(files: Mapping[str, Path | None]) -> dict[str, bytes]:
+    return {name: path.read_bytes() for name, path in files.items() if path is not None}
+
+
 class Saver:
     """The saves of one start of a run, under `root`. Every method is collective, apart from ``wishes``."""
 
@@ -112,7 +116,9 @@ class Saver:
         """`announce` is called on every rank with each checkpoint that has become complete. `draft_tokens`: the file of those of
         a run that has some, kept in each checkpoint as the tokenizer is."""
         self.announce, self.draft_tokens = announce, draft_tokens
-        self.root, self.config, self.mesh, self.engine, self.tokenizer = root, config, mesh, engine, tokenizer
+        self.root, self.config, self.mesh, self.engine = root, config, mesh, engine
+        # Read now: the dataset's folder may be gone when the last checkpoint is due.
+        self.copied = {} if mesh.rank else _contents({TOKENIZER: tokenizer, DRAFT_TOKENS: draft_tokens})
         self.file = FragmentFile(f"rank_{mesh.rank:05d}.safetensors", engine, buffered=config.checkpoint.asynchronous)
         self._parameters: dict[str, ParameterRecord] | None = None
         self._save: _Save | None = None
@@ -243,10 +249,9 @@ class Saver:
         temporary, manifest = save.temporary, save.manifest
         compose.save(self.config, temporary / CONFIG)
         point("commit.files")
-        copied = {TOKENIZER: self.tokenizer} | ({} if self.draft_tokens is None else {DRAFT_TOKENS: self.draft_tokens})
-        for name, source in copied.items():
-            shutil.copyfile(source, temporary / name)
-        for name in (CONFIG, *copied):
+        for name, content in self.copied.items():
+            (temporary / name).write_bytes(content)
+        for name in (CONFIG, *self.copied):
             sync_path(temporary / name)
             manifest.files[name] = file_record(temporary / name)
         for name, record in manifest.files.items():

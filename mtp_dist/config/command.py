@@ -4,6 +4,7 @@ Contract: exit status 0 done, 2 bad input (``error: ...`` on the standard error)
 Nothing here imports torch: help and bad settings are answered at once.
 """
 
+import errno
 import io
 import os
 import re
@@ -22,6 +23,8 @@ from mtp_dist.config.schema import describe
 from mtp_dist.errors import UserError
 
 T = TypeVar("T")
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""No program's fault: said in one line, wherever it happens."""
 
 
 def application(
@@ -75,9 +78,12 @@ def guarded(action: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        if not isinstance(error, BrokenPipeError) and not _output_fails():
+        if isinstance(error, BrokenPipeError) or _output_fails():
+            return _lost_output(error)
+        if error.errno not in DISK_TROUBLE:
             raise
-        return _lost_output(error)
+        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
+        return 2
 
 
 def open_output() -> None:

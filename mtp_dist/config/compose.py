@@ -5,12 +5,13 @@ Whatever a user can get wrong here is one UserError of one line. Text settings a
 ``prompt=a, b: ${c}`` needs no quotes beyond the shell's; escapes have a meaning in those of ``escapes.py`` alone. Composition itself is Hydra's compose API (https://hydra.cc/docs/advanced/compose_api/).
 """
 
+import copy
 import io
 import os
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -92,11 +93,15 @@ def save(config: Any, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        yaml.safe_dump(asdict(config), file, sort_keys=False, allow_unicode=True, width=1000)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, target)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            yaml.safe_dump(asdict(config), file, sort_keys=False, allow_unicode=True, width=1000)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def load(path: str | os.PathLike[str], schema: type[T]) -> T:
@@ -148,6 +153,34 @@ def value(config: Any, key: str) -> Any:
     return config
 
 
+def chosen(config_name: str, schema: type, overrides: list[str]) -> set[str]:
+    """The settings that valid ``overrides`` decide: those typed, and those of every group that was typed.
+
+    A group's option decides whatever any option of that group sets (``parallel=data2`` also says that there is no pipeline); an
+    experiment, what its file sets and the groups that it names. All else is left to others.
+    """
+    kinds, choices = settings(schema), config_groups(config_name)
+    found: set[str] = set()
+    for override in overrides:
+        key, _, option = override.partition("=")
+        if key in kinds:
+            found.add(key)
+        elif key == "experiment":
+            found |= _of_experiment(option, kinds)
+        elif key in choices:
+            found |= _of_group(key, kinds)
+    return found
+
+
+def overlaid(base: T, over: Any, keys: Collection[str]) -> T:
+    """A copy of ``base`` with the values that ``over`` has for these dotted keys."""
+    mixed = copy.deepcopy(base)
+    for key in keys:
+        group, _, name = key.rpartition(".")
+        setattr(value(mixed, group) if group else mixed, name, copy.deepcopy(value(over, key)))
+    return mixed
+
+
 def settings(schema: type) -> dict[str, Any]:
     """Every leaf setting of a schema: dotted key -> annotated type."""
     return dict(_all_leaves(schema))
@@ -186,6 +219,31 @@ def _escaping(schema: type, prefix: str = "") -> frozenset[str]:
         elif item.metadata.get("escapes"):
             found.add(f"{prefix}{item.name}")
     return frozenset(found)
+
+
+def _of_group(group: str, kinds: Mapping[str, Any]) -> set[str]:
+    files = sorted((conf_folder() / group).glob("*.yaml"))
+    return {key for file in files for key in _keys(_yaml(file), f"{group}.", kinds)}
+
+
+def _of_experiment(option: str, kinds: Mapping[str, Any]) -> set[str]:
+    if option == "null":
+        return set()
+    content = _yaml(conf_folder() / "experiment" / f"{option}.yaml")
+    named = [str(group).removeprefix("override /") for entry in content.pop("defaults", []) for group in entry]
+    return set(_keys(content, "", kinds)).union(*(_of_group(group, kinds) for group in named))
+
+
+def _yaml(file: Path) -> dict[str, Any]:
+    return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+
+
+def _keys(content: Mapping[str, Any], prefix: str, kinds: Mapping[str, Any]) -> Iterator[str]:
+    for name, item in content.items():
+        if f"{prefix}{name}" in kinds:
+            yield f"{prefix}{name}"
+        elif isinstance(item, dict):
+            yield from _keys(item, f"{prefix}{name}.", kinds)
 
 
 @cache

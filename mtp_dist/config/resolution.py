@@ -21,9 +21,14 @@ def resolve(config: TrainingRun, vocabulary: int | None) -> TrainingRun:
     full.model.vocab_size = vocabulary_rows(config.model, vocabulary)
     full.train.steps = total_steps(config)
     if full.schedule.kind == "wsd" and full.schedule.decay_tokens is None:
-        full.schedule.decay_tokens = full.train.steps * tokens_per_step(full) // 5
+        full.schedule.decay_tokens = decay_tokens(full)
     full.launch.processes_per_node = processes_per_node(config)
     return full
+
+
+def decay_tokens(config: TrainingRun) -> int:
+    """Tokens of the last decay where none are given: a fifth of the run."""
+    return total_steps(config) * tokens_per_step(config) // 5
 
 
 def vocabulary_rows(model: ModelConfig, vocabulary: int | None) -> int | None:

@@ -87,8 +87,10 @@ class MetricsFile:
     def close(self) -> None:
         """Flush to the disk and close; a second call does nothing."""
         if not self._stream.closed:
-            self._sync()
-            self._stream.close()
+            try:
+                self._sync()
+            finally:
+                self._stream.close()
 
 
 def _cut(path: Path, resume_step: int) -> int:

@@ -72,6 +72,8 @@ class Tracker:
         """Write out everything; a second call does nothing."""
         if self._file is None:
             return
-        self._file.close()
-        for backend in self._backends:
-            backend.close()
+        try:
+            self._file.close()
+        finally:
+            for backend in self._backends:
+                backend.close()

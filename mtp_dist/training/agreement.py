@@ -12,21 +12,34 @@ T = TypeVar("T")
 
 
 def together(mesh: Mesh, action: Callable[[], T]) -> T:
-    """`action()` on every rank; if it raises a UserError on any, every rank raises that as AgreedError. Collective; `action` is
-    not."""
+    """`action()` on every rank; if it raises a UserError or an OSError on any, every rank raises that as AgreedError. Collective;
+    `action` is not."""
     result, problem = None, None
     try:
         result = action()
     except UserError as error:
         problem = str(error)
+    except OSError as error:
+        problem = disk_trouble(error)
     raise_together(mesh, problem)
     return result  # type: ignore[return-value]
 
 
 def raise_together(mesh: Mesh, problem: str | None) -> None:
     """Raise the first rank's problem on every rank, if any has one. Collective."""
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem, group=mesh.control)
-    first = next((entry for entry in problems if entry), None)
+    first = first_problem(mesh, problem)
     if first is not None:
         raise AgreedError(first)
+
+
+def first_problem(mesh: Mesh, problem: str | None) -> str | None:
+    """The first rank's problem, on every rank. Collective."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem, group=mesh.control)
+    return next((entry for entry in problems if entry), None)
+
+
+def disk_trouble(error: OSError, file: object = None) -> str:
+    """``runs/a/metrics.jsonl: No space left on device``."""
+    place = file if file is not None else error.filename
+    return f"{place}: {error.strerror or error}" if place is not None else str(error.strerror or error)

@@ -47,8 +47,8 @@ def newest_sound(root: Path, mesh: Mesh) -> Checkpoint | None:
             raise AgreedError(f"{hindrance}; nothing was changed: mend it, or move {root / name} away, and start again")
         if problem is None:
             return checkpoint
-        if mesh.rank == 0:
-            aside = folders.set_aside(root / name)
+        aside = together(mesh, lambda damaged=root / name: folders.set_aside(damaged) if mesh.rank == 0 else None)  # type: ignore[misc]
+        if aside is not None:
             print(f"warning: checkpoint {name} is kept as {aside.name} and skipped: {problem}", file=sys.stderr, flush=True)
     if names[0]:
         raise AgreedError(

@@ -1,6 +1,7 @@
 """``train.trace``: one step of a start is recorded on all ranks, and rank 0 writes it."""
 
 import socket
+import sys
 from pathlib import Path
 
 import torch.distributed as dist
@@ -47,7 +48,10 @@ class Trace:
         dist.all_gather_object(tracks, track, group=mesh.control)
         tracks = on_one_clock(tracks)
         if mesh.rank == 0:
-            write_trace(self.folder, step, tracks)
+            try:
+                write_trace(self.folder, step, tracks)
+            except OSError as error:
+                print(f"warning: the trace of step {step} is not written: {self.folder}: {error.strerror}", file=sys.stderr)
         return {names.PIPELINE_BUBBLE: mean_bubble(tracks)}
 
 

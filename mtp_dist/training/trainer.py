@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from mtp_dist.checkpoint.draft_tokens import drafted
 from mtp_dist.checkpoint.manifest import DRAFT_TOKENS, TrackerRecord
@@ -27,9 +28,10 @@ from mtp_dist.parallel.drawing import placement_drawing
 from mtp_dist.parallel.engine import StepOutcome
 from mtp_dist.parallel.mesh import Mesh
 from mtp_dist.tracking import names
+from mtp_dist.tracking.jsonl import METRICS_FILE
 from mtp_dist.tracking.tracker import Tracker
 from mtp_dist.training import status
-from mtp_dist.training.agreement import raise_together, together
+from mtp_dist.training.agreement import disk_trouble, first_problem, raise_together, together
 from mtp_dist.training.console import Console
 from mtp_dist.training.held_out import HeldOut
 from mtp_dist.training.learning_rate import learning_rate
@@ -88,8 +90,11 @@ class Trainer:
         self.sample = self._open_sample()
         leader = mesh.rank == 0
         self.console = Console(self.total, self.progress.step, on=leader and config.train.progress)
-        self.tracker = Tracker(
-            self.run_dir, config.tracker, settings=asdict(config), run_id=run_id, resume_step=self.progress.step, on=leader
+        self.tracker = together(
+            mesh,
+            lambda: Tracker(
+                self.run_dir, config.tracker, settings=asdict(config), run_id=run_id, resume_step=self.progress.step, on=leader
+            ),
         )
         first = self.progress.step + 1
         traced = config.train.trace and first <= self.total
@@ -148,8 +153,8 @@ class Trainer:
 
     def run(self) -> str:
         """Train until the last step or a request to stop; returns the final ``status`` state."""
-        self._mark(status.RUNNING)
         try:
+            self._mark(status.RUNNING)
             return self._train()
         except BaseException as error:
             if isinstance(error, AgreedError):  # every rank is here, so all can end the save in flight
@@ -157,25 +162,42 @@ class Trainer:
                     self.saver.finish()
                 except AgreedError as problem:
                     self.console.say(f"warning: {problem}")
-            with contextlib.suppress(OSError):  # a full disk may be the reason
-                self._mark(status.FAILED)
+            if self.mesh.rank == 0:
+                with contextlib.suppress(OSError):  # a full disk may be the reason
+                    self._write_status(status.FAILED)
             raise
 
     def _train(self) -> str:
         self.console.say(placement_drawing(self.config, self.workload.attention))
-        if self.progress.step < self.total:
+        stopped = self._asked_before()
+        if self.progress.step < self.total and not stopped:
             self._read()
             raise_together(self.mesh, self.problem)
-        stopped = False
         while self.progress.step < self.total and not stopped:
             stopped = self._one_step()
-        if self.progress.step != self.saved_step:
-            self.save()
-        self.saver.finish()
-        raise_together(self.mesh, self.problem)
+        self._save_at_end()
         state = status.STOPPED if stopped and self.progress.step < self.total else status.FINISHED
         self._mark(state)
         return state
+
+    def _asked_before(self) -> bool:
+        """Whether any rank was asked to stop while it started. Collective."""
+        asked = torch.tensor(int(self.stop.asked), dtype=torch.int32)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.mesh.control)
+        return bool(asked)
+
+    def _save_at_end(self) -> None:
+        """Save what is not saved. Raises AgreedError with what ended the training, if a problem did, before any trouble of the
+        save."""
+        problem = first_problem(self.mesh, self.problem)
+        try:
+            if self.progress.step not in (0, self.saved_step):
+                self.save()
+            self.saver.finish()
+        except AgreedError as error:
+            raise AgreedError(f"{problem}; {error}" if problem else str(error)) from None
+        if problem:
+            raise AgreedError(problem)
 
     def _one_step(self) -> bool:
         """Returns whether all ranks agreed to stop after it."""
@@ -199,13 +221,28 @@ class Trainer:
         if self.trace is not None:
             metrics |= self.trace.after(self.progress.step)
         if validate:
-            metrics |= self.validate()
+            metrics |= self._validated()
         if metrics:
-            self.tracker.log(self.progress.step, metrics)
+            self._track(metrics)
         self.console.step(self.progress.step, metrics)
         if keep and not stop:
             self.save()
         return stop
+
+    def _validated(self) -> dict[str, float]:
+        """``validate``, where held-out rows can be read; else all ranks know why, and save and end after the next step."""
+        try:
+            return self.validate()
+        except AgreedError as error:
+            self.problem = self.problem or str(error)
+            return {}
+
+    def _track(self, metrics: dict[str, float]) -> None:
+        """Write the metrics down. Where the disk refuses, all ranks hear of it after the next step, save and end."""
+        try:
+            self.tracker.log(self.progress.step, metrics)
+        except OSError as error:
+            self.problem = self.problem or disk_trouble(error, self.run_dir / METRICS_FILE)
 
     def _read(self) -> float:
         """Fetch the next step's rows, ahead of it: a reader's trouble must reach the others before they wait for its rows.
@@ -214,7 +251,9 @@ class Trainer:
         try:
             self.upcoming = self.source.next() if self.source is not None else None
         except UserError as error:
-            self.problem = str(error)
+            self.problem = self.problem or str(error)
+        except OSError as error:
+            self.problem = self.problem or disk_trouble(error)
         return time.perf_counter() - began
 
     def _agree(self) -> tuple[bool, bool, bool, bool]:
@@ -240,7 +279,8 @@ class Trainer:
         """Keep the rows; raise AgreedError on all ranks where the policy says stop. The step left the weights as they were."""
         step, train = self.progress.step + 1, self.config.train
         if batch is not None:
-            keep_batch(self.run_dir, step, self.mesh.data_rank, batch, totals, outcome)
+            with contextlib.suppress(OSError, SafetensorError):  # rows kept for a look are no reason to end otherwise than said
+                keep_batch(self.run_dir, step, self.mesh.data_rank, batch, totals, outcome)
         where = self.run_dir / "nonfinite" / f"step_{step:08d}"
         what = (
             f"step {step}: loss {totals.loss}, gradient norm {outcome.gradient_norm}; weights unchanged, its rows are in {where}"
@@ -308,13 +348,17 @@ class Trainer:
     # End
 
     def _mark(self, state: str) -> None:
-        if self.mesh.rank == 0:
-            status.write_status(self.run_dir, state, self.progress.step, total=self.total)
+        """Collective."""
+        together(self.mesh, lambda: self._write_status(state) if self.mesh.rank == 0 else None)
+
+    def _write_status(self, state: str) -> None:
+        status.write_status(self.run_dir, state, self.progress.step, total=self.total)
 
     def close(self) -> None:
         if self.source is not None:
             self.source.close()
-        self.tracker.close()
+        with contextlib.suppress(OSError):  # what was logged is in the file, or its loss was said
+            self.tracker.close()
         self.console.close()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from mtp_dist.config import compose
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.freezing import resolved_file
+from mtp_dist.rank_environment import PARENT
 from tests.distributed.layouts import configuration
 from tests.distributed.pool import CONTEXT
 
@@ -42,7 +43,7 @@ class Ranks:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "MTP_DIST_FAULT": ""}
+        place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "MTP_DIST_FAULT": "", PARENT: "0"}
         self.processes = []
         for rank in range(size):
             variables = place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (environment or {})
