@@ -59,7 +59,7 @@ def enter(folder: str, readable: list[str], seconds: int, memory: int) -> list[s
     """Give up rights for good, and return in a child of the calling process, in an empty folder; the caller itself waits for that
     child and ends as it ends.
 
-    folder: an empty one of the caller's, to work in or to mount on. readable: folders that stay readable. memory: bytes of address
+    folder: an empty one of the caller's, where this process is, to work in or to mount on. readable: folders that stay readable. memory: bytes of address
     space. Returns the fences that this machine lacks, in words. Raises OSError where what remains would be no fence.
     """
     missing: list[str] = []
@@ -67,9 +67,6 @@ def enter(folder: str, readable: list[str], seconds: int, memory: int) -> list[s
     own_root = mounts and _own_root(folder, readable)
     if not own_root:
         missing.append(OWN_ROOT)
-        os.chdir(folder)
-        if os.geteuid() == 0:
-            os.chown(".", NOBODY, NOBODY)
     _continue_in_child()
     _limit(seconds, memory)
     _prctl(PR_SET_NO_NEW_PRIVS, 1)
@@ -99,10 +96,12 @@ def _namespaces(missing: list[str], readable: list[str]) -> bool:
             _prctl(PR_SET_DUMPABLE, 1)
         user, group = os.geteuid(), os.getegid()
         mounts = _unshared(NEW_USER) and _mapped(user, group) and _unshared(NEW_MOUNTS)
+    shared = [name for name, flag in NAMESPACES.items() if not _unshared(flag)]
     if not mounts:
-        missing.append("a mount namespace")
-    missing += [f"a {name} namespace" for name, flag in NAMESPACES.items() if not _unshared(flag)]
-    if "a host name namespace" not in missing:
+        shared.append("mount")
+    if shared:
+        missing.append(f"namespaces of their own ({', '.join(shared)})")
+    if "host name" not in shared:
         LIBC.sethostname(b"program", 7)
     return mounts
 
@@ -124,9 +123,6 @@ def _mapped(user: int, group: int) -> bool:
 
 def _own_root(folder: str, readable: list[str]) -> bool:
     """Make ``folder`` the root, with ``readable`` in it, and go to an empty folder in memory."""
-    here = os.getcwd()
-    owner = NOBODY if os.geteuid() == 0 else os.geteuid()
-    group = NOBODY if os.geteuid() == 0 else os.getegid()
     try:
         _mount(None, "/", None, RECURSIVE | PRIVATE)
         _mount("tmpfs", folder, "tmpfs", NO_SUID | NO_DEVICES, "size=1m,nr_inodes=1k,mode=755")
@@ -141,13 +137,13 @@ def _own_root(folder: str, readable: list[str]) -> bool:
             _mount(path, target, None, BIND | RECURSIVE)
             _read_only(target)
         os.mkdir(f"{folder}/program")
-        quota = f"size={FOLDER_BYTES},nr_inodes={FOLDER_FILES},mode=700,uid={owner},gid={group}"
+        quota = f"size={FOLDER_BYTES},nr_inodes={FOLDER_FILES},mode=700"
         _mount("tmpfs", f"{folder}/program", "tmpfs", NO_SUID | NO_DEVICES, quota)
         os.chdir(folder)
         _call(PIVOT_ROOT[platform.machine()], b".", b".")
     except (OSError, KeyError):
-        os.chdir(here)
         LIBC.umount2(folder.encode(), DETACH)
+        os.chdir(folder)
         return False
     # The old root lies over the new one now.
     if LIBC.umount2(b".", DETACH):
@@ -226,17 +222,23 @@ def _unprivileged(readable: list[str]) -> bool:
 
 
 def _readable_to_nobody(readable: list[str]) -> bool:
-    os.seteuid(NOBODY)
+    """Tried out as that user, which a user namespace may not have."""
+    group = os.getegid()
     try:
+        os.setegid(NOBODY)
+        os.seteuid(NOBODY)
         with open(os.__file__, "rb"):
             return all(os.access(path, os.R_OK | os.X_OK, effective_ids=True) for path in readable if os.path.isdir(path))
     except OSError:
         return False
     finally:
         os.seteuid(0)
+        os.setegid(group)
 
 
 def _become_nobody() -> None:
+    """Who gets the working folder."""
+    os.chown(".", NOBODY, NOBODY)
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)

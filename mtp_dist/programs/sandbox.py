@@ -63,6 +63,8 @@ def _run(problem: Problem, completion: str, limits: Limits) -> tuple[bool, tuple
     head = stub(problem.prompt)
     with contextlib.ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="program-")))
+        # An unprivileged user goes through it, but cannot list it.
+        place.chmod(0o711)
         # Each reads where the other writes.
         asked, asking = os.pipe()
         answered, answering = os.pipe()
