@@ -20,7 +20,8 @@ ANY = "*"
 AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(\d{1,5}))?")
 ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(\d{1,5}))?")
 TOKENS = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+(?:\s*,\s*[A-Za-z0-9!#$%&'*+.^_`|~-]+)*")
-DEFAULT_PORTS = {"http": "80", "https": "443"}
+HTTP_PORT = "80"
+VERSIONS = ("1.0", "1.1")
 PREFLIGHT_SECONDS = 600
 
 
@@ -48,12 +49,10 @@ class Access:
         """Whether its pages may ask: this server's own, and those allowed."""
         if ANY in self.origins or origin.lower() in self.origins:
             return True
-        match = ORIGIN.fullmatch(origin.lower())
-        if match is None or match[1] not in DEFAULT_PORTS or host is None:
+        match, ours = ORIGIN.fullmatch(origin.lower()), AUTHORITY.fullmatch((host or "").lower())
+        if match is None or ours is None or match[1] != "http":
             return False
-        port = DEFAULT_PORTS[match[1]]
-        ours = AUTHORITY.fullmatch(host.lower())
-        return ours is not None and (match[2], match[3] or port) == (ours[1], ours[2] or port)
+        return (match[2], match[3] or HTTP_PORT) == (ours[1], ours[2] or HTTP_PORT)
 
     def _ours(self, name: str, local: str) -> bool:
         if ANY in self.hosts or name == "localhost" or name in self.hosts:
@@ -80,6 +79,8 @@ class Gate:
             await send(message)
 
         try:
+            if scope["http_version"] not in VERSIONS:
+                raise RequestError(505, f"HTTP/{scope['http_version']} is not served; use HTTP/1.1")
             self.access.check_host(host, (scope.get("server") or ("", 0))[0])
             if origin is not None:
                 if not self.access.allows(origin, host):
@@ -90,7 +91,8 @@ class Gate:
                 await self._options(scope)(scope, receive, answer)
                 return
         except RequestError as error:
-            await JSONResponse(error.as_dict(), error.status)(scope, receive, answer)
+            headers = {"connection": "close"} if error.status == 505 else None
+            await JSONResponse(error.as_dict(), error.status, headers)(scope, receive, answer)
             return
         await self.app(scope, receive, answer)
 

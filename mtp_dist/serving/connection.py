@@ -20,6 +20,9 @@ from mtp_dist.serving.request import RequestError
 
 LINGER_SECONDS = 1.0
 """For a client to read the end and hang up."""
+WAITING_BYTES = 1 << 15
+"""Of an answer, beyond what the kernel holds, before who writes it has to wait."""
+PIECE = 4096
 REASONS = {
     400: "this is no HTTP request",
     431: "the header is longer than this server takes",
@@ -91,6 +94,7 @@ class Connection(H11Protocol):
         self.stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        transport.set_write_buffer_limits(high=WAITING_BYTES)
         super().connection_made(Transport(transport, self.times))  # type: ignore[arg-type]
         self._await("header", self.times.header)
 
@@ -101,9 +105,11 @@ class Connection(H11Protocol):
         self.gone()
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
-            return
-        super().data_received(data)
+        # In pieces, since h11 measures what it still lacks the end of: a whole header of any length would pass at once.
+        for start in range(0, len(data), PIECE):
+            if self.transport.is_closing():
+                return
+            super().data_received(data[start : start + PIECE])
         self._unset_keepalive_if_required()
         self._follow("header", self.times.header)
 

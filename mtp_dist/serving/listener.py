@@ -13,6 +13,7 @@ BACKLOG = 128
 RETRY_SECONDS = 1.0
 SILENT_SECONDS = 60.0
 """Between two lines about the same trouble."""
+SEND_BYTES = 1 << 15
 MOST_REFUSED = 32
 """Connections too many that are answered at one time; beyond, they are closed without a word."""
 
@@ -55,6 +56,8 @@ class Listener:
                 self._wait(error)
                 return
             accepted.setblocking(False)
+            # Else the kernel keeps megabytes for a client that reads nothing.
+            accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
             if self.open >= self.most and self.refused >= MOST_REFUSED:
                 accepted.close()
                 continue
