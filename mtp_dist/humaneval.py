@@ -2,7 +2,8 @@
 file=HumanEval.jsonl.gz``.
 
 The model continues each problem's prompt `programs.samples` times; a completion ends where it leaves the function; the
-program is called by the problem's tests, fenced in and from another process (``programs/sandbox.py``). Nothing runs without programs.allow=true.
+program is called by the problem's tests, fenced in and from another process (``programs/sandbox.py``). Nothing runs without
+programs.allow=true.
 """
 
 import json

@@ -160,5 +160,6 @@ if __name__ == "__main__":
             "python -m mtp_dist.serve checkpoint=runs/quickstart port=0 decode.dtype=bfloat16 decode.auto=true",
             "python -m mtp_dist.serve checkpoint=runs/quickstart decode.drafter=ngram decode.batch=16 longest=512",
         ],
-        epilog="curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' -d '{\"prompt\": \"def main(\", \"max_tokens\": 32}'",
+        epilog="curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' "
+        "-d '{\"prompt\": \"def main(\", \"max_tokens\": 32}'",
     )

@@ -73,8 +73,8 @@ KINDS: dict[str, type[Remote]] = {
 
 
 class Peer:
-    """One end. ``namespace``: where names of exception classes are looked up before the builtins. open: whether the other side may
-    ask for attributes of objects that it was given."""
+    """One end. ``namespace``: where names of exception classes are looked up before the builtins. open: whether the other side
+    may ask for attributes of objects that it was given."""
 
     def __init__(self, reading: int, writing: int, namespace: dict[str, Any], classes: values.Classes, *, open: bool) -> None:
         self.reading, self.writing, self.namespace, self.classes, self.open = reading, writing, namespace, classes, open

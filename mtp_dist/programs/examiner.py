@@ -1,4 +1,5 @@
-"""The process that runs a problem's tests: it holds the problem and its tests, and asks another process for the function's values.
+"""The process that runs a problem's tests: it holds the problem and its tests, and asks another process for values of the
+function.
 
 It is jailed like the other, since tests come from a file too, and a test may loop. It reports ``passed`` exactly if ``check`` has
 returned and every answer was well formed.

@@ -59,8 +59,9 @@ def enter(folder: str, readable: list[str], seconds: int, memory: int) -> list[s
     """Give up rights for good, and return in a child of the calling process, in an empty folder; the caller itself waits for that
     child and ends as it ends.
 
-    folder: an empty one of the caller's, where this process is, to work in or to mount on. readable: folders that stay readable. memory: bytes of address
-    space. Returns the fences that this machine lacks, in words. Raises OSError where what remains would be no fence.
+    folder: an empty one of the caller's, where this process is, to work in or to mount on. readable: folders that stay readable.
+    memory: bytes of address space. Returns the fences that this machine lacks, in words. Raises OSError where what remains would
+    be no fence.
     """
     missing: list[str] = []
     mounts = _namespaces(missing, readable)

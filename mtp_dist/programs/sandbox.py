@@ -132,8 +132,8 @@ class _Jailed:
             raise UserError(f"programs.allow=true: {_interpreter()} did not start in a sandbox; nothing was run") from None
         if "refused" in report:
             raise UserError(
-                f"programs.allow=true: this machine cannot fence programs in ({report['refused']}); needed is Linux with seccomp, and "
-                "with mount namespaces or Landlock (6.2), on x86-64 or 64-bit Arm"
+                f"programs.allow=true: this machine cannot fence programs in ({report['refused']}); it needs Linux with seccomp, "
+                "and with mount namespaces or Landlock (6.2), on x86-64 or 64-bit Arm"
             )
         return [str(fence) for fence in report["fenced"]]
 

@@ -2,7 +2,8 @@
 
 A value is a graph: a flat list of nodes ``[tag, payload]`` that name each other by number, so that depth costs no recursion, and
 lists that share or contain each other arrive that way. Decoding builds values of the types below and nothing else; it never
-imports, calls or evaluates what it reads. Subclasses arrive as the plain type, so an ``__eq__`` of the program's own stays behind.
+imports, calls or evaluates what it reads. Subclasses arrive as the plain type, so an ``__eq__`` of the program's own stays
+behind.
 
 What is no plain value (functions, iterators, other objects) is left to ``Foreign``, which ``channel.py`` implements.
 """
@@ -16,7 +17,10 @@ from fractions import Fraction
 from typing import Any, Protocol
 
 MOST_NODES = 2_000_000
-FACTORIES = {None: None, "int": int, "list": list, "dict": dict, "set": set, "str": str, "float": float, "tuple": tuple, "bool": bool}
+FACTORIES: dict[str | None, type | None] = {
+    None: None,
+    **{kind.__name__: kind for kind in (bool, int, float, str, tuple, list, dict, set)},
+}
 TYPES = {name: found for name, found in vars(builtins).items() if isinstance(found, type)}
 SEQUENCES: dict[str, type] = {"list": list, "set": set, "deque": deque}
 MAPPINGS: dict[str, type] = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
@@ -43,8 +47,8 @@ Classes = dict[str, type]
 def encode(
     roots: Sequence[object], classes: Classes, foreign: Foreign, known: Sequence[object] = (), changed: Container[int] = ()
 ) -> tuple[dict, list[object]]:
-    """(the graph, its mutable values in their order). known: mutable values that the other side has; they come first in its table,
-    and only those at the places ``changed`` are sent anew."""
+    """(the graph, its mutable values in their order). known: mutable values that the other side has; they come first in its
+    table, and only those at the places ``changed`` are sent anew."""
     index: dict[int, int] = {}
     order: list[object] = []
     later: list[object] = []
@@ -88,7 +92,7 @@ def encode(
 
 
 def decode(graph: dict, classes: Classes, foreign: Foreign, known: Sequence[object] = ()) -> tuple[list[Any], list[Any]]:
-    """(roots, mutable values in their order). ``known`` ones are changed in place. Raises MalformedError for whatever is no graph."""
+    """(roots, mutable values in their order). ``known`` ones are changed in place. Raises MalformedError for what is no graph."""
     try:
         return _decode(graph, classes, foreign, known)
     except MemoryError:

@@ -84,7 +84,8 @@ class Gate:
             self.access.check_host(host, (scope.get("server") or ("", 0))[0])
             if origin is not None:
                 if not self.access.allows(origin, host):
-                    message = f"pages of {shown(origin)} may not ask here; start the server with 'origins=[{shown(origin)}]' if they should"
+                    page = shown(origin)
+                    message = f"pages of {page} may not ask here; start the server with 'origins=[{page}]' if they should"
                     raise RequestError(403, message, code="origin_not_allowed")
                 cors = [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"Origin")]
             if scope["method"] == "OPTIONS" and (scope["path"] == ANY or scope["path"] in self.methods):

@@ -132,9 +132,7 @@ class Completions:
         ]
         return JSONResponse(answer.Completion(self.service.served.name).body(choices, _usage(list(ended.values()))))
 
-    async def _events(
-        self, asked: Asked, pieces: AsyncIterator[Piece], deadline: float, send: Send, scope: Scope
-    ) -> None:
+    async def _events(self, asked: Asked, pieces: AsyncIterator[Piece], deadline: float, send: Send, scope: Scope) -> None:
         """The answer's status is known with the first piece."""
         started = False
         try:

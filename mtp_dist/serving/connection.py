@@ -1,5 +1,5 @@
-"""One client's connection, on uvicorn's h11 protocol, with a time for everything that a client may be slow at: a request's header,
-the silence between two requests, taking the answer, and hanging up. (A body's time is the application's: it answers then.)
+"""One client's connection, on uvicorn's h11 protocol, with a time for everything that a client may be slow at: a request's
+header, the silence between two requests, taking the answer, and hanging up. (A body's time is the application's.)
 
 A connection that is closed while its client still sends stays half open for a moment and reads on: else the kernel would answer
 what comes with a reset, and the client might lose the answer that says why.
@@ -213,7 +213,8 @@ class Refused(asyncio.Protocol):
     """A connection too many: told so, whatever it asks."""
 
     def __init__(self, most: int, times: Times, gone: Callable[[], object]) -> None:
-        error = RequestError(503, f"{most} connections are open, the most that this server keeps; try again later", code="connections")
+        message = f"{most} connections are open, the most that this server keeps; try again later"
+        error = RequestError(503, message, code="connections")
         body = json.dumps(error.as_dict()).encode()
         head = f"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
         self.answer = f"{head}connection: close\r\nretry-after: 1\r\n\r\n".encode() + body

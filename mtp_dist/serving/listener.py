@@ -1,5 +1,5 @@
-"""Accepts connections, as many at once as are allowed. One too many is told so; with no descriptor left it waits and says so once,
-where asyncio's own loop would print a traceback for each try."""
+"""Accepts connections, as many at once as are allowed. One too many is told so; with no descriptor left it waits and says so
+once, where asyncio's own loop would print a traceback for each try."""
 
 import asyncio
 import errno
@@ -19,9 +19,12 @@ MOST_REFUSED = 32
 
 
 class Listener:
-    """As asyncio's Server, as far as uvicorn needs it. ``connect`` makes a connection's protocol, given what to call at its end."""
+    """As asyncio's Server, as far as uvicorn needs it. ``connect`` makes a connection's protocol; its argument is called at the
+    end."""
 
-    def __init__(self, listening: socket.socket, most: int, times: Times, connect: Callable[[Callable[[], None]], Connection]) -> None:
+    def __init__(
+        self, listening: socket.socket, most: int, times: Times, connect: Callable[[Callable[[], None]], Connection]
+    ) -> None:
         self.listening, self.most, self.times, self.connect = listening, most, times, connect
         self.loop = asyncio.get_running_loop()
         self.open = self.refused = 0
@@ -92,4 +95,5 @@ class Listener:
         if self.loop.time() - self.said > SILENT_SECONDS:
             self.said = self.loop.time()
             way_out = "; allow more (ulimit -n), or fewer connections=" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
-            print(f"warning: no connection can be accepted for the moment: {error.strerror}{way_out}", file=sys.stderr, flush=True)
+            line = f"warning: no connection can be accepted for the moment: {error.strerror}{way_out}"
+            print(line, file=sys.stderr, flush=True)

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - one case a line
 """Promise: the values that tests and programs exchange arrive as they were: types, sharing, changes of arguments, exceptions. A
 problem of every shape that HumanEval has is judged as it would be in one process."""
 
@@ -37,7 +38,13 @@ def there(*given: Any, **classes: type) -> Any:
 
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.complex_numbers(allow_nan=False) | st.text() | st.binary(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.complex_numbers(allow_nan=False)
+    | st.text()
+    | st.binary(),
     lambda inner: (
         st.lists(inner)
         | st.lists(inner).map(tuple)
@@ -57,11 +64,29 @@ def test_plain_values_arrive(value: Any) -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        -(2**64), -0.0, math.inf, -math.inf, 5e-324, "\ud83d\ude00 \ud800", "\x00", bytearray(b"x"), range(3, 9, 2), ...,
-        Decimal("1.10"), Fraction(1, 3), int, ValueError, Counter("aab"), OrderedDict([(2, 1), (1, 2)]), deque([1, 2], maxlen=5),
-        defaultdict(list, {1: [2]}), {True: 1, (1, (2, frozenset([3]))): None}, {1, 2, 3}, [[]] * 3,
+        -(2**64),
+        -0.0,
+        math.inf,
+        -math.inf,
+        5e-324,
+        "\ud83d\ude00 \ud800",
+        "\x00",
+        bytearray(b"x"),
+        range(3, 9, 2),
+        ...,
+        Decimal("1.10"),
+        Fraction(1, 3),
+        int,
+        ValueError,
+        Counter("aab"),
+        OrderedDict([(2, 1), (1, 2)]),
+        deque([1, 2], maxlen=5),
+        defaultdict(list, {1: [2]}),
+        {True: 1, (1, (2, frozenset([3]))): None},
+        {1, 2, 3},
+        [[]] * 3,
     ],
-)  # fmt: skip
+)
 def test_values_of_the_standard_library_arrive(value: Any) -> None:
     found = there(value)
     assert type(found) is type(value) and repr(found) == repr(value)
@@ -82,7 +107,8 @@ def test_nan_depth_sharing_and_cycles() -> None:
     assert both is same is inside[0]
     endless: list = []
     endless.append((endless,))
-    assert (found := there(endless))[0][0] is found
+    found = there(endless)
+    assert found[0][0] is found
 
 
 def test_instances_travel_by_attributes_and_subclasses_as_plain_values() -> None:
@@ -94,15 +120,26 @@ def test_instances_travel_by_attributes_and_subclasses_as_plain_values() -> None
 @pytest.mark.parametrize(
     "graph",
     [
-        {}, {"nodes": 1, "roots": []}, {"nodes": [], "roots": [0]}, {"nodes": [["int", 3]], "roots": [0]},
-        {"nodes": [["tuple", [0]]], "roots": [0]}, {"nodes": [["tuple", [1]], ["tuple", [0]]], "roots": [0]},
-        {"nodes": [["list", [-1]]], "roots": [0]}, {"nodes": [["list", [True]]], "roots": [0]}, {"nodes": [["dict", [0]]], "roots": [0]},
-        {"nodes": [["set", [1]], ["list", []]], "roots": [0]}, {"nodes": [["type", "eval"]], "roots": [0]},
-        {"nodes": [["instance", "Popen", []]], "roots": [0]}, {"nodes": [["defaultdict", "eval", []]], "roots": [0]}, {"nodes": [[]], "roots": [0]},
-        {"nodes": [["str", 3]], "roots": [0]}, {"nodes": [["Decimal", [1]]], "roots": [0]}, {"nodes": [None], "roots": [0]},
+        {},
+        {"nodes": 1, "roots": []},
+        {"nodes": [], "roots": [0]},
+        {"nodes": [["int", 3]], "roots": [0]},
+        {"nodes": [["tuple", [0]]], "roots": [0]},
+        {"nodes": [["tuple", [1]], ["tuple", [0]]], "roots": [0]},
+        {"nodes": [["list", [-1]]], "roots": [0]},
+        {"nodes": [["list", [True]]], "roots": [0]},
+        {"nodes": [["dict", [0]]], "roots": [0]},
+        {"nodes": [["set", [1]], ["list", []]], "roots": [0]},
+        {"nodes": [["type", "eval"]], "roots": [0]},
+        {"nodes": [["instance", "Popen", []]], "roots": [0]},
+        {"nodes": [["defaultdict", "eval", []]], "roots": [0]},
+        {"nodes": [[]], "roots": [0]},
+        {"nodes": [["str", 3]], "roots": [0]},
+        {"nodes": [["Decimal", [1]]], "roots": [0]},
+        {"nodes": [None], "roots": [0]},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_is_no_value_is_refused(graph: dict) -> None:
     with pytest.raises(values.MalformedError):
         values.decode(graph, {}, NoForeign())
@@ -110,29 +147,53 @@ def test_what_is_no_value_is_refused(graph: dict) -> None:
 
 HEAD = 'def f(a, b=0):\n    """What tests say."""\n'
 RIGHT = {
-    "types": ("return [a, (1.5, True), {'k': {2}}, None, 1j, 'λ']", "assert repr(candidate(7)) == repr([7, (1.5, True), {'k': {2}}, None, 1j, 'λ'])"),
+    "types": (
+        "return [a, (1.5, True), {'k': {2}}, None, 1j, 'λ']",
+        "assert repr(candidate(7)) == repr([7, (1.5, True), {'k': {2}}, None, 1j, 'λ'])",
+    ),
     "an argument changed in place": ("a.sort()", "x = [3, 1, 2]\n    assert candidate(x) is None and x == [1, 2, 3]"),
-    "an argument changed before an exception": ("a.clear()\n    raise KeyError('k')", "x = {1: 2}\n    try: candidate(x)\n    except KeyError as e: assert e.args == ('k',) and x == {}\n    else: assert False"),
+    "an argument changed before an exception": (
+        "a.clear()\n    raise KeyError('k')",
+        "x = {1: 2}\n    try: candidate(x)\n    except KeyError as e: assert e.args == ('k',) and x == {}\n    else: assert False",
+    ),
     "the argument itself": ("return a", "x = [1]\n    assert candidate(x) is x"),
     "another one than the argument": ("return list(a)", "x = [1]\n    assert candidate(x) == x and candidate(x) is not x"),
     "a nested argument": ("a[0].append(a[1])", "x = [[], {}]\n    candidate(x)\n    assert x[0][0] is x[1]"),
     "while it is iterated over": ("return a[b]", "x = {1: 2, 3: 4}\n    for k in x: assert candidate(x, k) == x[k]"),
     "named arguments": ("return a - b", "assert candidate(b=1, a=3) == 2"),
-    "an exception": ("raise ValueError(a)", "try: candidate(3)\n    except ValueError as e: assert str(e) == '3'\n    else: assert False"),
-    "an exception of its own": ("class Own(LookupError): pass\n    raise Own(a)", "try: candidate(3)\n    except LookupError: return\n    assert False"),
+    "an exception": (
+        "raise ValueError(a)",
+        "try: candidate(3)\n    except ValueError as e: assert str(e) == '3'\n    else: assert False",
+    ),
+    "an exception of its own": (
+        "class Own(LookupError): pass\n    raise Own(a)",
+        "try: candidate(3)\n    except LookupError: return\n    assert False",
+    ),
     "memory between calls": ("f.n = getattr(f, 'n', 0) + a\n    return f.n", "assert [candidate(1), candidate(2)] == [1, 3]"),
     "an iterator": ("return (x * x for x in a)", "assert tuple(candidate([1, 2])) == (1, 4)"),
-    "an endless iterator": ("import itertools\n    return itertools.count(a)", "x = candidate(5)\n    assert [next(x), next(x)] == [5, 6]"),
+    "an endless iterator": (
+        "import itertools\n    return itertools.count(a)",
+        "x = candidate(5)\n    assert [next(x), next(x)] == [5, 6]",
+    ),
     "a view": ("return dict.fromkeys(a).keys()", "assert sorted(candidate('ba')) == ['a', 'b']"),
     "a function that is handed in": ("return [b(x) for x in a]", "assert candidate([1, 2], lambda x: x + 1) == [2, 3]"),
     "a function that comes out": ("return lambda x: x + a", "assert candidate(3)(4) == 7"),
-    "a function that fails": ("try: b(a)\n    except ZeroDivisionError: return 'caught'", "assert candidate(0, lambda x: 1 / x) == 'caught'"),
+    "a function that fails": (
+        "try: b(a)\n    except ZeroDivisionError: return 'caught'",
+        "assert candidate(0, lambda x: 1 / x) == 'caught'",
+    ),
     "there and back": ("return b", "g = lambda: 1\n    assert candidate(0, g) is g"),
     "an iterator that is handed in": ("return sum(a)", "assert candidate(x for x in range(4)) == 6"),
     "an object": ("class Own:\n        def double(self): return 2 * a\n    return Own()", "assert candidate(4).double() == 8"),
-    "its own name": ("return f(a - 1) + 1 if a else 0", "assert candidate(5) == f(5) == 5 and candidate.__name__ == 'f' and candidate.__doc__ == 'What tests say.'"),
-    "random tests": ("return sorted(a)", "import random, copy\n    for _ in range(50):\n        x = [random.random() for _ in range(9)]\n        assert candidate(copy.deepcopy(x)) == sorted(x)"),
-}  # fmt: skip
+    "its own name": (
+        "return f(a - 1) + 1 if a else 0",
+        "assert candidate(5) == f(5) == 5 and candidate.__name__ == 'f' and candidate.__doc__ == 'What tests say.'",
+    ),
+    "random tests": (
+        "return sorted(a)",
+        "import random, copy\n    for _ in range(50):\n        x = [random.random() for _ in range(9)]\n        assert candidate(copy.deepcopy(x)) == sorted(x)",
+    ),
+}
 """(body, test)"""
 
 
@@ -200,7 +261,13 @@ def test_tests_use_the_problems_helpers_not_the_programs() -> None:
 
 def test_a_prompt_becomes_a_module() -> None:
     assert stub(HEAD) == HEAD and stub_classes(HELPERS, "solve") == ["Node", "Lost"] and stub_classes(HELPERS, "Node") == ["Lost"]
-    for prompt in ("def f(a):\n", "def f(a):\n    if a:\n", "def f(a):\n    '''open", "def f(a):\n    return (", "def f(a):\n\tx = 1\n\tif a:\n"):
+    for prompt in (
+        "def f(a):\n",
+        "def f(a):\n    if a:\n",
+        "def f(a):\n    '''open",
+        "def f(a):\n    return (",
+        "def f(a):\n\tx = 1\n\tif a:\n",
+    ):
         found: dict[str, Any] = {}
         exec(stub(prompt), found)
         assert "f" in found

@@ -30,9 +30,20 @@ from tests.serving.test_server import Running
 
 MOST = 24
 SETTINGS = [
-    f"connections={MOST}", "header_seconds=1.5", "body_seconds=1.5", "idle_seconds=1.5", "write_seconds=1.5", "patience=0", "longest=100000",
-    "waiting=64", "body_kib=256", "hosts=[model.example,'*.inside.example']", "origins=[http://localhost:3000]", "seconds=60", "decode.batch=4",
-]  # fmt: skip
+    f"connections={MOST}",
+    "header_seconds=1.5",
+    "body_seconds=1.5",
+    "idle_seconds=1.5",
+    "write_seconds=1.5",
+    "patience=0",
+    "longest=100000",
+    "waiting=64",
+    "body_kib=256",
+    "hosts=[model.example,'*.inside.example']",
+    "origins=[http://localhost:3000]",
+    "seconds=60",
+    "decode.batch=4",
+]
 HOST = b"Host: localhost\r\n"
 TYPE = b"Content-Type: application/json\r\n"
 
@@ -139,7 +150,7 @@ def test_what_is_begun_and_not_ended_is_closed(server: Running) -> None:
 
 
 def trickled(server: Running, begun: bytes) -> bytes:
-    """What comes until the server hangs up on a client that sends a byte of a header or body now and then. Raises TimeoutError."""
+    """What comes until the server hangs up on a client that sends a byte now and then. Raises TimeoutError."""
     found, idle = b"", begun in (b"", BEGUN[7][0])
     with connect(server) as connection:
         connection.sendall(begun)
@@ -232,7 +243,12 @@ def test_who_reads_nothing_is_cut_off(server: Running) -> None:
 
 def test_who_resets_leaves_nothing(server: Running) -> None:
     held = server.held("fd")
-    for sent in (b"", b"GET /h", post(SMALL), post(json.dumps({"prompt": "x", "max_tokens": 90_000, "stream": True}).encode())) * 5:
+    for sent in (
+        b"",
+        b"GET /h",
+        post(SMALL),
+        post(json.dumps({"prompt": "x", "max_tokens": 90_000, "stream": True}).encode()),
+    ) * 5:
         with closing(connect(server)) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             connection.sendall(sent)
@@ -243,13 +259,33 @@ def test_who_resets_leaves_nothing(server: Running) -> None:
 @pytest.mark.parametrize(
     ("host", "status"),
     [
-        (b"localhost", 200), (b"LOCALHOST:1", 200), (b"localhost.", 200), (b"127.0.0.1:8000", 200), (b"127.9.9.9", 200), (b"[::1]:8000", 200),
-        (b"model.example", 200), (b"Model.Example:443", 200), (b"a.inside.example", 200),
-        (b"evil.example", 421), (b"evil.example:8000", 421), (b"localhost.evil.example", 421), (b"inside.example", 421), (b"xinside.example", 421),
-        (b"127.0.0.1.evil.example", 421), (b"10.0.0.1", 421), (b"0.0.0.0", 421), (b"[::2]", 421), (b"2130706433", 421),
-        (b"localhost:99999", 400), (b"localhost:80@evil", 400), (b"a b", 400), (b"", 400), (b"localhost, evil.example", 400), (b"\xe9", 400),
+        (b"localhost", 200),
+        (b"LOCALHOST:1", 200),
+        (b"localhost.", 200),
+        (b"127.0.0.1:8000", 200),
+        (b"127.9.9.9", 200),
+        (b"[::1]:8000", 200),
+        (b"model.example", 200),
+        (b"Model.Example:443", 200),
+        (b"a.inside.example", 200),
+        (b"evil.example", 421),
+        (b"evil.example:8000", 421),
+        (b"localhost.evil.example", 421),
+        (b"inside.example", 421),
+        (b"xinside.example", 421),
+        (b"127.0.0.1.evil.example", 421),
+        (b"10.0.0.1", 421),
+        (b"0.0.0.0", 421),
+        (b"[::2]", 421),
+        (b"2130706433", 421),
+        (b"localhost:99999", 400),
+        (b"localhost:80@evil", 400),
+        (b"a b", 400),
+        (b"", 400),
+        (b"localhost, evil.example", 400),
+        (b"\xe9", 400),
     ],
-)  # fmt: skip
+)
 def test_hosts(server: Running, host: bytes, status: int) -> None:
     for request in (get(host=b"Host: " + host + b"\r\n"), post(SMALL, host=b"Host: " + host + b"\r\n")):
         found, headers, content = one(server, request)
@@ -278,11 +314,21 @@ def test_the_address_that_a_connection_came_in_at_is_ours() -> None:
 @pytest.mark.parametrize(
     ("origin", "allowed"),
     [
-        (b"http://localhost:3000", True), (b"HTTP://LOCALHOST:3000", True), (b"http://localhost", True), (b"https://localhost:443", False),
-        (b"http://localhost:3001", False), (b"https://localhost:3000", False), (b"http://evil.example", False), (b"null", False), (b"", False),
-        (b"http://localhost:3000.evil.example", False), (b"http://localhost:3000/", False), (b"file://", False), (b"\xff", False),
+        (b"http://localhost:3000", True),
+        (b"HTTP://LOCALHOST:3000", True),
+        (b"http://localhost", True),
+        (b"https://localhost:443", False),
+        (b"http://localhost:3001", False),
+        (b"https://localhost:3000", False),
+        (b"http://evil.example", False),
+        (b"null", False),
+        (b"", False),
+        (b"http://localhost:3000.evil.example", False),
+        (b"http://localhost:3000/", False),
+        (b"file://", False),
+        (b"\xff", False),
     ],
-)  # fmt: skip
+)
 def test_origins(server: Running, origin: bytes, allowed: bool) -> None:
     """Same origin, allowed, and refused; with CORS exactly where it is allowed."""
     sent = b"Origin: " + origin + b"\r\n"
@@ -291,7 +337,9 @@ def test_origins(server: Running, origin: bytes, allowed: bool) -> None:
         assert (status != 403) == allowed
         assert headers.get("access-control-allow-origin", "").encode() == (origin if allowed else b"")
         assert allowed == (headers.get("vary") == "Origin") and ("error" in content or allowed)
-    status, headers, _ = one(server, get(sent, b"Access-Control-Request-Method: POST\r\n", method=b"OPTIONS", path=b"/v1/completions"))
+    status, headers, _ = one(
+        server, get(sent, b"Access-Control-Request-Method: POST\r\n", method=b"OPTIONS", path=b"/v1/completions")
+    )
     assert (status, "access-control-allow-methods" in headers) == ((204, True) if allowed else (403, False))
 
 
@@ -322,12 +370,20 @@ def test_a_stream_to_an_allowed_page(server: Running) -> None:
 @pytest.mark.parametrize(
     ("kind", "status"),
     [
-        (b"application/json", 200), (b"Application/JSON; charset=UTF-8", 200), (b'application/json;charset="utf-8"', 200),
-        (b"text/plain", 415), (b"application/x-www-form-urlencoded", 415), (b"multipart/form-data; boundary=x", 415), (None, 415), (b"", 415),
-        (b"text/plain, application/json", 415), (b"application/json, text/plain", 415), (b"application/json; charset=latin-1", 415),
+        (b"application/json", 200),
+        (b"Application/JSON; charset=UTF-8", 200),
+        (b'application/json;charset="utf-8"', 200),
+        (b"text/plain", 415),
+        (b"application/x-www-form-urlencoded", 415),
+        (b"multipart/form-data; boundary=x", 415),
+        (None, 415),
+        (b"", 415),
+        (b"text/plain, application/json", 415),
+        (b"application/json, text/plain", 415),
+        (b"application/json; charset=latin-1", 415),
         (b"application/jsonp", 415),
     ],
-)  # fmt: skip
+)
 def test_json_only(server: Running, kind: bytes | None, status: int) -> None:
     found, _, content = one(server, post(SMALL, kind=b"" if kind is None else b"Content-Type: " + kind + b"\r\n"))
     assert found == status and (status == 200 or "content-type: application/json" in content["error"]["message"])
@@ -361,7 +417,10 @@ def test_json_only(server: Running, kind: bytes | None, status: int) -> None:
         (post(SMALL, b"Content-Length: 3\r\n"), [400]),
         (post(SMALL, b"Transfer-Encoding: gzip, chunked\r\n"), [501]),
         (post(b"", b"Transfer-Encoding: chunked\r\n").replace(b"Content-Length: 0\r\n", b"") + b"zz\r\n", [400]),
-        (post(b"", b"Transfer-Encoding: chunked\r\n").replace(b"Content-Length: 0\r\n", b"") + b"fffffffffffffffffffffff\r\n", [400]),
+        (
+            post(b"", b"Transfer-Encoding: chunked\r\n").replace(b"Content-Length: 0\r\n", b"") + b"fffffffffffffffffffffff\r\n",
+            [400],
+        ),
         (post(b"x" * 300_000), [413]),
         (post(b"", b"Expect: 100-continue\r\n").replace(b"Content-Length: 0", b"Content-Length: 9999999"), [413]),
         (b"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", [200]),

@@ -30,6 +30,9 @@ from tests.decoding.test_generate import SENTENCE, save
 
 VOCABULARY, END = 257, 256
 JSON = {"Content-Type": "application/json"}
+HALF = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+)
 ROOM, BATCH, BODY_KIB = 40, 4, 16
 ENDLESS = 90_000
 """Tokens that take minutes."""
@@ -310,7 +313,7 @@ def test_who_hangs_up_leaves_nothing(patient: Running, solo: Solo) -> None:
     assert patient.held("task") <= threads + 1
     assert patient.held("fd") <= files + 2  # calls of the moment
     with socket.create_connection(("127.0.0.1", patient.port)) as half:
-        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+        half.sendall(HALF)
     assert patient.complete(prompt="gray", max_tokens=20)["choices"][0]["text"] == solo("gray", 20)[0]
 
 
@@ -334,7 +337,7 @@ def test_a_request_that_takes_too_long(servers: dict[str, Running], solo: Solo) 
 
     def slow() -> bytes:
         with socket.create_connection(("127.0.0.1", hasty.port), timeout=100) as connection:
-            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+            connection.sendall(HALF)
             return connection.recv(20)
 
     with ThreadPoolExecutor(1) as clients, hasty.events(prompt="x", max_tokens=ENDLESS) as events:
