@@ -332,7 +332,7 @@ class Serving:
     header_seconds: float = setting(10.0, "Time for a request's header, from the connection's start or the header's first byte.")
     body_seconds: float = setting(30.0, "Time for a request's body.")
     idle_seconds: float = setting(30.0, "An open connection that asks nothing more is closed after this time.")
-    write_seconds: float = setting(30.0, "A client that does not take its answer is cut off after this time.")
+    write_seconds: float = setting(30.0, "A client that takes less than 16 KiB of an answer that waits is cut off after this time.")
     hosts: list[str] = setting([], "Names by which clients reach this server, besides `host`, loopback names and the address that a connection came in at; `*.name` for all below it, `*` for any. Other values of the Host header are refused, which keeps web pages from reading answers by DNS rebinding.")
     origins: list[str] = setting([], "Web pages that may ask, by origin (http://localhost:3000), `*` for any. Pages from elsewhere are refused.")
     patience: float = setting(10.0, "Seconds that running requests have once the server is asked to stop.")

@@ -26,6 +26,7 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 NOBODY = 65534
 OPEN_FILES = 32
 FILE_BYTES = 1 << 20
+LARGEST = (1 << 63) - 1
 FOLDER_BYTES = 16 << 20
 FOLDER_FILES = 256
 """The folder's quota. Where it cannot be mounted with one, ``sandbox.py`` watches it."""
@@ -187,7 +188,9 @@ def _limit(seconds: int, memory: int) -> None:
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NPROC, 0),
     ):
-        resource.setrlimit(kind, (most, most))
+        hard = resource.getrlimit(kind)[1]
+        least = min(most, LARGEST if hard == resource.RLIM_INFINITY else hard)
+        resource.setrlimit(kind, (least, least))
 
 
 def _landlock(readable: list[str]) -> None:

@@ -42,7 +42,7 @@ class Access:
             raise RequestError(400, f"the header host={shown(host)} is no name and port")
         name = match[1].strip("[]").removesuffix(".")
         if not self._ours(name, local):
-            message = f"host={shown(host)} is not served here; start the server with 'hosts=[{name}]' if it should be"
+            message = f"host={shown(host)} is not served here; start the server with 'hosts=[{shown(name)}]' if it should be"
             raise RequestError(421, message, code="host_not_allowed")
 
     def allows(self, origin: str, host: str | None) -> bool:

@@ -22,6 +22,8 @@ LINGER_SECONDS = 1.0
 """For a client to read the end and hang up."""
 WAITING_BYTES = 1 << 15
 """Of an answer, beyond what the kernel holds, before who writes it has to wait."""
+LEAST_BYTES = 1 << 14
+"""That a client has to take in its time for taking any."""
 PIECE = 4096
 REASONS = {
     400: "this is no HTTP request",
@@ -32,7 +34,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds that a client has: for a request's header, between two requests, for taking any of an answer that waits."""
+    """Seconds that a client has: for a request's header, between two requests, for taking some of an answer that waits."""
 
     header: float
     idle: float
@@ -45,7 +47,7 @@ class Transport:
     def __init__(self, transport: asyncio.Transport, times: Times) -> None:
         self.transport, self.times = transport, times
         self.closing = False
-        self.checked, self.since = 0, 0.0
+        self.checked, self.deadline = 0, 0.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.transport, name)
@@ -68,14 +70,13 @@ class Transport:
             self.transport.write_eof()
             # What the client sends is dropped.
             self.transport.resume_reading()
-        self.checked, self.since = self.transport.get_write_buffer_size(), loop.time()
+        self.checked = self.transport.get_write_buffer_size()
+        self.deadline = loop.time() + self.times.write * (1 + self.checked / LEAST_BYTES)
         loop.call_later(LINGER_SECONDS, self._check)
 
     def _check(self) -> None:
         left, loop = self.transport.get_write_buffer_size(), asyncio.get_running_loop()
-        if left < self.checked:
-            self.since = loop.time()
-        if (left == 0 and self.checked == 0) or loop.time() - self.since > self.times.write:
+        if (left == 0 and self.checked == 0) or loop.time() > self.deadline:
             self.transport.abort()
             return
         self.checked = left
@@ -92,6 +93,7 @@ class Connection(H11Protocol):
         self.waiting_for = ""
         self.timer: asyncio.TimerHandle | None = None
         self.stalled: asyncio.TimerHandle | None = None
+        self.unsent = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         transport.set_write_buffer_limits(high=WAITING_BYTES)
@@ -129,7 +131,8 @@ class Connection(H11Protocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         self._stop_stalled()
-        self.stalled = self.loop.call_later(self.times.write, self.abort)
+        self.unsent = self.transport.get_write_buffer_size()
+        self.stalled = self.loop.call_later(self.times.write, self._stalled)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -202,6 +205,14 @@ class Connection(H11Protocol):
         with suppress(h11.LocalProtocolError):
             self.conn.send(h11.ConnectionClosed())
         self.transport.close()
+
+    def _stalled(self) -> None:
+        """A slow client may go on; one that takes next to nothing may not."""
+        left = self.transport.get_write_buffer_size()
+        if left > self.unsent - LEAST_BYTES:
+            self.abort()
+            return
+        self.unsent, self.stalled = left, self.loop.call_later(self.times.write, self._stalled)
 
     def _stop_stalled(self) -> None:
         if self.stalled is not None:
