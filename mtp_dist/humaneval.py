@@ -2,7 +2,8 @@
 file=HumanEval.jsonl.gz``.
 
 The model continues each problem's prompt `programs.samples` times; a completion ends where it leaves the function; the
-program is run with the problem's tests, fenced in (``programs/sandbox.py``). Nothing runs without programs.allow=true.
+program is called by the problem's tests, fenced in and from another process (``programs/sandbox.py``). Nothing runs without
+programs.allow=true.
 """
 
 import json
@@ -21,13 +22,16 @@ from mtp_dist.decoding.request import given_of_drafts, refuse_unread_sampling, v
 from mtp_dist.errors import UserError
 from mtp_dist.programs.pass_at_k import mean_pass_at_k
 from mtp_dist.programs.problems import Problem, read_completions, read_problems, truncated
-from mtp_dist.programs.sandbox import Limits, passes
+from mtp_dist.programs.sandbox import Limits, missing_fences, passes
 
 
 def run(config: Evaluation) -> int:
     """The command. Raises UserError before any program is written or run."""
     problems, completions = prepare(config)
+    missing = missing_fences()
     print("warning: running programs that nobody has read, fenced in (programs.allow=true)", file=sys.stderr, flush=True)
+    if missing:
+        print(f"warning: this machine's fences lack {'; '.join(missing)}", file=sys.stderr, flush=True)
     written = completions if completions is not None else dict(write(config, problems))
     result = judge(config, problems, written)
     if config.output:
@@ -123,7 +127,7 @@ def judge(config: Evaluation, problems: list[Problem], written: dict[str, list[s
 
     limits = Limits(config.programs.seconds, config.programs.memory_mb)
     passed = {
-        problem.task: [passes(problem.program(text), limits) for text in written[problem.task]]
+        problem.task: [passes(problem, text, limits) for text in written[problem.task]]
         for problem in tqdm(problems, desc="tests", unit="problem", disable=None)
     }
     samples, right = len(next(iter(passed.values()))), [sum(found) for found in passed.values()]

@@ -35,15 +35,28 @@ def validate(config: Serving) -> None:
     at_least("longest", config.longest, 2)
     at_least("waiting", config.waiting, 1)
     at_least("body_kib", config.body_kib, 1)
-    for key, value in (("seconds", config.seconds), ("patience", config.patience)):
-        finite(key, value)
-    above("seconds", config.seconds, 0)
+    at_least("connections", config.connections, 1)
+    times = ("header_seconds", "body_seconds", "idle_seconds", "write_seconds", "seconds")
+    for key in (*times, "patience"):
+        finite(key, getattr(config, key))
+    for key in times:
+        above(key, getattr(config, key), 0)
     at_least("patience", config.patience, 0)
     request.validate_decoding(config.decode)
     if config.decode.mode == "both":
         raise UserError("decode.mode=both compares, and a server gives one text; choose plain or speculative")
     if config.decode.temperature > 2:
         raise UserError(f"decode.temperature={config.decode.temperature} must be from 0 to 2, as in requests")
+    _check_libraries()
+    from mtp_dist.serving import access
+
+    for key, texts, wrong in (("hosts", config.hosts, access.wrong_host), ("origins", config.origins, access.wrong_origin)):
+        for text in texts:
+            if why := wrong(text):
+                raise UserError(f"{key}={text} {why}")
+
+
+def _check_libraries() -> None:
     for library in LIBRARIES:
         if importlib.util.find_spec(library) is None:
             raise UserError(
@@ -60,8 +73,11 @@ def run(config: Serving) -> int:
     if not _loopback(config.host):
         print(f"note: host={config.host}: whoever reaches this address can use the model; there is no password", file=sys.stderr)
 
-    from mtp_dist.serving.server import Server, address, bound, serve
+    from mtp_dist.serving.access import Access, names
+    from mtp_dist.serving.connection import Times
+    from mtp_dist.serving.server import Server, address, allow_descriptors, bound, serve
 
+    allow_descriptors(config.connections)
     with bound(config.host, config.port) as listening:
         from mtp_dist.generate import load_writer
         from mtp_dist.serving.application import Service
@@ -70,9 +86,13 @@ def run(config: Serving) -> int:
         checkpoint, writer = load_writer(config.checkpoint, config.decode, seed=0)
         served = _served(config, checkpoint.path, checkpoint.config.train.sequence_length, writer)
         worker = _worker(writer, config.waiting, served.longest)
-        service = Service(served, writer.tokenizer, worker, config.seconds, config.body_kib * 1024)
+        access = Access(names([config.host, *config.hosts]), names(config.origins))
+        body = config.body_kib * 1024
+        service = Service(served, writer.tokenizer, worker, config.seconds, body, config.body_seconds, access)
+        times = Times(config.header_seconds, config.idle_seconds, config.write_seconds)
         ready = f"serving {served.name} (step {checkpoint.step}, {config.decode.dtype}) at {address(listening)}/v1"
-        serve(Server(http(service), worker, config.patience, lambda: print(ready, flush=True)), listening)
+        server = Server(http(service), worker, config.patience, config.connections, times, lambda: print(ready, flush=True))
+        serve(server, listening)
     return 0
 
 
@@ -142,5 +162,6 @@ if __name__ == "__main__":
             "python -m mtp_dist.serve checkpoint=runs/quickstart port=0 decode.dtype=bfloat16 decode.auto=true",
             "python -m mtp_dist.serve checkpoint=runs/quickstart decode.drafter=ngram decode.batch=16 longest=512",
         ],
-        epilog="curl http://127.0.0.1:8000/v1/completions -d '{\"prompt\": \"def main(\", \"max_tokens\": 32}'",
+        epilog="curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' "
+        "-d '{\"prompt\": \"def main(\", \"max_tokens\": 32}'",
     )

@@ -276,7 +276,7 @@ class DecodeConfig:
 class ProgramConfig:
     """task=humaneval: programs that the model writes are run to see whether they are right."""
 
-    allow: bool = setting(False, "Run programs that nobody has read. They are fenced in (no network, no other files, processes or programs; limits on time and memory), which stops mistakes, not an attacker of the kernel.")
+    allow: bool = setting(False, "Run programs that nobody has read. They are fenced in (no network, no other files, processes or programs; limits on time, memory and files; not as root), which stops mistakes, not an attacker of the kernel.")
     samples: int = setting(1, "n, programs for each problem; more than one needs decode.temperature above 0.")
     k: list[int] = setting([1], "pass@k for each of these; at most `samples`.")
     completions: str = setting("", "JSON lines with task_id and completion to be judged instead of a model's own.")
@@ -334,6 +334,13 @@ class Serving:
     waiting: int = setting(64, "Texts that may wait for the model, and most texts of a request; more are refused. `decode.batch` are decoded together.")
     seconds: float = setting(120.0, "A request that takes longer is ended.")
     body_kib: int = setting(256, "Size of a request's body, in KiB.")
+    connections: int = setting(256, "Connections at one time; one more is refused.")
+    header_seconds: float = setting(10.0, "Time for a request's header, from the connection's start or the header's first byte.")
+    body_seconds: float = setting(30.0, "Time for a request's body.")
+    idle_seconds: float = setting(30.0, "An open connection that asks nothing more is closed after this time.")
+    write_seconds: float = setting(30.0, "A client that takes less than 16 KiB of an answer that waits is cut off after this time.")
+    hosts: list[str] = setting([], "Names by which clients reach this server, besides `host`, loopback names and the address that a connection came in at; `*.name` for all below it, `*` for any. Other values of the Host header are refused, which keeps web pages from reading answers by DNS rebinding.")
+    origins: list[str] = setting([], "Web pages that may ask, by origin (http://localhost:3000), `*` for any. Pages from elsewhere are refused.")
     patience: float = setting(10.0, "Seconds that running requests have once the server is asked to stop.")
     decode: DecodeConfig = group(DecodeConfig, "Decoding; `temperature`, `top_k`, `top_p`, `max_new_tokens` and `stop` hold for requests that name none.")
 

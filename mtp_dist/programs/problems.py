@@ -28,10 +28,6 @@ class Problem:
     test: str
     entry_point: str
 
-    def program(self, completion: str) -> str:
-        """What is run: it ends without an error exactly if the completion is right."""
-        return f"{self.prompt}{completion}\n\n{self.test}\n\ncheck({self.entry_point})\n"
-
 
 def read_problems(path: str) -> list[Problem]:
     """At least one. Raises UserError for a file that does not hold problems."""

@@ -8,7 +8,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from tokenizers import Tokenizer
 
 from mtp_dist.decoding.statistics import Statistics
 from mtp_dist.decoding.stopping import StopStrings, TextStream
 from mtp_dist.serving import answer
+from mtp_dist.serving.access import Access, Gate, check_json
 from mtp_dist.serving.request import Asked, RequestError, Served, read
 from mtp_dist.serving.worker import CLOSED, FAILED, ClosedError, FullError, Piece, Text, Worker
 
@@ -32,16 +33,22 @@ SENDING_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Service:
-    """What is served, within which limits. seconds: a request's, from its first byte to its answer's last; body: its bytes."""
+    """What is served, within which limits. seconds: a request's, from its first byte to its answer's last; body: its bytes;
+    body_seconds: from the first byte to the last of these."""
 
     served: Served
     tokenizer: Tokenizer
     worker: Worker
     seconds: float
     body: int
+    body_seconds: float
+    access: Access
 
 
-def application(service: Service) -> Starlette:
+METHODS = {"/v1/completions": ("POST",), "/v1/models": ("GET", "HEAD"), "/health": ("GET", "HEAD")}
+
+
+def application(service: Service) -> ASGIApp:
     """Everything under one roof; the worker has been started."""
     created = int(time.time())
 
@@ -60,7 +67,7 @@ def application(service: Service) -> Starlette:
     handlers: Any = {HTTPException: _unknown, RequestError: _refused, Exception: _broken}
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
-    return app
+    return Gate(app, service.access, METHODS)
 
 
 class Completions:
@@ -70,18 +77,23 @@ class Completions:
         self.service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        deadline = asyncio.get_running_loop().time() + self.service.seconds
+        now = asyncio.get_running_loop().time()
+        deadline = now + self.service.seconds
+        check_json(scope)
         request = Request(scope, receive)
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout_at(min(deadline, now + self.service.body_seconds)):
                 body = await self._body(request)
         except ClientDisconnect:
             return
         except TimeoutError:
-            raise self._late() from None
+            if self.service.body_seconds >= self.service.seconds:
+                raise self._late() from None
+            message = f"the body took longer than the {self.service.body_seconds:g} seconds that it may take"
+            raise RequestError(408, message, code="timeout") from None
         # A long text takes a while to be cut into tokens.
         asked = await asyncio.to_thread(read, body, self.service.served, self._encode)
-        await _attended(self._answer(asked, deadline, send), receive)
+        await _attended(self._answer(asked, deadline, send, scope), receive)
 
     async def _body(self, request: Request) -> bytes:
         body = bytearray()
@@ -94,11 +106,11 @@ class Completions:
                 raise RequestError(413, f"the body has more than {most} bytes, the most that this server takes")
         return bytes(body)
 
-    async def _answer(self, asked: Asked, deadline: float, send: Send) -> None:
+    async def _answer(self, asked: Asked, deadline: float, send: Send, scope: Scope) -> None:
         stops = StopStrings(self.service.tokenizer, asked.stop)
         async with aclosing(self._pieces(asked, stops)) as pieces:
             if asked.stream:
-                await self._events(asked, stops, pieces, deadline, send)
+                await self._events(asked, stops, pieces, deadline, send, scope)
                 return
             try:
                 async with asyncio.timeout_at(deadline):
@@ -122,7 +134,7 @@ class Completions:
         return JSONResponse(answer.Completion(self.service.served.name).body(choices, _usage(list(ended.values()))))
 
     async def _events(
-        self, asked: Asked, stops: StopStrings, pieces: AsyncIterator[Piece], deadline: float, send: Send
+        self, asked: Asked, stops: StopStrings, pieces: AsyncIterator[Piece], deadline: float, send: Send, scope: Scope
     ) -> None:
         """The answer's status is known with the first piece."""
         started = False
@@ -138,9 +150,12 @@ class Completions:
             refusal = error if isinstance(error, RequestError) else self._late()
             if not started:
                 raise refusal from None
-            with suppress(TimeoutError):
+            try:
                 async with asyncio.timeout(SENDING_SECONDS):
                     await send({"type": "http.response.body", "body": answer.event(refusal.as_dict()), "more_body": False})
+            except TimeoutError:
+                # Nobody reads: the answer cannot be ended, so the connection is.
+                scope["state"]["abort"]()
 
     async def _contents(
         self, asked: Asked, stops: StopStrings, pieces: AsyncIterator[Piece]

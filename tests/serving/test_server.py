@@ -29,6 +29,10 @@ from tests.decoding.models import random_model, taught
 from tests.decoding.test_generate import SENTENCE, save
 
 VOCABULARY, END = 257, 256
+JSON = {"Content-Type": "application/json"}
+HALF = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+)
 ROOM, BATCH, BODY_KIB = 40, 4, 16
 ENDLESS = 90_000
 """Tokens that take minutes."""
@@ -50,7 +54,7 @@ class Running:
         """Status and JSON; a body that is no bytes is sent as JSON."""
         with closing(self.connect()) as connection:
             sent = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-            connection.request(method, path, sent, headers or {})
+            connection.request(method, path, sent, headers or JSON)
             response = connection.getresponse()
             assert response.headers["content-type"] == "application/json"
             return response.status, json.loads(response.read())
@@ -64,7 +68,7 @@ class Running:
     def events(self, **fields: Any) -> "Iterator[Iterator[Any]]":
         """The contents of a stream's events, as they come. Leaving hangs up."""
         with closing(self.connect()) as connection:
-            connection.request("POST", "/v1/completions", json.dumps({"stream": True, **fields}))
+            connection.request("POST", "/v1/completions", json.dumps({"stream": True, **fields}), JSON)
             response = connection.getresponse()
             assert response.status == 200
             assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
@@ -287,7 +291,7 @@ def test_paths_and_methods(patient: Running) -> None:
 def test_a_body_without_a_stated_length_is_bounded(patient: Running) -> None:
     with closing(patient.connect()) as connection:
         parts = (b" " * 1024 for _ in range(BODY_KIB + 1))
-        connection.request("POST", "/v1/completions", parts, encode_chunked=True)
+        connection.request("POST", "/v1/completions", parts, JSON, encode_chunked=True)
         response = connection.getresponse()
         assert response.status == 413 and "more than" in json.loads(response.read())["error"]["message"]
 
@@ -302,14 +306,14 @@ def test_who_hangs_up_leaves_nothing(patient: Running, solo: Solo) -> None:
         patient.until(lambda counts: counts == (0, 0))
         with closing(patient.connect()) as connection:
             prompts = ["x"] * (2 * BATCH)
-            connection.request("POST", "/v1/completions", json.dumps({"prompt": prompts, "max_tokens": ENDLESS}))
+            connection.request("POST", "/v1/completions", json.dumps({"prompt": prompts, "max_tokens": ENDLESS}), JSON)
             patient.until(lambda counts: counts == (BATCH, BATCH))
         patient.until(lambda counts: counts == (0, 0))
         threads, files = threads or patient.held("task"), files or patient.held("fd")
     assert patient.held("task") <= threads + 1
     assert patient.held("fd") <= files + 2  # calls of the moment
     with socket.create_connection(("127.0.0.1", patient.port)) as half:
-        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Length: 100\r\n\r\n{")
+        half.sendall(HALF)
     assert patient.complete(prompt="gray", max_tokens=20)["choices"][0]["text"] == solo("gray", 20)[0]
 
 
@@ -317,7 +321,7 @@ def test_a_full_queue(patient: Running, solo: Solo) -> None:
     with patient.events(prompt=["x"] * BATCH, max_tokens=ENDLESS) as running:
         next(running)
         with closing(patient.connect()) as connection:
-            connection.request("POST", "/v1/completions", json.dumps({"prompt": ["x"] * ROOM, "max_tokens": ENDLESS}))
+            connection.request("POST", "/v1/completions", json.dumps({"prompt": ["x"] * ROOM, "max_tokens": ENDLESS}), JSON)
             patient.until(lambda counts: counts == (BATCH, ROOM))
             for stream in (False, True):
                 status, content = patient.call("POST", "/v1/completions", {"prompt": "x", "stream": stream})
@@ -333,7 +337,7 @@ def test_a_request_that_takes_too_long(servers: dict[str, Running], solo: Solo) 
 
     def slow() -> bytes:
         with socket.create_connection(("127.0.0.1", hasty.port), timeout=100) as connection:
-            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Length: 100\r\n\r\n{")
+            connection.sendall(HALF)
             return connection.recv(20)
 
     with ThreadPoolExecutor(1) as clients, hasty.events(prompt="x", max_tokens=ENDLESS) as events:
