@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mtp_dist.config.layout import key_value_sharers
 from mtp_dist.decoding.cache import HiddenStates, KeyValues, Span
 from mtp_dist.decoding.fused import FusedBlock
 from mtp_dist.decoding.product import packed
@@ -95,6 +96,12 @@ class DecodingModel:
         return self.chunk.mtp
 
     @property
+    def key_heads(self) -> int:
+        """K: key/value heads of this process; one at least, where tensor ranks share them."""
+        group = self.chunk.group
+        return self.chunk.model.kv_heads * key_value_sharers(self.chunk.model, group.size) // group.size
+
+    @property
     def depth(self) -> int:
         """D."""
         return self.chunk.depth
@@ -104,7 +111,7 @@ class DecodingModel:
         config = self.chunk.model
         assert config.head_dim is not None
         layers = 1 if module is None else sum(isinstance(part, Attention | FusedBlock) for part in module.modules())
-        heads = config.kv_heads // self.chunk.group.size
+        heads = self.key_heads
         return KeyValues(batch, heads, self.capacity, config.head_dim, dtype=self.dtype, device=self.device, layers=layers)
 
     def caches(self, batch: int) -> list[KeyValues]:
@@ -211,7 +218,7 @@ class DecodingModel:
         mask = self._visible(tokens, span, branches)
         if mask is None or self.device.type != "cpu" or not 1 < span.width <= FEW:
             return mask
-        return shared(mask, self.chunk.model.heads // self.chunk.model.kv_heads, self.dtype)
+        return shared(mask, self.chunk.model.heads // self.chunk.group.size // self.key_heads, self.dtype)
 
     def _visible(self, tokens: Tensor, span: Span, branches: Branches | None) -> Tensor | None:
         """bool, rows over columns."""
