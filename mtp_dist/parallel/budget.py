@@ -156,7 +156,10 @@ def chunks_in_flight(parallel: ParallelConfig, pipeline_rank: int, micro: int) -
         return min(warm_up + 1, parallel.interleave * micro)
     if not is_v(parallel):
         return min(parallel.pipeline - pipeline_rank, micro)
-    return min(2 * parallel.pipeline + (parallel.schedule == "dualpipev"), 2 * micro)
+    if parallel.schedule == "dualpipev":
+        return min(2 * parallel.pipeline + 1, 2 * micro)
+    # With few micro-batches the first ranks have run all down before they run any up.
+    return min(2 * parallel.pipeline, 2 * micro, micro + 1 + pipeline_rank)
 
 
 def block_activations(model: ModelConfig, parallel: ParallelConfig) -> int:
