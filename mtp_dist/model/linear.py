@@ -15,12 +15,14 @@ class Linear(nn.Module):
     """y [.., outputs] = x [.., inputs] Wᵀ.
 
     `split` 0 (column-parallel): this rank computes its slice of the outputs; its input has been through ``TensorGroup.enter``.
-    `sharers`: neighbouring ranks compute the same slice (see ``ParameterSpec``), each for what it makes of it; its weight gradient
-    then is a part of the whole one, and they are summed before the optimizer's step.
+    `sharers`: that many neighbours compute the same slice (see ``ParameterSpec``), each for its own use of it; each then has a
+    part of the weight gradient, and the parts are summed before the optimizer's step.
     `split` 1 (row-parallel): it holds a slice of the inputs; its output has been through ``leave``. None: each rank has it whole.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, std: float, group: TensorGroup, split: int | None = None, sharers: int = 1) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, *, std: float, group: TensorGroup, split: int | None = None, sharers: int = 1
+    ) -> None:
         super().__init__()
         self.weight = parameter((outputs, inputs), split=split, std=std, group=group, sharers=sharers)
         self.weight_gradients: WeightGradients | None = None

@@ -2,7 +2,7 @@
 arrangement).
 
 Shapes: B rows, S positions, d hidden width, H query heads, K key/value heads, c head width. Under tensor parallelism H, K and the
-feed-forward width are this rank's share; where there are more ranks than key/value heads, K is 1 and neighbours hold the same head.
+feed-forward width are this rank's share; with more ranks than key/value heads K is 1, and neighbours hold the same head.
 """
 
 from typing import Protocol

@@ -64,8 +64,8 @@ class Engine:
         sharers: int = 1,
     ) -> None:
         """`replica`: whether a classic pipeline's last chunk holds a copy of the embedding. `sharers`: how many tensor ranks hold
-        each key/value head. Parameters that need no gradient are frozen: kept, saved, never changed. With ZeRO-3 they come sharded
-        (``initialize_sharded``). Collective."""
+        each key/value head. Parameters that need no gradient are frozen: kept, saved, never changed. With ZeRO-3 they come
+        sharded (``initialize_sharded``). Collective."""
         deepspeed = import_deepspeed()
         self.mesh, self.chunks, self.optim, self.stage, self.dtype = mesh, chunks, optim, zero.stage, dtype
         self.parameters = global_parameters(chunks)
@@ -307,8 +307,8 @@ class Engine:
         return summed
 
     def _sum_partial_gradients(self) -> None:
-        """Sums of ``_seen_in_part`` over tensor ranks, of ``_shared`` over those that share. Where gradients are sharded, hooks of
-        the parameters have done it."""
+        """Sums of ``_seen_in_part`` over tensor ranks, of ``_shared`` over those that share. Where gradients are sharded, hooks
+        of the parameters have done it."""
         if self.shards_gradients:
             return
         for p in self._shared():

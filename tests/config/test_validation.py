@@ -347,7 +347,8 @@ def test_the_schedules_micro_batch_limits_are_those_of_torch() -> None:
     found = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
     classes = {node.name: ast.get_source_segment(source, node) or "" for node in found}
     assert classes["Schedule1F1B"].count("n_microbatches < self._num_stages") == 1
-    assert "min(\n            self._n_microbatches,\n            self._num_stages - self._stage.stage_index," in classes["Schedule1F1B"]
+    ahead = "min(self._n_microbatches,self._num_stages-self._stage.stage_index,)"
+    assert ahead in "".join(classes["Schedule1F1B"].split())
     assert "n_microbatches < self._num_stages" in classes["ScheduleDualPipeV"]
     assert "n_microbatches <" not in classes["ScheduleZBVZeroBubble"]
     assert "max(2 * self.pp_group_size - 1, self._n_microbatches)" in classes["ScheduleZBVZeroBubble"]

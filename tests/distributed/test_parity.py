@@ -48,8 +48,8 @@ def test_weights_after_three_steps(grid: Any, cell: str) -> None:
 
 @pytest.mark.parametrize("cell", cells())
 def test_copies_have_the_same_bits(grid: Any, cell: str) -> None:
-    """Of whatever several ranks hold: norms, shared key/value heads, the embedding of a classic pipeline. A difference in the last
-    bit would grow from step to step, unseen."""
+    """Of whatever several ranks hold: norms, shared key/value heads, the embedding of a classic pipeline. A difference in the
+    last bit would grow from step to step, unseen."""
     first: dict[tuple[Any, ...], torch.Tensor] = {}
     for result in grid(cell):
         for name, start, shape, begin, value in result["masters"]:
