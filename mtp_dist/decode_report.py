@@ -24,6 +24,14 @@ if TYPE_CHECKING:  # torch takes seconds to load: wrong settings are answered be
     from mtp_dist.generate import Writer
 
 NAMES = ("report.json", "report.md", "report.png")
+CACHE_ROWS = {
+    "trunk_written": "KV cache bytes a token: trunk, written",
+    "trunk_read": "trunk, read",
+    "drafter_written": "drafter, written",
+    "drafter_read": "drafter, read",
+    "all": "all of these",
+}
+"""Titles of ``Statistics.cache_bytes_per_token`` in the report."""
 
 
 def run(config: Evaluation) -> int:
@@ -162,6 +170,10 @@ def _section(part: dict[str, Any], decode: dict[str, Any]) -> list[str]:
         f"| tokens | {plain['tokens']} | {fast['tokens']} |",
         f"| tokens a forward | {_shown(plain['tokens_per_forward'])} | {_shown(fast['tokens_per_forward'])} |",
         f"| tokens/s after the prompt | {_shown(plain['tokens_per_second'], 1)} | {_shown(fast['tokens_per_second'], 1)} |",
+        *(
+            f"| {title} | {_bytes(plain['cache_bytes_per_token'][name])} | {_bytes(fast['cache_bytes_per_token'][name])} |"
+            for name, title in CACHE_ROWS.items()
+        ),
         "",
         f"Speedup: {_shown(part['measured_speedup'])} measured{spread}, {_shown(part['expected_speedup'])} expected of "
         "E / (v(n+1) + n c), n drafts a forward" + (" at the largest γ" if decode["auto"] else "") + ".",
@@ -186,6 +198,10 @@ def _write(place: Path, result: dict[str, Any]) -> None:
         draw(result).savefig(place / NAMES[2], dpi=120)
     except OSError as error:
         raise UserError(f"output={place} cannot be written: {error.strerror}") from None
+
+
+def _bytes(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
 
 
 def _shown(value: float | None, digits: int = 2) -> str:

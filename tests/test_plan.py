@@ -103,6 +103,7 @@ HEADS = [
         ["parallel.pipeline=1", "parallel.tensor=2"],
         ["parallel.pipeline=2", "parallel.schedule=zbv"],
         ["parallel.pipeline=2", "parallel.schedule=1f1b", "parallel.tensor=2"],
+        ["parallel.pipeline=2", "parallel.schedule=1f1b", "parallel.tensor=4", "model.kv_heads=1"],
         ["parallel.pipeline=4", "parallel.schedule=dualpipev", "model.layers=8"],
         ["parallel.pipeline=2", "parallel.schedule=zbv", "parallel.placement=[2,1,1,0]"],
         ["parallel.pipeline=4", "parallel.schedule=1f1b", "parallel.placement=[2,1,1,0]"],

@@ -5,7 +5,7 @@ Pure functions of a configuration that passed ``validation.validate``.
 
 import math
 
-from mtp_dist.config.schema import Evaluation, Generation, ParallelConfig, TrainingRun
+from mtp_dist.config.schema import Evaluation, Generation, ModelConfig, ParallelConfig, TrainingRun
 
 Job = TrainingRun | Evaluation | Generation
 """Settings of what runs in several processes."""
@@ -17,6 +17,11 @@ SCHEDULES = ("1f1b", "interleaved", *V_SCHEDULES)
 def world_size(parallel: ParallelConfig) -> int:
     """Processes of the whole job."""
     return parallel.pipeline * parallel.data * parallel.tensor
+
+
+def key_value_sharers(model: ModelConfig, tensor: int) -> int:
+    """How many of `tensor` ranks hold each key/value head: 1 up to as many ranks as heads."""
+    return max(1, tensor // model.kv_heads)
 
 
 def is_v(parallel: ParallelConfig) -> bool:
@@ -57,9 +62,8 @@ def micro_batches(config: TrainingRun) -> int:
 
 
 def fewest_micro_batches(parallel: ParallelConfig) -> int:
-    """The least M that torch takes: ZBV and interleaved fill empty slots themselves, 1F1B and DualPipeV refuse fewer than their
-    chunks."""
-    if parallel.pipeline > 1 and parallel.schedule in ("1f1b", "dualpipev"):
+    """The least M of a schedule: DualPipeV is refused by torch with fewer than its chunks, the others leave slots empty."""
+    if parallel.pipeline > 1 and parallel.schedule == "dualpipev":
         return chunks(parallel)
     return 1
 

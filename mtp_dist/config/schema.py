@@ -85,7 +85,7 @@ class ParallelConfig:
     """The layout. World size = pipeline x data x tensor; tensor ranks are neighbours, pipeline ranks farthest apart."""
 
     pipeline: int = setting(1, "PP: pipeline ranks.")
-    tensor: int = setting(1, "TP: ranks that split every matrix.")
+    tensor: int = setting(1, "TP: ranks that split every matrix. Divides model.heads and model.mlp; divides model.kv_heads or is a multiple of it: then each key/value head is held by tensor / kv_heads neighbouring ranks.")
     data: int = setting(1, "DP: replicas; the optimizer is sharded over them by ZeRO.")
     sequence_parallel: bool = setting(False, "Tensor ranks share the positions, too, outside the split matrices: less activation memory. `tensor` must divide train.sequence_length.")
     schedule: str = setting("zbv", "Pipeline schedule: 1f1b (one chunk a rank) | interleaved (several), both with an embedding replica; zbv (zero-bubble V) | dualpipev (DualPipe V).")

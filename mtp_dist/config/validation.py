@@ -112,11 +112,18 @@ def validate_launch(launch: LaunchConfig, parallel: ParallelConfig) -> None:
 
 
 def _validate_tensor(tensor: int, model: ModelConfig, vocabulary: int | None) -> None:
-    choices = alternatives(divisors(math.gcd(model.heads, model.kv_heads, model.mlp)))
-    for name in ("heads", "kv_heads", "mlp"):
+    def shares_keys(ranks: int) -> bool:
+        return model.kv_heads % ranks == 0 or ranks % model.kv_heads == 0
+
+    choices = alternatives(filter(shares_keys, divisors(math.gcd(model.heads, model.mlp))))
+    for name in ("heads", "mlp"):
         size = getattr(model, name)
         if size % tensor:
             raise UserError(f"parallel.tensor={tensor} does not divide model.{name}={size}; choose {choices}")
+    if not shares_keys(tensor):
+        raise UserError(
+            f"parallel.tensor={tensor} neither divides model.kv_heads={model.kv_heads} nor is a multiple of it; choose {choices}"
+        )
     rows = vocabulary_rows(model, vocabulary)
     if rows is not None and rows < tensor:
         raise UserError(f"parallel.tensor={tensor} is more than model.vocab_size={rows}: each rank needs a row of it")

@@ -5,6 +5,7 @@ of their last one; what is computed from a copy goes to a place that nobody read
 length stay in memory until they are overwritten, and no position ever sees beyond itself.
 """
 
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -88,9 +89,27 @@ class Rows:
         self.rows = self.memory[:count]
 
 
+@dataclass
+class Traffic:
+    """Bytes of keys and values that went into caches and came out of them, of each row of a batch.
+
+    Counted from shapes: a pass writes its width, of drafts too that are rejected later, and reads all positions up to the longest
+    row's end, once. Rows of a batch share their shapes, so each has as much.
+    """
+
+    written: int = 0
+    read: int = 0
+
+    def take(self) -> "Traffic":
+        """What was counted since the last call."""
+        taken = Traffic(self.written, self.read)
+        self.written = self.read = 0
+        return taken
+
+
 class KeyValues:
     """Keys and values of one attention layer, or of several in a row: [B, K, capacity, c] each; ``lengths``: how many positions
-    each row holds."""
+    each row holds. ``traffic``: where its bytes are counted; caches may share it."""
 
     def __init__(
         self,
@@ -102,7 +121,10 @@ class KeyValues:
         dtype: torch.dtype,
         device: torch.device,
         layers: int = 1,
+        traffic: Traffic | None = None,
     ) -> None:
+        self.traffic = Traffic() if traffic is None else traffic
+        self.entry = 2 * layers * heads * head_dim * dtype.itemsize  # bytes of a position
         # Not empty memory: what is masked out is multiplied by 0, and must be finite. One more place takes the copies.
         shape = (batch, heads, capacity + 1, head_dim)
         self.memory = [Rows(torch.zeros(shape, dtype=dtype, device=device)) for _ in range(2 * layers)]
@@ -113,7 +135,10 @@ class KeyValues:
     def at(self, span: Span) -> "Extension":
         """What a block, or several in a row, take as their ``KeyValueCache`` for one pass over the span, which follows the
         lengths."""
-        return Extension(self, span)
+        extension = Extension(self, span)
+        self.traffic.written += span.width * self.entry
+        self.traffic.read += span.total * self.entry
+        return extension
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append [B, K, n, c] to every row; returns all keys and values [B, K, total, c]. IndexError beyond the capacity."""
@@ -126,6 +151,8 @@ class KeyValues:
 
     def pick(self, first: list[int], slots: Tensor) -> None:
         """Entry j of row b, counted from first[b], becomes what entry slots[b, j] is. slots int64 [B, n]."""
+        self.traffic.written += slots.shape[1] * self.entry
+        self.traffic.read += slots.shape[1] * self.entry
         begin = torch.tensor(first, device=slots.device).unsqueeze(1)
         rows, source = torch.arange(len(first), device=slots.device).unsqueeze(1), begin + slots
         target = begin + torch.arange(slots.shape[1], device=slots.device)

@@ -237,6 +237,7 @@ def grow(
             continue
         growing = places.growing
         left = max(text.text.limit - len(text.tokens) for text in growing) - 1
+        decoder.moved()  # of prompts
         if config.auto and most and lengths is not None:
             count = decoder.agreed(lengths.choose(min(most, left)))
             begin = time.perf_counter()
@@ -246,8 +247,10 @@ def grow(
             # What a text draws must not depend on how long the others may become.
             rounds = places.batch.advance(min(most, left) if sampling.greedy else most)
         elapsed, started = _lap(started)
+        moved = decoder.moved()
         for text, made in zip(growing, rounds, strict=True):
             _take(text, made, stop)
+            text.statistics.move(*moved)
             _count(text.statistics, made, text.new, (elapsed + owed) / len(growing))
         owed = 0.0
         yield growing

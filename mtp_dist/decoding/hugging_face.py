@@ -98,8 +98,17 @@ class HuggingFaceDrafter:
             logits_to_keep=1 if last_only else 0,
         )
         self.lengths = list(ends)
+        self._count(span.width)
         logits: Tensor = found.logits[:, -1] if last_only else span.last(found.logits)
         return logits
+
+    def _count(self, width: int) -> None:
+        """A pass over `width` tokens, as a cache would see it that is written in place (the one at hand is copied by each)."""
+        for layer in self.cache.layers:
+            rows, _, slots, _ = layer.keys.shape
+            held = (layer.keys.nbytes + layer.values.nbytes) // rows
+            self.model.drafter_traffic.read += held
+            self.model.drafter_traffic.written += held * min(width, slots) // slots
 
     def _forget(self, lengths: list[int]) -> None:
         """Keep the first lengths[b] tokens of each row."""

@@ -12,7 +12,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mtp_dist.decoding.cache import HiddenStates, KeyValues, Span
+from mtp_dist.config.layout import key_value_sharers
+from mtp_dist.decoding.cache import HiddenStates, KeyValues, Span, Traffic
 from mtp_dist.decoding.fused import FusedBlock
 from mtp_dist.decoding.product import packed
 from mtp_dist.decoding.tree import Branches
@@ -62,12 +63,14 @@ class DecodingModel:
         weight = next(self.chunk.parameters())
         self.dtype, self.device = weight.dtype, weight.device
         self.turn = rotation(torch.arange(capacity, device=self.device), config.head_dim, config.rope_theta)
+        self.trunk_traffic, self.drafter_traffic = Traffic(), Traffic()
 
     def beside(self, chunk: Chunk) -> "DecodingModel":
-        """Another model, whole in this process, for the same texts. Raises ValueError where it lacks tokens of this one's."""
+        """Another model, whole in this process, that drafts for it. Raises ValueError where it lacks tokens of this one's."""
         other = DecodingModel(chunk, self.capacity, end=self.end_of_document, vocabulary=self.vocabulary)
         if other.vocabulary < self.vocabulary:
             raise ValueError(f"a model of {other.vocabulary} tokens cannot draft for one of {self.vocabulary}")
+        other.trunk_traffic = other.drafter_traffic = self.drafter_traffic
         return other
 
     def decide(self, states: Tensor, rule: Callable[[Tensor], T]) -> T:
@@ -95,21 +98,43 @@ class DecodingModel:
         return self.chunk.mtp
 
     @property
+    def key_heads(self) -> int:
+        """K: key/value heads of this process; one at least, where tensor ranks share them."""
+        group = self.chunk.group
+        return self.chunk.model.kv_heads * key_value_sharers(self.chunk.model, group.size) // group.size
+
+    @property
     def depth(self) -> int:
         """D."""
         return self.chunk.depth
 
     def cache(self, batch: int, module: nn.Module | None = None) -> KeyValues:
-        """An empty cache for one block, or for all attention layers of a module."""
-        config = self.chunk.model
-        assert config.head_dim is not None
+        """An empty cache for a drafting block, or for all attention layers of a module."""
         layers = 1 if module is None else sum(isinstance(part, Attention | FusedBlock) for part in module.modules())
-        heads = config.kv_heads // self.chunk.group.size
-        return KeyValues(batch, heads, self.capacity, config.head_dim, dtype=self.dtype, device=self.device, layers=layers)
+        return self._cache(batch, layers, self.drafter_traffic)
 
     def caches(self, batch: int) -> list[KeyValues]:
         """Empty caches for the trunk, one a layer of this process; where it has none, one that counts positions only."""
-        return [self.cache(batch) for chunk in self.chunks for _ in chunk.layers] or [self.cache(batch, nn.Identity())]
+        layers = [1 for chunk in self.chunks for _ in chunk.layers] or [0]
+        return [self._cache(batch, count, self.trunk_traffic) for count in layers]
+
+    def _cache(self, batch: int, layers: int, traffic: Traffic) -> KeyValues:
+        config = self.chunk.model
+        assert config.head_dim is not None
+        return KeyValues(
+            batch,
+            self.key_heads,
+            self.capacity,
+            config.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+            layers=layers,
+            traffic=traffic,
+        )
+
+    def moved(self) -> tuple[Traffic, Traffic]:
+        """What went through this process's caches since the last call: the trunk's, and those of whatever drafts."""
+        return self.trunk_traffic.take(), self.drafter_traffic.take()
 
     def hidden_states(self, batch: int) -> HiddenStates:
         """Room for one hidden state a position."""
@@ -211,7 +236,7 @@ class DecodingModel:
         mask = self._visible(tokens, span, branches)
         if mask is None or self.device.type != "cpu" or not 1 < span.width <= FEW:
             return mask
-        return shared(mask, self.chunk.model.heads // self.chunk.model.kv_heads, self.dtype)
+        return shared(mask, self.chunk.model.heads // self.chunk.group.size // self.key_heads, self.dtype)
 
     def _visible(self, tokens: Tensor, span: Span, branches: Branches | None) -> Tensor | None:
         """bool, rows over columns."""

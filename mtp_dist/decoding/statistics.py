@@ -3,7 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # torch takes seconds to load
+    from mtp_dist.decoding.cache import Traffic
 
 
 @dataclass
@@ -33,6 +36,14 @@ class Statistics:
     """Entry n: forwards that gave n tokens."""
     nodes: int = 0
     """Drafts verified; of trees all nodes, so that there are more than one of a depth."""
+    trunk_cache_written: int = 0
+    """Bytes of keys and values that the loop wrote to the trunk's caches, rejected drafts included; of a text in a batch its row.
+    These four are of this process, which has a part of the model where several decode together."""
+    trunk_cache_read: int = 0
+    """Bytes that it read from them: all positions, once a pass."""
+    drafter_cache_written: int = 0
+    """The same of what drafts: the MTP modules, or another model."""
+    drafter_cache_read: int = 0
 
     def count(self, drafted: int, accepted: int, tokens: int, nodes: int | None = None) -> None:
         """One forward of the loop, with drafts up to depth ``drafted``, one of each; nodes: where they are more."""
@@ -44,6 +55,24 @@ class Statistics:
         self.reached = add(self.reached, [int(k <= accepted) for k in range(drafted)])
         self.accepted = add(self.accepted, [1] * accepted + [0] * (drafted - accepted))
         self.histogram = add(self.histogram, [0] * tokens + [1])
+
+    def move(self, trunk: "Traffic", drafter: "Traffic") -> None:
+        """What a forward of the loop, and the drafts before it, moved through the caches."""
+        self.trunk_cache_written += trunk.written
+        self.trunk_cache_read += trunk.read
+        self.drafter_cache_written += drafter.written
+        self.drafter_cache_read += drafter.read
+
+    @property
+    def cache_bytes_per_token(self) -> dict[str, float | None]:
+        """Bytes through the caches for each token of the loop."""
+        moved = {
+            "trunk_written": self.trunk_cache_written,
+            "trunk_read": self.trunk_cache_read,
+            "drafter_written": self.drafter_cache_written,
+            "drafter_read": self.drafter_cache_read,
+        }
+        return {name: ratio(count, self.loop_tokens) for name, count in {**moved, "all": sum(moved.values())}.items()}
 
     @property
     def acceptance(self) -> list[float | None]:
@@ -65,7 +94,7 @@ class Statistics:
 
     def as_dict(self) -> dict[str, Any]:
         """Counts and ratios, ready for JSON."""
-        ratios = ("acceptance", "conditional_acceptance", "tokens_per_forward", "tokens_per_second")
+        ratios = ("acceptance", "conditional_acceptance", "tokens_per_forward", "tokens_per_second", "cache_bytes_per_token")
         return {name: getattr(self, name) for name in (*self.__dataclass_fields__, *ratios)}
 
 

@@ -15,12 +15,16 @@ class Linear(nn.Module):
     """y [.., outputs] = x [.., inputs] Wᵀ.
 
     `split` 0 (column-parallel): this rank computes its slice of the outputs; its input has been through ``TensorGroup.enter``.
+    `sharers`: that many neighbours compute the same slice (see ``ParameterSpec``), each for its own use of it; each then has a
+    part of the weight gradient, and the parts are summed before the optimizer's step.
     `split` 1 (row-parallel): it holds a slice of the inputs; its output has been through ``leave``. None: each rank has it whole.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, std: float, group: TensorGroup, split: int | None = None) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, *, std: float, group: TensorGroup, split: int | None = None, sharers: int = 1
+    ) -> None:
         super().__init__()
-        self.weight = parameter((outputs, inputs), split=split, std=std, group=group)
+        self.weight = parameter((outputs, inputs), split=split, std=std, group=group, sharers=sharers)
         self.weight_gradients: WeightGradients | None = None
         self.group, self.split = group, split
 

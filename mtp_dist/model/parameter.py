@@ -16,9 +16,11 @@ from mtp_dist.model.tensor_group import ALONE, TensorGroup
 class ParameterSpec:
     """`shape`: of the whole parameter; `split`: the dimension that `group` divides, None if each rank holds all of it;
     `std`: standard deviation of the initial normal draw, None for ones; `copy_of`: name of the parameter of the same shape whose
-    initial value it shares, whatever draws or reads that.
+    initial value it shares, whatever draws or reads that; `sharers`: how many neighbours in `group` hold the same slice, a
+    divisor of its size (key/value heads where there are more ranks than heads).
 
-    Rank r of R holds r n/R .. (r+1) n/R - 1, rounded down, of a dimension of n >= R: shares of a vocabulary may differ by one.
+    Slice s of S = R / sharers is s n/S .. (s+1) n/S - 1, rounded down, of a dimension of n >= S: shares of a vocabulary may
+    differ by one. Rank r of R holds slice r / sharers, rounded down.
     """
 
     shape: tuple[int, ...]
@@ -26,6 +28,12 @@ class ParameterSpec:
     std: float | None
     group: TensorGroup = ALONE
     copy_of: str | None = None
+    sharers: int = 1
+
+    @property
+    def counts_here(self) -> bool:
+        """Whether this rank stands for those that hold the same slice: what is counted or saved once, is so by it."""
+        return self.group.rank % (self.group.size if self.split is None else self.sharers) == 0
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -39,11 +47,11 @@ class ParameterSpec:
     @property
     def largest_share(self) -> int:
         """Most that any rank holds of the split dimension."""
-        return 0 if self.split is None else -(-self.shape[self.split] // self.group.size)
+        return 0 if self.split is None else -(-self.shape[self.split] // (self.group.size // self.sharers))
 
     def _ranges(self) -> list[tuple[int, int]]:
-        rank, size = self.group.rank, self.group.size
-        return [(rank * n // size, (rank + 1) * n // size) if dim == self.split else (0, n) for dim, n in enumerate(self.shape)]
+        own, slices = self.group.rank // self.sharers, self.group.size // self.sharers
+        return [(own * n // slices, (own + 1) * n // slices) if dim == self.split else (0, n) for dim, n in enumerate(self.shape)]
 
     def take(self, whole: Tensor) -> Tensor:
         """This rank's slice of the whole parameter."""
@@ -53,17 +61,23 @@ class ParameterSpec:
 
 
 def parameter(
-    shape: tuple[int, ...], *, split: int | None, std: float | None, group: TensorGroup, copy_of: str | None = None
+    shape: tuple[int, ...],
+    *,
+    split: int | None,
+    std: float | None,
+    group: TensorGroup,
+    copy_of: str | None = None,
+    sharers: int = 1,
 ) -> nn.Parameter:
     """An uninitialised parameter that holds this rank's slice; its ``spec`` describes it.
 
-    ``tensor_model_parallel`` is DeepSpeed's own mark: unmarked parameters are taken for replicas and counted once in the gradient
-    norm.
+    ``tensor_model_parallel`` is DeepSpeed's own mark: the gradient norm counts a marked parameter on every tensor rank, any other
+    on the first one only. So of the ranks that share a slice one is marked.
     """
-    spec = ParameterSpec(shape, split, std, group, copy_of)
+    spec = ParameterSpec(shape, split, std, group, copy_of, sharers)
     result = nn.Parameter(torch.empty(spec.local_shape))
     result.spec = spec  # type: ignore[attr-defined]
-    result.tensor_model_parallel = split is not None and group.size > 1  # type: ignore[attr-defined]
+    result.tensor_model_parallel = split is not None and group.size > 1 and spec.counts_here  # type: ignore[attr-defined]
     return result
 
 

@@ -2,7 +2,7 @@
 arrangement).
 
 Shapes: B rows, S positions, d hidden width, H query heads, K key/value heads, c head width. Under tensor parallelism H, K and the
-feed-forward width are this rank's share.
+feed-forward width are this rank's share; with more ranks than key/value heads K is 1, and neighbours hold the same head.
 """
 
 from typing import Protocol
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtp_dist.config.layout import key_value_sharers
 from mtp_dist.config.schema import ModelConfig
 from mtp_dist.model.attention import Mask, attend
 from mtp_dist.model.linear import Linear
@@ -66,8 +67,9 @@ class Attention(nn.Module):
         d, c, std = config.hidden, config.head_dim, config.init_std
         self.head_dim, self.group = c, group
         self.query = Linear(inputs or d, config.heads * c, std=std, group=group, split=0)
-        self.key = Linear(inputs or d, config.kv_heads * c, std=std, group=group, split=0)
-        self.value = Linear(inputs or d, config.kv_heads * c, std=std, group=group, split=0)
+        sharers = key_value_sharers(config, group.size)
+        self.key = Linear(inputs or d, config.kv_heads * c, std=std, group=group, split=0, sharers=sharers)
+        self.value = Linear(inputs or d, config.kv_heads * c, std=std, group=group, split=0, sharers=sharers)
         self.output = Linear(config.heads * c, d, std=std * (2 * config.layers) ** -0.5, group=group, split=1)
 
     def forward(self, x: Tensor, turn: Tensor, mask: Mask, cache: KeyValueCache | None = None) -> Tensor:

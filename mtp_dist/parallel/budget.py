@@ -24,6 +24,7 @@ from mtp_dist.parallel.cost import (
     block_flops,
     block_matrices,
     blocks_of_module,
+    key_width,
     tail_flops,
     wider_attention,
 )
@@ -81,7 +82,7 @@ class Memory:
 
 def block_parameters(model: ModelConfig, tensor: int = 1) -> int:
     """One decoder block's share on one of `tensor` ranks; norms are on each."""
-    return block_matrices(model) // tensor + 2 * model.hidden
+    return block_matrices(model, tensor) + 2 * model.hidden
 
 
 def vocabulary_rows(model: ModelConfig, tensor: int) -> int:
@@ -100,7 +101,7 @@ def vectors_beside_blocks(model: ModelConfig, mtp: MTPConfig) -> int:
 def module_parameters(model: ModelConfig, mtp: MTPConfig, tensor: int = 1) -> int:
     """One MTP module's share on the one of `tensor` ranks that has most: its blocks and its vocabulary projection are split; what
     it has beside them is on each."""
-    blocks = blocks_of_module(mtp) * block_parameters(model, tensor) + wider_attention(model, mtp) // tensor
+    blocks = blocks_of_module(mtp) * block_parameters(model, tensor) + wider_attention(model, mtp, tensor)
     return blocks + beside_blocks(model, mtp) + vectors_beside_blocks(model, mtp) + own_projection(model, mtp, tensor)
 
 
@@ -155,15 +156,19 @@ def chunks_in_flight(parallel: ParallelConfig, pipeline_rank: int, micro: int) -
         return min(warm_up + 1, parallel.interleave * micro)
     if not is_v(parallel):
         return min(parallel.pipeline - pipeline_rank, micro)
-    return min(2 * parallel.pipeline + (parallel.schedule == "dualpipev"), 2 * micro)
+    if parallel.schedule == "dualpipev":
+        return min(2 * parallel.pipeline + 1, 2 * micro)
+    # With few micro-batches the first ranks have run all down before they run any up.
+    return min(2 * parallel.pipeline, 2 * micro, micro + 1 + pipeline_rank)
 
 
 def block_activations(model: ModelConfig, parallel: ParallelConfig) -> int:
     """Elements that one block keeps for its backward pass, a position: of each norm the input, the normalised and the weighted
     state (a share of the positions under sequence parallelism); queries, keys, values, the attention's output; the four inner
     states of SwiGLU."""
-    split = 2 * attention_width(model, model.heads) + 2 * attention_width(model, model.kv_heads) + 4 * model.mlp
-    return 6 * model.hidden // _position_shares(parallel) + split // parallel.tensor
+    split = 2 * attention_width(model, model.heads) + 4 * model.mlp
+    keys = 2 * key_width(model, parallel.tensor)
+    return 6 * model.hidden // _position_shares(parallel) + split // parallel.tensor + keys
 
 
 def kept_activations(model: ModelConfig, parallel: ParallelConfig, recompute: str) -> int:
@@ -174,8 +179,8 @@ def kept_activations(model: ModelConfig, parallel: ParallelConfig, recompute: st
     outside = model.hidden // _position_shares(parallel)
     if recompute == "full":
         return outside
-    products = 2 * attention_width(model, model.heads) + 2 * attention_width(model, model.kv_heads) + 2 * model.mlp
-    return 3 * outside + products // parallel.tensor
+    products = 2 * attention_width(model, model.heads) + 2 * model.mlp
+    return 3 * outside + products // parallel.tensor + 2 * key_width(model, parallel.tensor)
 
 
 def activations_beside_blocks(model: ModelConfig, mtp: MTPConfig) -> int:
@@ -214,7 +219,7 @@ def chunk_activations(config: TrainingRun, layers: int, *, last: bool, taps: int
         if config.mtp.kind == "eagle3":
             # The joined states; and step s has the keys and values of s steps and the trunk's at hand, and a mask over them.
             elements += (len(fused_states(model, config.mtp)) + 1) * model.hidden // shares
-            entry = 2 * attention_width(model, model.kv_heads) // config.parallel.tensor
+            entry = 2 * key_width(model, config.parallel.tensor)
             elements += depth * (depth - 1) // 2 * (entry + length)
     return config.train.micro_batch * length * elements * dtype_bytes(config)
 

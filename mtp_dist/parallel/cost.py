@@ -8,6 +8,7 @@ matrix operations are forward, a third give the gradient of the input, a third t
 from typing import NamedTuple
 
 from mtp_dist.config.heads import detaches, fused_states, has_adversary, owns_projections, soft_targets
+from mtp_dist.config.layout import key_value_sharers
 from mtp_dist.config.schema import ModelConfig, MTPConfig, TrainingRun
 
 
@@ -51,10 +52,15 @@ def attention_width(model: ModelConfig, heads: int) -> int:
     return heads * model.head_dim
 
 
-def block_matrices(model: ModelConfig) -> int:
-    """Matrix elements of one decoder block."""
-    queries, keys = attention_width(model, model.heads), attention_width(model, model.kv_heads)
-    return model.hidden * (2 * queries + 2 * keys + 3 * model.mlp)
+def key_width(model: ModelConfig, tensor: int = 1) -> int:
+    """Width of the key heads on each of `tensor` ranks, and that of the value heads: one head at least."""
+    return attention_width(model, model.kv_heads) * key_value_sharers(model, tensor) // tensor
+
+
+def block_matrices(model: ModelConfig, tensor: int = 1) -> int:
+    """Matrix elements of one decoder block on each of `tensor` ranks."""
+    split = 2 * attention_width(model, model.heads) + 3 * model.mlp
+    return model.hidden * (split // tensor + 2 * key_width(model, tensor))
 
 
 def block_flops(model: ModelConfig, sequence_length: int) -> int:
@@ -71,9 +77,10 @@ def beside_blocks(model: ModelConfig, mtp: MTPConfig) -> int:
     return squares * model.hidden**2
 
 
-def wider_attention(model: ModelConfig, mtp: MTPConfig) -> int:
-    """Matrix elements that the block of an MTP module has more than the trunk's: EAGLE-3's attention reads two states."""
-    width = attention_width(model, model.heads) + 2 * attention_width(model, model.kv_heads)
+def wider_attention(model: ModelConfig, mtp: MTPConfig, tensor: int = 1) -> int:
+    """Matrix elements on each of `tensor` ranks that the block of an MTP module has more than the trunk's: EAGLE-3's attention
+    reads two states."""
+    width = attention_width(model, model.heads) // tensor + 2 * key_width(model, tensor)
     return model.hidden * width if mtp.kind == "eagle3" else 0
 
 
@@ -82,8 +89,8 @@ def blocks_of_module(mtp: MTPConfig) -> int:
     return 0 if mtp.kind in ("medusa", "notebook", "top") else mtp.blocks
 
 
-def beside_flops(model: ModelConfig, mtp: MTPConfig, sequence_length: int) -> int:
-    """All depths together, what they need beside decoder blocks like the trunk's and the vocabulary."""
+def beside_flops(model: ModelConfig, mtp: MTPConfig, sequence_length: int, tensor: int = 1) -> int:
+    """All depths together, what they need beside decoder blocks like the trunk's and the vocabulary; on all of `tensor` ranks."""
     beside, depth = beside_blocks(model, mtp), mtp.depth
     # No gradient goes to states that are constants, where no norm with a weight is between.
     constant = detaches(mtp) or mtp.freeze_trunk
@@ -92,7 +99,7 @@ def beside_flops(model: ModelConfig, mtp: MTPConfig, sequence_length: int) -> in
     if mtp.kind == "eagle3":
         # Step s attends to s + 1 times the entries.
         attention = 12 * sequence_length * attention_width(model, model.heads) * (depth * (depth - 1) // 2)
-        return (4 if constant else 6) * beside + 6 * depth * wider_attention(model, mtp) + attention
+        return (4 if constant else 6) * beside + 6 * depth * tensor * wider_attention(model, mtp, tensor) + attention
     return 6 * depth * beside
 
 
@@ -123,18 +130,20 @@ def projection_flops(model: ModelConfig, mtp: MTPConfig) -> int:
 
 
 def costs(config: TrainingRun) -> Costs:
-    """``parallel.costs``, or by operations in units of one block's three passes without recomputation."""
+    """``parallel.costs``, or by operations in units of one block's three passes without recomputation. Tensor ranks that share a
+    key/value head compute it each, which counts as often."""
     given, frozen = config.parallel.costs, config.mtp.freeze_trunk
     if given:
         block = Work(*given[:3])
         return Costs(Work(block.forward, 0, 0) if frozen else block, Work(*given[3:]))
     model, mtp, length = config.model, config.mtp, config.train.sequence_length
     assert model.vocab_size is not None
-    matrices, attention = 2 * block_matrices(model), 4 * length * attention_width(model, model.heads)
+    tensor = config.parallel.tensor
+    matrices, attention = 2 * tensor * block_matrices(model, tensor), 4 * length * attention_width(model, model.heads)
     unit = 1 / block_flops(model, length)
     # Of attention's products, two are forward and four give the gradient of its inputs; it has no weights.
     block = Work(matrices + attention, matrices + 2 * attention, matrices) * unit
-    join = (beside_flops(model, mtp, length) + adversary_flops(model, mtp)) / 3 * unit
+    join = (beside_flops(model, mtp, length, tensor) + adversary_flops(model, mtp)) / 3 * unit
     head = projection_flops(model, mtp) * unit
     # The head forms its gradients while it has the logits: in the forward pass.
     tail = block * (blocks_of_module(mtp) * mtp.depth) + Work(join, join, join) + Work(head, 0, 0)

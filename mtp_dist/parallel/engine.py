@@ -61,15 +61,18 @@ class Engine:
         *,
         replica: bool,
         micro_batches: int,
+        sharers: int = 1,
     ) -> None:
-        """`replica`: whether a classic pipeline's last chunk holds a copy of the embedding. Parameters that need no gradient are
-        frozen: kept, saved, never changed. With ZeRO-3 they come sharded (``initialize_sharded``). Collective."""
+        """`replica`: whether a classic pipeline's last chunk holds a copy of the embedding. `sharers`: how many tensor ranks hold
+        each key/value head. Parameters that need no gradient are frozen: kept, saved, never changed. With ZeRO-3 they come
+        sharded (``initialize_sharded``). Collective."""
         deepspeed = import_deepspeed()
         self.mesh, self.chunks, self.optim, self.stage, self.dtype = mesh, chunks, optim, zero.stage, dtype
         self.parameters = global_parameters(chunks)
         self.trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
         self.timeline: Timeline | None = None
         self.replica_of_first = self._mark_replica() if replica and mesh.tied is not None else None
+        self._sharers = mesh.sharers(sharers) if sharers > 1 else None
         # Where gradients are sharded there is no pipeline: all ranks lack the same groups, and need nothing in their place.
         groups, self.placeholders = ordered_groups(self.trained, optim, dtype, mesh.device, hold_open=not self.shards_gradients)
         roles = {p: group["role"] for group in groups for p in group["params"]}
@@ -90,10 +93,12 @@ class Engine:
             announce_borrowed(chunks[0])
         for p in [*self.trained.values(), *self.placeholders]:
             p.grad_dtype = torch.float32
-        if self.shards_gradients and mesh.tensor.shares_positions:
+        if self.shards_gradients:
             # Before DeepSpeed takes them: a parameter's own hook runs before any that waits for its gradient to be there.
             for p in self._seen_in_part():
                 p.register_hook(lambda gradient: mesh.tensor.all_reduce(gradient.contiguous().clone()))
+            for p in self._shared():
+                p.register_hook(self._sum_over_sharers)
         self._states = [self._fresh_state(flat) for flat in self._flats()]
         self._roles = [roles[flat] for flat in self._flats()] if self.stage == 0 else self._roles_of_flats()
         self._frozen_masters = self._hold_frozen()
@@ -155,12 +160,10 @@ class Engine:
 
     def fragments(self, *, all_copies: bool = False) -> Iterator[Fragment]:
         """What this rank owns. Each element of each parameter is owned once in the world, unless `all_copies` asks for the copies
-        of replicated parameters too (every tensor rank's, the tied embedding's second one, every replica's where the optimizer is
-        not sharded)."""
+        of replicated parameters too (every tensor rank's that holds one, the tied embedding's second one, every replica's where
+        the optimizer is not sharded)."""
         for name, p in self.parameters.items():
-            if not all_copies and (
-                (spec_of(p).split is None and self.mesh.tensor.rank > 0) or getattr(p, "ds_pipe_replicated", False)
-            ):
+            if not all_copies and (not spec_of(p).counts_here or getattr(p, "ds_pipe_replicated", False)):
                 continue
             if name in self._frozen_masters:
                 begin, end = shard_range(p, self.mesh)
@@ -290,12 +293,26 @@ class Engine:
 
     def _seen_in_part(self) -> list[nn.Parameter]:
         """Under sequence parallelism a parameter that is whole on each tensor rank has seen that rank's positions only."""
+        if not self.mesh.tensor.shares_positions:
+            return []
         return [p for p in self.trained.values() if spec_of(p).split is None]
 
+    def _shared(self) -> list[nn.Parameter]:
+        """Slices that tensor ranks share: key/value heads, of which each has seen the queries of its own rank only."""
+        return [p for p in self.trained.values() if spec_of(p).sharers > 1]
+
+    def _sum_over_sharers(self, gradient: Tensor) -> Tensor:
+        summed = gradient.contiguous().clone()
+        dist.all_reduce(summed, group=self._sharers)
+        return summed
+
     def _sum_partial_gradients(self) -> None:
-        """Sums of ``_seen_in_part`` over tensor ranks. Where gradients are sharded, hooks of the parameters have done it."""
-        if not self.mesh.tensor.shares_positions or self.shards_gradients:
+        """Sums of ``_seen_in_part`` over tensor ranks, of ``_shared`` over those that share. Where gradients are sharded, hooks
+        of the parameters have done it."""
+        if self.shards_gradients:
             return
+        for p in self._shared():
+            dist.all_reduce(gradient_of(p), group=self._sharers)
         partial = [gradient_of(p) for p in self._seen_in_part()]
         if not partial:
             return
@@ -308,11 +325,11 @@ class Engine:
             p.grad = None
 
     def counted(self) -> Iterator[nn.Parameter]:
-        """Parameters whose gradient this rank adds to the norm: shards always, replicas once."""
+        """Parameters whose gradient this rank adds to the norm: of ranks that hold the same, one."""
         for p in self.trained.values():
             if getattr(p, "ds_pipe_replicated", False):
                 continue
-            if spec_of(p).split is not None or self.mesh.tensor.rank == 0:
+            if spec_of(p).counts_here:
                 yield p
 
     def _clip_by_own_norm(self) -> float:

@@ -61,6 +61,14 @@ class Mesh:
         """Global rank of a place in the same replica."""
         return self.grid._topo.get_rank(pipe=pipeline_rank, data=self.data_rank, model=tensor_rank)
 
+    def sharers(self, count: int) -> dist.ProcessGroup:
+        """The `count` neighbouring tensor ranks, this one among them, that hold the same slice of a parameter (see
+        ``ParameterSpec.sharers``). Collective over the world."""
+        neighbours = torch.arange(dist.get_world_size()).view(-1, count)  # tensor ranks are neighbours, and count divides them
+        own = _own_group(neighbours.tolist())
+        assert own is not None
+        return own
+
     def replica_control(self) -> dist.ProcessGroup:
         """As ``control``, of this replica's ranks alone. Collective over the world."""
         parallel, topology = self.parallel, self.grid._topo

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mtp_dist.checkpoint.reader import Checkpoint
 from mtp_dist.config.attention import Choice, choose, obstacle
 from mtp_dist.config.heads import embeds_on_last, lookahead
-from mtp_dist.config.layout import micro_batches
+from mtp_dist.config.layout import key_value_sharers, micro_batches
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.data.batch import Batch
 from mtp_dist.model.attention import capability, document_starts, most_documents
@@ -115,7 +115,16 @@ def build(config: TrainingRun, mesh: Mesh, draft_tokens: Sequence[int] | None = 
             chunk.compile_blocks()  # type: ignore[operator]
     chunks.to(mesh.device)
     replica = embeds_on_last(config.model, config.mtp)
-    engine = Engine(chunks, mesh, config.optim, config.zero, dtype, replica=replica, micro_batches=micro_batches(config))
+    engine = Engine(
+        chunks,
+        mesh,
+        config.optim,
+        config.zero,
+        dtype,
+        replica=replica,
+        micro_batches=micro_batches(config),
+        sharers=key_value_sharers(config.model, config.parallel.tensor),
+    )
     if dtype != torch.float32:
         engine.write_initial_masters(config.seed)
     pipeline = _pipeline(config, mesh, chunks)

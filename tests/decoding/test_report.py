@@ -9,7 +9,7 @@ import torch
 
 from mtp_dist.config.command import application
 from mtp_dist.config.schema import DecodeConfig, Evaluation, MTPConfig
-from mtp_dist.decode_report import NAMES
+from mtp_dist.decode_report import CACHE_ROWS, NAMES
 from mtp_dist.decoding import costs as costs_module
 from mtp_dist.decoding.costs import Costs, measure
 from mtp_dist.evaluate import launch
@@ -51,6 +51,13 @@ def test_a_report(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (place / "report.md").read_text()
     assert text in shown
     assert f"| tokens a forward | 1.00 | {fast['tokens_per_forward']:.2f} |" in text
+    moved = [mode["cache_bytes_per_token"] for mode in (result["plain"], fast)]
+    for name, title in CACHE_ROWS.items():
+        assert f"| {title} | {moved[0][name]:,.0f} | {moved[1][name]:,.0f} |" in text
+    # Keys and values of 2 heads of width 8 in 2 layers, in float32: a position each token, more with drafts.
+    assert moved[0]["trunk_written"] == 2 * 2 * 2 * 8 * 4 < moved[1]["trunk_written"]
+    assert moved[0]["trunk_read"] > moved[1]["trunk_read"]
+    assert moved[0]["drafter_read"] == 0 < moved[1]["drafter_read"]
     assert (place / "report.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -15,6 +15,9 @@ from mtp_dist.config.schema import TrainingRun
 from mtp_dist.config.validation import validate_training
 from mtp_dist.data.batch import Batch
 
+ROWS = 16
+"""Rows of a global batch."""
+
 # A step has 256 tokens: the first trains one depth, the second three, the next two none, the others two.
 CURRICULUM = {"depth": 3, "curriculum": [[0, 1], [256, 3], [512, 0], [1024, 2]]}
 
@@ -229,6 +232,72 @@ LAYOUTS |= {
     }.items()
 }
 
+# More tensor ranks than key/value heads: neighbours hold the same head. Two heads unless a layout says one.
+SHARED_KEYS = {
+    "tp2_one_key": {"tensor": 2, "kv_heads": 1},
+    "tp2_one_key_zero0": {"tensor": 2, "kv_heads": 1, "stage": 0},
+    "tp2_one_key_zero2": {"tensor": 2, "kv_heads": 1, "stage": 2},
+    "tp2_dp2_one_key_zero3": {"tensor": 2, "kv_heads": 1, "data": 2, "stage": 3},
+    "tp2_dp2_one_key_zero3_offload": {"tensor": 2, "kv_heads": 1, "data": 2, "stage": 3, "offload": True},
+    "tp2_one_key_zero1_offload": {"tensor": 2, "kv_heads": 1, "offload": True},
+    "tp2_one_key_bfloat16": {"tensor": 2, "kv_heads": 1, "dtype": "bfloat16"},
+    "tp2_dp2_one_key_sequence_bfloat16": {
+        "tensor": 2, "kv_heads": 1, "data": 2, "sequence_parallel": True, "dtype": "bfloat16"},
+    "tp2_one_key_sequence_zero2_full": {
+        "tensor": 2, "kv_heads": 1, "sequence_parallel": True, "stage": 2, "recompute": "full"},
+    "pp2_zbv_tp2_one_key": {"pipeline": 2, "schedule": "zbv", "tensor": 2, "kv_heads": 1},
+    "pp2_zbv_tp2_one_key_sequence": {
+        "pipeline": 2, "schedule": "zbv", "tensor": 2, "kv_heads": 1, "sequence_parallel": True},
+    "pp2_dualpipev_tp2_one_key": {"pipeline": 2, "schedule": "dualpipev", "tensor": 2, "kv_heads": 1},
+    "pp2_1f1b_tp2_one_key_selective": {
+        "pipeline": 2, "schedule": "1f1b", "tensor": 2, "kv_heads": 1, "recompute": "selective"},
+    "pp2_1f1b_tp2_one_key_heads_alone_zero0": {
+        "pipeline": 2, "schedule": "1f1b", "placement": "[4,0]", "tensor": 2, "kv_heads": 1, "stage": 0},
+    "pp2_zbv_tp2_one_key_frozen": {
+        "pipeline": 2, "schedule": "zbv", "tensor": 2, "kv_heads": 1, "freeze_trunk": True},
+    "pp2_1f1b_tp2_one_key_medusa": {"pipeline": 2, "schedule": "1f1b", "tensor": 2, "kv_heads": 1, "kind": "medusa"},
+    "tp4_shared_keys": {"tensor": 4},
+    "tp4_shared_keys_zero0": {"tensor": 4, "stage": 0},
+    "tp4_shared_keys_zero2": {"tensor": 4, "stage": 2},
+    "tp4_one_key": {"tensor": 4, "kv_heads": 1},
+    "tp4_shared_keys_odd_sequence": {"tensor": 4, "vocabulary": 97, "sequence_parallel": True},
+    "tp4_one_key_frozen": {"tensor": 4, "kv_heads": 1, "freeze_trunk": True},
+    "tp4_shared_keys_sequence_eagle3": {"tensor": 4, "sequence_parallel": True, "kind": "eagle3", "depth": 3},
+    "tp4_one_key_eagle": {"tensor": 4, "kv_heads": 1, "kind": "eagle", "targets": "trunk"},
+    "tp4_shared_keys_parallel": {"tensor": 4, "kind": "parallel"},
+    "tp4_shared_keys_repeat_blocks": {"tensor": 4, "repeat": True, "blocks": 2, "depth": 3},
+    "pp2_zbv_tp4_shared_keys": {"pipeline": 2, "schedule": "zbv", "tensor": 4},
+    "pp2_1f1b_tp4_shared_keys_sequence": {"pipeline": 2, "schedule": "1f1b", "tensor": 4, "sequence_parallel": True},
+    "tp4_dp2_shared_keys_zero3": {"tensor": 4, "data": 2, "stage": 3},
+}
+LAYOUTS |= SHARED_KEYS
+
+# Fewer micro-batches than pipeline ranks.
+LAYOUTS |= {
+    f"{name}_few": where | {"micro_batch": ROWS // (where.get("data", 1) * passes)}
+    for name, (passes, where) in {
+        "pp2_1f1b": (1, {"pipeline": 2, "schedule": "1f1b"}),
+        "pp2_1f1b_zero0_selective": (1, {"pipeline": 2, "schedule": "1f1b", "stage": 0, "recompute": "selective"}),
+        "pp2_1f1b_tp2_sequence": (1, {"pipeline": 2, "schedule": "1f1b", "tensor": 2, "sequence_parallel": True}),
+        "pp2_1f1b_dp2_untied": (1, {"pipeline": 2, "schedule": "1f1b", "data": 2, "tie": False}),
+        "pp2_interleaved": (1, {"pipeline": 2, "schedule": "interleaved"}),
+        "pp2_zbv": (1, {"pipeline": 2, "schedule": "zbv"}),
+        "pp4_1f1b": (2, {"pipeline": 4, "schedule": "1f1b"}),
+        "pp4_1f1b_one_eagle3": (1, {"pipeline": 4, "schedule": "1f1b", "kind": "eagle3"}),
+        "pp4_1f1b_heads_alone": (2, {"pipeline": 4, "schedule": "1f1b", "placement": "[1,1,2,0]"}),
+        "pp4_1f1b_frozen": (2, {"pipeline": 4, "schedule": "1f1b", "freeze_trunk": True}),
+        "pp4_interleaved": (2, {"pipeline": 4, "schedule": "interleaved"}),
+        "pp4_interleaved_one": (1, {"pipeline": 4, "schedule": "interleaved"}),
+        "pp4_zbv": (2, {"pipeline": 4, "schedule": "zbv"}),
+    }.items()
+}
+
+ESSENTIAL |= {
+    "tp2_one_key_bfloat16", "tp2_one_key_zero2", "tp2_dp2_one_key_zero3", "pp2_zbv_tp2_one_key_sequence", "tp4_shared_keys",
+    "tp4_shared_keys_zero0", "tp4_one_key_frozen", "tp4_shared_keys_sequence_eagle3", "pp4_1f1b_few", "pp2_1f1b_few",
+    "pp4_interleaved_few",
+}  # fmt: skip
+
 PATHS = {
     "pipeline": "parallel.pipeline",
     "tensor": "parallel.tensor",
@@ -237,6 +306,7 @@ PATHS = {
     "placement": "parallel.placement",
     "sequence_parallel": "parallel.sequence_parallel",
     "layers": "model.layers",
+    "kv_heads": "model.kv_heads",
     "vocabulary": "model.vocab_size",
     "tie": "model.tie_embeddings",
     "document_mask": "model.document_mask",
@@ -266,10 +336,6 @@ PATHS = {
     "micro_batch": "train.micro_batch",
 }
 """Short name of a setting in a layout -> the setting. A feature joins the grid by a line here."""
-
-ROWS = 16
-"""Rows of a global batch."""
-
 
 def world(layout: str) -> int:
     """Processes of a named layout."""

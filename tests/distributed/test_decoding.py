@@ -46,10 +46,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2_1f1b_tp2": {"pipeline": 2, "schedule": "1f1b", "tensor": 2},
     "pp2_zbv_tp2": {"pipeline": 2, "schedule": "zbv", "tensor": 2},
     "dp2_tp2": {"data": 2, "tensor": 2},
+    "tp4": {"tensor": 4},  # of two key/value heads
 }
 CELLS = [
     *((layout, "sequential") for layout in LAYOUTS),
     *((layout, kind) for layout in ("pp2_heads_alone", "pp2_zbv_tp2") for kind in KINDS if kind != "sequential"),
+    ("tp4", "eagle3"),
 ]
 GREEDY = {"max_new_tokens": 16, "temperature": 0.0}
 CASES: dict[str, dict[str, Any]] = {
@@ -170,11 +172,14 @@ def test_drafts_were_accepted_and_rejected(kind: str, alone: Callable[[str], lis
 def test_each_rank_holds_its_part_alone(
     layout: str, checkpoints: Callable[[str], Path], together: Callable[[str, str], list[Any]]
 ) -> None:
-    """All layers of all ranks of a replica together are the trunk, once."""
+    """All layers of all ranks of a replica together are the trunk, once; but key/value heads are on each rank that uses them."""
     records = Checkpoint(checkpoints("sequential")).manifest.parameters
     matrices = {name: record.shape for name, record in records.items() if name.startswith("layers.") and "norm" not in name}
     held = [{name: shape for name, shape in rank["held"].items() if name in matrices} for rank in together(layout, "sequential")]
-    replicas = LAYOUTS[layout].get("data", 1)
-    assert sum(math.prod(shape) for rank in held for shape in rank.values()) == replicas * sum(map(math.prod, matrices.values()))
+    replicas, tensor = LAYOUTS[layout].get("data", 1), LAYOUTS[layout].get("tensor", 1)
+    for keys, times in ((False, replicas), (True, replicas * max(1, tensor // 2))):
+        part = {name: shape for name, shape in matrices.items() if (".key." in name or ".value." in name) == keys}
+        found = sum(math.prod(rank[name]) for rank in held for name in part if name in rank)
+        assert found == times * sum(map(math.prod, part.values()))
     rows = {rank["held"]["embedding.weight"][0] for rank in together(layout, "sequential") if "embedding.weight" in rank["held"]}
-    assert rows == ({12, 13} if LAYOUTS[layout].get("tensor") else {ROWS})
+    assert rows == {ROWS // tensor, -(-ROWS // tensor)}

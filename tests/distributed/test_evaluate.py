@@ -37,6 +37,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2_interleaved": {"pipeline": 2, "schedule": "interleaved"},
     "pp2_uneven": {"pipeline": 2, "schedule": "zbv", "placement": "[2,1,1,0]"},
     "tp2": {"tensor": 2},
+    "tp4": {"tensor": 4},  # of two key/value heads
     "dp2": {"data": 2},
     "pp2_zbv_tp2": {"pipeline": 2, "schedule": "zbv", "tensor": 2},
     "pp2_1f1b_dp2": {"pipeline": 2, "schedule": "1f1b", "data": 2},

@@ -47,6 +47,18 @@ def test_weights_after_three_steps(grid: Any, cell: str) -> None:
 
 
 @pytest.mark.parametrize("cell", cells())
+def test_copies_have_the_same_bits(grid: Any, cell: str) -> None:
+    """Of whatever several ranks hold: norms, shared key/value heads, the embedding of a classic pipeline. A difference in the
+    last bit would grow from step to step, unseen."""
+    first: dict[tuple[Any, ...], torch.Tensor] = {}
+    for result in grid(cell):
+        for name, start, shape, begin, value in result["masters"]:
+            assert first.setdefault(("master", name, start, shape, begin, len(value)), value).equal(value), name
+        for name, (_, start, value) in result["weights"].items():
+            assert first.setdefault(("weight", name, start, value.shape), value).equal(value), name
+
+
+@pytest.mark.parametrize("cell", cells())
 def test_chunks_run_once_a_micro_batch(grid: Any, cell: str) -> None:
     """Torch infers shapes by running chunks on uninitialised memory unless it is told them: weight gradients would leak in."""
     for result in grid(cell):

@@ -1,5 +1,5 @@
 """Promise: what one layout saved, any other loads: float32 masters and moments bit for bit, the next losses up to the order of
-sums. Eight layouts by eight, between one, two and four processes; and what only some heads have, in a ring of four.
+sums. Nine layouts by nine, between one, two and four processes; and what only some heads have, in a ring of four.
 
 Tolerance, float32: as in test_parity, 1e-5 of the loss for each of two steps.
 """
@@ -16,7 +16,8 @@ from mtp_dist.parallel.engine import PARTS
 from tests.distributed.layouts import world
 from tests.distributed.pool import run_jobs
 
-GRID = ["one_process", "pp2_1f1b", "pp2_zbv", "tp2_sequence", "dp2_zero0", "dp2_zero3", "pp2_zbv_tp2", "pp2_1f1b_dp2"]
+GRID = ["one_process", "pp2_1f1b", "pp2_zbv", "tp2_sequence", "dp2_zero0", "dp2_zero3", "pp2_zbv_tp2", "pp2_1f1b_dp2",
+        "tp4_shared_keys"]  # fmt: skip
 # Each layout saves once and loads once, most between unlike numbers of processes.
 FEW = [(saved, GRID[(number + 3) % len(GRID)]) for number, saved in enumerate(GRID)]
 RING = ["pp2_1f1b", "tp2_sequence", "dp2_zero3", "pp2_zbv_heads_alone"]

@@ -51,9 +51,16 @@ RESUMED = [
     "pp2_zbv_dp2_zero0",
     "tp2_dp2",
     "tp2_dp2_zero3",
+    "tp2_one_key",
+    "tp4_shared_keys_sequence_eagle3",
+    "pp2_zbv_tp2_one_key_sequence",
+    "tp2_dp2_one_key_zero3",
+    "tp4_one_key_frozen",
+    "pp2_1f1b_few",
+    "pp4_1f1b_few",
 ]
 ORDINARY = {"one_process", "pp2_1f1b", "pp2_zbv", "tp2_sequence", "dp2_zero0", "dp2_zero1", "dp2_zero3", "pp2_zbv_tp2",
-            "dp2_medusa", "pp2_zbv_eagle3", "pp2_zbv_curriculum"}  # fmt: skip
+            "tp2_one_key", "dp2_medusa", "pp2_zbv_eagle3", "pp2_zbv_curriculum"}  # fmt: skip
 """The others are for a full run."""
 LAYOUTS = [name if name in ORDINARY else pytest.param(name, marks=pytest.mark.full) for name in RESUMED]
 EXACT = ("loss/total", "loss/main", "loss/depth_1", "loss/depth_2", "optim/gradient_norm", "optim/lr", "data/tokens_seen")

@@ -89,6 +89,25 @@ def test_greedy_texts_are_the_trunks(trunk: Chunk, foreign: Path, rows: list[int
     assert accepted < reached or len(rows) == 1
 
 
+def test_bytes_through_its_cache(trunk: Chunk, foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer of width 32 in float32: each pass writes its tokens' keys and values, and reads those of all slots."""
+    passes: list[tuple[int, int]] = []
+    run = HuggingFaceDrafter._run
+
+    def recorded(drafter: HuggingFaceDrafter, texts: Texts, ends: list[int], *, last_only: bool = False) -> torch.Tensor:
+        before = drafter.slots.shape[1]
+        logits = run(drafter, texts, ends, last_only=last_only)
+        if not last_only:  # of the loop, not of the prompt
+            passes.append((drafter.slots.shape[1] - before, drafter.slots.shape[1]))
+        return logits
+
+    monkeypatch.setattr(HuggingFaceDrafter, "_run", recorded)
+    (text,) = decoded(trunk, load_causal_model(foreign, "decode.draft_model", torch.float32), [0])
+    entry = 2 * 32 * 4
+    assert text.statistics.drafter_cache_written == entry * sum(width for width, _ in passes) > 0
+    assert text.statistics.drafter_cache_read == entry * sum(slots for _, slots in passes)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_export_never_rejects_its_own_drafts(trunk: Chunk, exported: Path, temperature: float) -> None:
     other = load_causal_model(exported, "decode.draft_model", torch.float32)

@@ -1,6 +1,7 @@
 """Promise: initial values follow from seed and global name alone, so every layout starts from the same weights."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.parameter import ParameterSpec, initial_value, initialize, spec_of
 from mtp_dist.model.tensor_group import TensorGroup
+from mtp_dist.model.trunk import Attention
 
 MODEL = ModelConfig(vocab_size=96, layers=8, hidden=64, heads=4, kv_heads=4, head_dim=16, mlp=96, init_std=0.02)
 MTP = MTPConfig(depth=1)
@@ -49,6 +51,33 @@ def test_uneven_shares_cover_each_row_once(size: int, rows: int) -> None:
     assert {spec.largest_share for spec in specs} == {max(sizes)} == {sizes[-1]}
     whole = initial_value("a.weight", ParameterSpec((rows, 5), 0, 0.02), 7)
     assert torch.cat([initial_value("a.weight", spec, 7) for spec in specs]).equal(whole)
+
+
+@pytest.mark.parametrize(("size", "sharers"), [(2, 2), (4, 2), (8, 4)])
+def test_neighbours_share_a_slice_and_one_of_them_counts(size: int, sharers: int) -> None:
+    whole = initial_value("a.weight", ParameterSpec((8, 5), 0, 0.02), 7)
+    specs = [ParameterSpec((8, 5), 0, 0.02, TensorGroup(rank, size), sharers=sharers) for rank in range(size)]
+    parts = [initial_value("a.weight", spec, 7) for spec in specs]
+    assert all(parts[rank].equal(parts[rank - rank % sharers]) for rank in range(size))
+    assert [spec.counts_here for spec in specs] == [rank % sharers == 0 for rank in range(size)]
+    assert torch.cat([part for spec, part in zip(specs, parts, strict=True) if spec.counts_here]).equal(whole)
+    assert {spec.largest_share for spec in specs} == {8 * sharers // size}
+    everywhere = [ParameterSpec((8, 5), None, 0.02, TensorGroup(rank, size)) for rank in range(size)]
+    assert [spec.counts_here for spec in everywhere] == [rank == 0 for rank in range(size)]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_each_rank_has_the_key_heads_of_its_queries(size: int) -> None:
+    """Query head h uses key/value head h // (H / K)."""
+    model = replace(MODEL, kv_heads=2)
+    for rank in range(size):
+        with torch.device("meta"):
+            attention = Attention(model, TensorGroup(rank, size))
+        queries, keys, values = (spec_of(part.weight) for part in (attention.query, attention.key, attention.value))
+        used = {row // model.head_dim // 2 for row in range(queries.start[0], queries.start[0] + queries.local_shape[0])}  # type: ignore[operator]
+        held = {row // model.head_dim for row in range(keys.start[0], keys.start[0] + keys.local_shape[0])}  # type: ignore[operator]
+        assert held == used
+        assert (values.start, values.local_shape) == (keys.start, keys.local_shape)
 
 
 @pytest.mark.parametrize("size", [2, 4])

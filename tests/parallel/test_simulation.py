@@ -5,11 +5,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mtp_dist.config.layout import SCHEDULES, chunks, chunks_of_rank, fewest_micro_batches
 from mtp_dist.config.schema import ParallelConfig, TrainingRun
+from mtp_dist.parallel.budget import chunks_in_flight
 from mtp_dist.parallel.cost import Work
 from mtp_dist.parallel.passes import Pass, orders
 from mtp_dist.parallel.simulation import inputs, simulate
@@ -25,11 +26,11 @@ def works(parallel: ParallelConfig, *each: float) -> list[Work]:
 
 
 def count_of(parallel: ParallelConfig, rounds: int) -> int:
-    """Micro-batches that every schedule takes."""
+    """Micro-batches that every schedule takes; no rounds: the fewest."""
     return max(parallel.pipeline * rounds, fewest_micro_batches(parallel))
 
 
-@given(LAYOUTS, st.integers(1, 4), st.data())
+@given(LAYOUTS, st.integers(0, 4), st.data())
 @settings(deadline=None, max_examples=60)
 def test_every_pass_runs_once_after_its_inputs(parallel: ParallelConfig, rounds: int, data: st.DataObject) -> None:
     micro_batches, count = count_of(parallel, rounds), chunks(parallel)
@@ -56,13 +57,28 @@ def test_every_pass_runs_once_after_its_inputs(parallel: ParallelConfig, rounds:
     assert all(-1e-9 <= bubble < 1 for bubble in step.bubbles)
 
 
-@pytest.mark.parametrize(("ranks", "micro_batches"), [(2, 8), (4, 4), (4, 16), (8, 24)])
+@pytest.mark.parametrize(("ranks", "micro_batches"), [(2, 8), (4, 4), (4, 16), (8, 24), (2, 1), (4, 1), (4, 3), (8, 2)])
 def test_one_forward_one_backward_has_the_known_bubble(ranks: int, micro_batches: int) -> None:
     """(P - 1) / (M + P - 1) of the step, whatever the ratio of forward and backward (arXiv 2104.04473, section 2.2.1)."""
     parallel = ParallelConfig(pipeline=ranks, schedule="1f1b")
     step = simulate(parallel, orders(parallel, micro_batches), works(parallel, 1, 1.25, 0.75))
     assert step.length == pytest.approx(3 * (micro_batches + ranks - 1))
     assert step.bubble == pytest.approx((ranks - 1) / (micro_batches + ranks - 1))
+
+
+@given(LAYOUTS.filter(lambda parallel: parallel.pipeline > 1), st.integers(1, 30))
+@settings(deadline=None, max_examples=60)
+def test_passes_in_flight_are_those_of_the_order(parallel: ParallelConfig, micro_batches: int) -> None:
+    """What the plan counts in a formula, in whatever number of micro-batches the schedule takes."""
+    ranks = parallel.pipeline
+    assume(micro_batches >= fewest_micro_batches(parallel))
+    assume(parallel.schedule != "interleaved" or micro_batches % max(1, micro_batches // ranks) == 0)
+    for rank, order in enumerate(orders(parallel, micro_batches)):
+        count = most = 0
+        for one in order:
+            count += {"F": 1, "BW": -1, "W": -1}.get(one.kind, 0)
+            most = max(most, count)
+        assert most == chunks_in_flight(parallel, rank, micro_batches)
 
 
 def test_zero_bubble_v_is_nearly_without() -> None:

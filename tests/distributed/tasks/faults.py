@@ -38,10 +38,15 @@ def _lose_a_replica(workload: Workload) -> None:
     workload.engine.engine.allreduce_gradients = without
 
 
+def _do_not_sum_shared_heads(workload: Workload) -> None:
+    workload.engine._shared = list  # type: ignore[method-assign]
+
+
 FAULTS = {
     "doubled gradient": _double_a_gradient,
     "replicas counted twice": _count_replicas_twice,
     "no sum over the embedding's copies": _do_not_sum_the_embedding,
     "a replica lost": _lose_a_replica,
+    "no sum over ranks that share a head": _do_not_sum_shared_heads,
 }
 """What may be wrong in a product that trains all the same: ``parity`` with one of them must differ from the reference."""

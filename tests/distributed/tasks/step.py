@@ -37,8 +37,10 @@ def _slices(workload: Workload, values: dict[str, Tensor]) -> dict[str, tuple[tu
     return found
 
 
+@torch.no_grad()
 def _reduced_gradients(workload: Workload) -> dict[str, Tensor]:
-    """What the epilogue will make of the gradients, computed here on copies: tied sum, then mean over replicas."""
+    """What the epilogue will make of the gradients, computed here on copies: sums over tensor ranks that have seen a part, tied
+    sum, then mean over replicas."""
     found = {}
     if workload.engine.shards_gradients:
         return {name: deepspeed.utils.safe_get_full_grad(p) for name, p in workload.engine.trained.items()}
@@ -46,6 +48,9 @@ def _reduced_gradients(workload: Workload) -> dict[str, Tensor]:
         gradient = torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad.clone()
         if workload.mesh.tensor.shares_positions and p.spec.split is None:
             workload.mesh.tensor.all_reduce(gradient)
+        if p.spec.sharers > 1:
+            own = workload.mesh.tensor.rank // p.spec.sharers * p.spec.sharers
+            gradient = workload.mesh.tensor.stacked(gradient)[own : own + p.spec.sharers].sum(0)
         if p is workload.engine.replica_of_first:
             dist.all_reduce(gradient, group=workload.mesh.tied)
         dist.all_reduce(gradient, group=workload.mesh.replicas)
