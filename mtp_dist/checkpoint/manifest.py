@@ -18,6 +18,9 @@ FORMAT = "mtp_dist.checkpoint/2"
 WITH_DRAFT_TOKENS = "mtp_dist.checkpoint/3"
 """The same with draft_tokens.json. Versions that know no such file would take its heads for those of other tokens, so they are to
 refuse it; any other checkpoint they can still read."""
+WITH_OWN_MATRICES = "mtp_dist.checkpoint/4"
+"""The same with output matrices or embeddings in sequential or notebook heads. Versions that know no such heads would use the
+trunk's."""
 UNSUMMED = "mtp_dist.checkpoint/1"
 """The first format, which is still read: the same without MANIFEST.sha256."""
 MANIFEST = "MANIFEST.json"
@@ -121,8 +124,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedError(f"{folder / MANIFEST} is damaged (its SHA-256 is not that of {MANIFEST_SUM}); use another checkpoint")
     try:
         raw = json.loads(content)
-        if raw.get("format") not in (WITH_DRAFT_TOKENS, FORMAT, UNSUMMED):
-            known = f"{WITH_DRAFT_TOKENS!r}, {FORMAT!r} and {UNSUMMED!r}"
+        if raw.get("format") not in (WITH_OWN_MATRICES, WITH_DRAFT_TOKENS, FORMAT, UNSUMMED):
+            known = f"{WITH_OWN_MATRICES!r}, {WITH_DRAFT_TOKENS!r}, {FORMAT!r} and {UNSUMMED!r}"
             raise UserError(f"{folder} has checkpoint format {raw.get('format')!r}; this version reads {known}")
         if raw["format"] != UNSUMMED and summed is None:
             raise DamagedError(f"{folder} is damaged: it has no {MANIFEST_SUM}; use another checkpoint")

@@ -16,7 +16,8 @@ from mtp_dist.model.tensor_group import ALONE, TensorGroup
 class ParameterSpec:
     """`shape`: of the whole parameter; `split`: the dimension that `group` divides, None if each rank holds all of it;
     `std`: standard deviation of the initial normal draw, None for ones; `copy_of`: name of the parameter of the same shape whose
-    initial value it shares, whatever draws or reads that.
+    initial value it shares, whatever draws or reads that; `stands_for`: name of the one whose value it takes where a run starts
+    from a checkpoint that lacks it.
 
     Rank r of R holds r n/R .. (r+1) n/R - 1, rounded down, of a dimension of n >= R: shares of a vocabulary may differ by one.
     """
@@ -26,6 +27,7 @@ class ParameterSpec:
     std: float | None
     group: TensorGroup = ALONE
     copy_of: str | None = None
+    stands_for: str | None = None
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -53,14 +55,20 @@ class ParameterSpec:
 
 
 def parameter(
-    shape: tuple[int, ...], *, split: int | None, std: float | None, group: TensorGroup, copy_of: str | None = None
+    shape: tuple[int, ...],
+    *,
+    split: int | None,
+    std: float | None,
+    group: TensorGroup,
+    copy_of: str | None = None,
+    stands_for: str | None = None,
 ) -> nn.Parameter:
     """An uninitialised parameter that holds this rank's slice; its ``spec`` describes it.
 
     ``tensor_model_parallel`` is DeepSpeed's own mark: unmarked parameters are taken for replicas and counted once in the gradient
     norm.
     """
-    spec = ParameterSpec(shape, split, std, group, copy_of)
+    spec = ParameterSpec(shape, split, std, group, copy_of, stands_for)
     result = nn.Parameter(torch.empty(spec.local_shape))
     result.spec = spec  # type: ignore[attr-defined]
     result.tensor_model_parallel = split is not None and group.size > 1  # type: ignore[attr-defined]
