@@ -458,21 +458,21 @@ class PolynomialTask:
 
 @dataclass
 class TextTask:
-    """experiment=heads and experiment=schedules: Python's standard library, built where data.path is empty."""
+    """experiment=heads, schedules and chaining: Python's standard library, built where data.path is empty."""
 
     limit_mb: float = setting(4.0, "So many MiB of source text. 0: all.")
     sequences: int = setting(128, "Held-out rows that are tested.")
-    prompts: int = setting(16, "experiment=heads: held-out prompts that each trained model continues, plainly and with its own drafts.")
-    prompt_tokens: int = setting(24, "experiment=heads: length of a prompt.")
-    new_tokens: int = setting(40, "experiment=heads: length of a continuation.")
-    temperature: float = setting(0.0, "experiment=heads: 0 writes greedily, and a small model then repeats itself, which any drafts meet; 1 samples from the model, losslessly.")
+    prompts: int = setting(16, "experiment=heads, chaining: held-out prompts that each trained model continues, plainly and with its own drafts.")
+    prompt_tokens: int = setting(24, "experiment=heads, chaining: length of a prompt.")
+    new_tokens: int = setting(40, "experiment=heads, chaining: length of a continuation.")
+    temperature: float = setting(0.0, "experiment=heads, chaining: 0 writes greedily, and a small model then repeats itself, which any drafts meet; 1 samples from the model, losslessly.")
 
 
 @dataclass
 class Study(TrainingRun):
     """`python -m mtp_dist.study`: an experiment: variants of one training run, each with several seeds, a table and a plot."""
 
-    experiment: str = setting("", "choice_points | path_star | induction | polynomials | heads | schedules.")
+    experiment: str = setting("", "choice_points | path_star | induction | polynomials | heads | schedules | chaining.")
     size: str = setting("laptop", "laptop (15 minutes at most on two cores) | paper (what the paper had, or near it: checked, not run).")
     seeds: list[int] = setting([1, 2, 3], "One training each; equal seeds see equal data in all variants.")
     variants: dict[str, list[str]] = setting({}, "Name -> settings that differ, as typed on the command line. The first is the one that others are compared with.")
@@ -483,7 +483,7 @@ class Study(TrainingRun):
     path_star: PathStarTask = group(PathStarTask, "The task of experiment=path_star.")
     induction: InductionTask = group(InductionTask, "The task of experiment=induction.")
     polynomials: PolynomialTask = group(PolynomialTask, "The task of experiment=polynomials.")
-    text: TextTask = group(TextTask, "The text of experiment=heads and experiment=schedules.")
+    text: TextTask = group(TextTask, "The text of experiment=heads, schedules and chaining.")
 
 
 def describe(cls: type) -> dict[str, tuple[Any, Any, str]]:

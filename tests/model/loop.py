@@ -195,7 +195,7 @@ def fed(
     token = tokens[i + 1 + (k - 1) * mtp.stride]
     if own is not None and own[i][k - 1]:
         matrix = matrix_of(weights, model, mtp, k - 1)
-        logits = [float(row @ before) for row in matrix]
+        logits = [float(row @ before) for row in matrix.detach()]
         token = logits.index(max(logits))
     if mtp.embedding == "own":
         return weights["mtp.1.embedding.weight" if mtp.repeat else f"mtp.{k}.embedding.weight"][token]
