@@ -108,7 +108,8 @@ def _heads(config: Study) -> None:
         at_least(f"text.{name}", getattr(config.text, name), 1)
     at_least("text.temperature", config.text.temperature, 0)
     if config.mtp.stride > 1:
-        raise UserError(f"mtp.stride={config.mtp.stride} leaps over tokens, and experiment={config.experiment} drafts each; choose 1")
+        stride = config.mtp.stride
+        raise UserError(f"mtp.stride={stride} leaps over tokens, and experiment={config.experiment} drafts each; choose 1")
 
 
 _TASKS = {"choice_points": _choice_points, "path_star": _path_star, "induction": _induction, "polynomials": _polynomials}

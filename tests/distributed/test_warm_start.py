@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mtp_dist.checkpoint.compatibility import require_start
+from mtp_dist.checkpoint.manifest import FORMAT, WITH_OWN_MATRICES
 from mtp_dist.checkpoint.reader import Checkpoint
 from mtp_dist.config.heads import modules
 from mtp_dist.config.schema import TrainingRun
@@ -104,6 +105,12 @@ def test_it_trains_from_there_as_a_run_of_its_own(made: Path, run: str) -> None:
     assert before.manifest.tracker != at(made, "old", 4).manifest.tracker
 
 
+def test_matrices_of_the_heads_own_are_a_format_that_earlier_versions_refuse(made: Path) -> None:
+    """They would use the trunk's in their place. Medusa's they know."""
+    assert at(made, "own matrices", 0).manifest.format == WITH_OWN_MATRICES
+    assert {at(made, run, 0).manifest.format for run in ("more", "copies", "notebook")} == {FORMAT}
+
+
 def asked(made: Path, data: Path, **overrides: Any) -> TrainingRun:
     config = settings("one_process", data, made / "asked", 2, init__checkpoint=str(made / "old"))
     for key, value in overrides.items():
@@ -119,7 +126,7 @@ def asked(made: Path, data: Path, **overrides: Any) -> TrainingRun:
         ({"mtp__kind": "parallel"}, "has heads of mtp.kind=sequential, this run's are parallel; set mtp.kind=sequential, or"),
         ({"mtp__stride": 2}, "has heads of mtp.stride=1, this run's are 2; set mtp.stride=1, or init.heads=fresh"),
         ({"mtp__embedding": "own"}, "has heads of mtp.embedding=shared, this run's are own; set mtp.embedding=shared, or init"),
-        ({"mtp__projection": "own"}, "has heads of mtp.projection=shared, this run's are own; set mtp.projection=shared, or init"),
+        ({"mtp__projection": "own"}, "has heads of mtp.projection=shared, this run's are own; set mtp.projection=shared, or"),
         ({"mtp__concat": "hidden_first"}, "has heads of mtp.concat=embedding_first, this run's are hidden_first; set mtp"),
         ({"init__checkpoint": "/nowhere"}, "init.checkpoint=/nowhere does not exist"),
         ({"init__heads": "old"}, "init.heads=old is not one of keep or fresh"),

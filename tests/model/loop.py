@@ -318,9 +318,9 @@ def losses(
     drafted: list[int] | None = None,
     own: list[Own] | None = None,
 ) -> tuple[Tensor, list[Tensor], list[int]]:
-    """(L = lambda_0 L_main + lambda / D * sum_k w_k L_k, [L_main, L_1 .. L_D], valid targets of each) of a whole batch; an L_k without
-    valid targets is 0; what is not among the `drafted` tokens has no loss. With `targets` of the trunk a term is -sum_v p(v) log
-    q(v), p what the main head says at i + k, a constant."""
+    """(L = lambda_0 L_main + lambda / D * sum_k w_k L_k, [L_main, L_1 .. L_D], valid targets of each) of a whole batch; an L_k
+    without valid targets is 0; what is not among the `drafted` tokens has no loss. With `targets` of the trunk a term is -sum_v
+    p(v) log q(v), p what the main head says at i + k, a constant. own: of each row."""
     head = weights["embedding.weight"] if model.tie_embeddings else weights["head.weight"]
     sums = [torch.zeros((), dtype=head.dtype) for _ in range(mtp.depth + 1)]
     counts = [0] * (mtp.depth + 1)

@@ -41,8 +41,7 @@ def where(share: float, depth: int = 3) -> Tensor:
     return own_tokens(Draws(4, 17, share), range(3), POSITIONS, depth)
 
 
-@pytest.mark.parametrize("detach", [False, True])
-@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize(("share", "detach"), [(0.5, False), (1.0, True)])
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant.values())) or "plain")
 def test_losses_and_gradients_equal_the_loop(variant: dict[str, Any], share: float, detach: bool) -> None:
     """An argmax has no gradient; the embedding of what it names has."""

@@ -88,9 +88,8 @@ def test_heads_equal_the_loop(depth: int, variant: dict[str, Any], masked: bool)
         mask = document_mask(documents[:, :6]) if masked else None
         states = chunk.mtp(TrunkStates(before, after, chunk.norm), feed, turn, mask)
         for row in range(len(tokens)):
-            want = loop.heads(
-                copies(chunk), model, mtp, list(before[row]), list(after[row]), tokens[row].tolist(), documents[row].tolist(), None
-            )
+            of_row = (list(before[row]), list(after[row]), tokens[row].tolist(), documents[row].tolist(), None)
+            want = loop.heads(copies(chunk), model, mtp, *of_row)
             assert len(states) == len(want) == depth
             for state, vectors in zip(states, want, strict=True):
                 assert close(state[row], torch.stack(vectors), TOLERANCE)

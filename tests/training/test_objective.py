@@ -1,4 +1,5 @@
-"""Promise: the total is lambda_0 L_main + lambda / D * sum_k w_k L_k (or lambda * sum); a target's weight follows from global counts."""
+"""Promise: the total is lambda_0 L_main + lambda / D * sum_k w_k L_k (or lambda * sum); a target's weight follows from global
+counts."""
 
 from typing import Any
 
