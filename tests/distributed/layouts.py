@@ -254,6 +254,8 @@ LAYOUTS |= {
         "pipeline": 2, "schedule": "dualpipev", "targets": "trunk", "detach": True, "scheduled_sampling": 0.5},
     "pp2_1f1b_sampled_frozen": {"pipeline": 2, "schedule": "1f1b", "freeze_trunk": True, "scheduled_sampling": 0.5},
     "pp2_zbv_sampled_curriculum": {"pipeline": 2, "schedule": "zbv", "scheduled_sampling": 0.5} | CURRICULUM,
+    # From the second step on, in a model that has been traced without.
+    "dp2_zero3_sampled_later": {"data": 2, "stage": 3, "tie": False, "scheduled_sampling_points": [[256, 0.5]]},
     "dp2_sampled_bfloat16": {"data": 2, "dtype": "bfloat16", "scheduled_sampling": 0.5},
 }
 
@@ -284,6 +286,7 @@ PATHS = {
     "projection": "mtp.projection",
     "embedding": "mtp.embedding",
     "scheduled_sampling": "mtp.scheduled_sampling",
+    "scheduled_sampling_points": "mtp.scheduled_sampling_points",
     "main_loss_weight": "mtp.main_loss_weight",
     "draft_vocabulary": "mtp.draft_vocabulary",
     "window": "mtp.window",
