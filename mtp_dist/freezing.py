@@ -51,6 +51,11 @@ IDENTITY = (
 NOT_IDENTITY = (
     "model.vocab_multiple",
     "mtp.targets",
+    "mtp.main_loss_weight",
+    "mtp.main_loss_weight_points",
+    "mtp.scheduled_sampling",
+    "mtp.scheduled_sampling_points",
+    "mtp.scheduled_sampling_shape",
     "mtp.loss_weight",
     "mtp.loss_weight_points",
     "mtp.loss_weight_shape",

@@ -3,6 +3,8 @@
 Needs no processes and no torch but to compare values. Exit status 1 where a file of the checkpoint is damaged.
 """
 
+from pathlib import Path
+
 from mtp_dist.checkpoint import folder
 from mtp_dist.checkpoint.description import compare, damages, describe
 from mtp_dist.config.command import application

@@ -189,8 +189,12 @@ def _parameters(config: Plan) -> str:
     for pipeline_rank in range(config.parallel.pipeline):
         held = budget.rank_parameters(config, pipeline_rank)
         rows.append(_parameter_row(f"pipeline rank {pipeline_rank}, each", held))
-    projections = config.mtp.depth * budget.own_projection(config.model, config.mtp)
-    return _table(rows) + (f"\nof the MTP modules {projections:,} are vocabulary projections" if projections else "")
+    own = {
+        "vocabulary projections": budget.own_projection(config.model, config.mtp),
+        "embeddings of their own": budget.own_embedding(config.model, config.mtp),
+    }
+    said = " and ".join(f"{modules(config.mtp) * size:,} are {what}" for what, size in own.items() if size)
+    return _table(rows) + (f"\nof the MTP modules {said}" if said else "")
 
 
 def _parameter_row(name: str, held: budget.Parameters) -> list[str]:

@@ -23,6 +23,9 @@ FORMAT = "mtp_dist.checkpoint/2"
 WITH_DRAFT_TOKENS = "mtp_dist.checkpoint/3"
 """The same with draft_tokens.json. Versions that know no such file would take its heads for those of other tokens, so they are to
 refuse it; any other checkpoint they can still read."""
+WITH_OWN_MATRICES = "mtp_dist.checkpoint/4"
+"""The same with output matrices or embeddings in sequential or notebook heads. Versions that know no such heads would use the
+trunk's."""
 UNSUMMED = "mtp_dist.checkpoint/1"
 """The first format, which is still read: the same without MANIFEST.sha256."""
 MANIFEST = "MANIFEST.json"
@@ -227,8 +230,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw = typed(parsed(content), dict[str, Any])
         found = raw.get("format")
-        if found not in (WITH_DRAFT_TOKENS, FORMAT, UNSUMMED):
-            known = f"{WITH_DRAFT_TOKENS!r}, {FORMAT!r} and {UNSUMMED!r}"
+        if found not in (WITH_OWN_MATRICES, WITH_DRAFT_TOKENS, FORMAT, UNSUMMED):
+            known = f"{WITH_OWN_MATRICES!r}, {WITH_DRAFT_TOKENS!r}, {FORMAT!r} and {UNSUMMED!r}"
             raise UserError(f"{folder} has checkpoint format {str(found)[:40]!r}; this version reads {known}")
         if found != UNSUMMED and summed is None:
             raise DamagedError(f"{folder} is damaged: it has no {MANIFEST_SUM}; use another checkpoint")

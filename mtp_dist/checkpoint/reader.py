@@ -181,12 +181,12 @@ class Checkpoint:
         self, engine: Engine, *, weights: Callable[[str], bool] = _every, moments: Collection[str] = (TRUNK, HEADS)
     ) -> None:
         """Weights and masters of this rank's part, whatever layout saved them, of the parameters that `weights` takes by name;
-        moments, and Adam's count of steps, of the roles in `moments`. The others stay as they are, but for one that starts as a
-        copy (``ParameterSpec.copy_of``): it starts as one of what is loaded."""
+        moments, and Adam's count of steps, of the roles in `moments`. The others stay as they are, but for one that stands for
+        a parameter which is loaded (``ParameterSpec.stands_for``): it starts as a copy."""
         owned = {fragment.name: fragment for fragment in engine.fragments(all_copies=True)}
         for name, p in engine.parameters.items():
             spec = spec_of(p)
-            source = name if weights(name) else spec.copy_of
+            source = name if weights(name) else spec.stands_for
             if source is None:
                 continue
             self._require_shape(source, spec.shape)

@@ -42,6 +42,7 @@ from mtp_dist.checkpoint.manifest import (
     MANIFEST,
     TOKENIZER,
     WITH_DRAFT_TOKENS,
+    WITH_OWN_MATRICES,
     FileRecord,
     Manifest,
     ParameterRecord,
@@ -49,7 +50,7 @@ from mtp_dist.checkpoint.manifest import (
     sync_path,
 )
 from mtp_dist.config import compose
-from mtp_dist.config.heads import contract
+from mtp_dist.config.heads import OWN_EMBEDDING, contract, owns_embeddings, owns_projections
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.errors import AgreedError
 from mtp_dist.parallel.engine import Engine
@@ -240,8 +241,14 @@ class Saver:
             versions={"mtp_dist": mtp_dist.__version__, "torch": torch.__version__, "python": platform.python_version()},
             parameters=self._parameters,
             files={},
-            format=FORMAT if self.draft_tokens is None else WITH_DRAFT_TOKENS,
+            format=self._format(),
         )
+
+    def _format(self) -> str:
+        mtp = self.config.mtp
+        if owns_embeddings(mtp) or (owns_projections(mtp) and mtp.kind in OWN_EMBEDDING):
+            return WITH_OWN_MATRICES
+        return FORMAT if self.draft_tokens is None else WITH_DRAFT_TOKENS
 
     def _commit(self, save: _Save) -> None:
         """Rank 0, in its thread, when every file is on the disk and was read back."""

@@ -4,9 +4,18 @@ from mtp_dist.config.schema import ModelConfig, MTPConfig
 
 KINDS = ("none", "sequential", "parallel", "medusa", "notebook", "eagle", "eagle3", "top")
 CONTRACT = (
-    "kind", "depth", "concat", "h0", "recycle", "repeat", "blocks", "branch", "projection", "draft_vocabulary", "taps", "stride",
+    "kind", "depth", "concat", "h0", "recycle", "repeat", "blocks", "branch", "projection", "embedding", "draft_vocabulary",
+    "taps", "stride",
 )  # fmt: skip
 """Settings that say which parameters the heads have and how a decoder must use them; every checkpoint records them."""
+
+
+OWN_PROJECTION = ("medusa", "sequential", "notebook")
+"""Kinds whose modules may have a vocabulary projection of their own."""
+OWN_EMBEDDING = ("sequential", "notebook")
+"""Kinds whose modules may have an embedding of their own."""
+SAMPLED = ("sequential", "notebook")
+"""Kinds that may be fed the model's own predictions in training."""
 
 
 def contract(mtp: MTPConfig) -> dict[str, object]:
@@ -35,7 +44,7 @@ def modules(mtp: MTPConfig) -> int:
 
 
 def reads_tokens(mtp: MTPConfig) -> bool:
-    """Whether depth k is fed the embedding of the target of depth k-1: the last chunk then needs the embedding."""
+    """Whether depth k is fed the embedding of the target of depth k-1."""
     return mtp.kind in ("sequential", "notebook", "eagle", "eagle3")
 
 
@@ -69,8 +78,18 @@ def has_adversary(mtp: MTPConfig) -> bool:
 
 
 def owns_projections(mtp: MTPConfig) -> bool:
-    """Whether each depth has a vocabulary projection of its own."""
-    return mtp.kind == "top" or (mtp.kind == "medusa" and mtp.projection == "own")
+    """Whether each module has a vocabulary projection of its own."""
+    return mtp.kind == "top" or (mtp.kind in OWN_PROJECTION and mtp.projection == "own")
+
+
+def owns_embeddings(mtp: MTPConfig) -> bool:
+    """Whether each module has an embedding of its own."""
+    return mtp.kind in OWN_EMBEDDING and mtp.embedding == "own"
+
+
+def predicts_tokens(mtp: MTPConfig) -> bool:
+    """Whether the depths are, at some time of the run, fed the model's own predictions."""
+    return any(p > 0 for p in (mtp.scheduled_sampling, *(later for _, later in mtp.scheduled_sampling_points)))
 
 
 def taps(model: ModelConfig, mtp: MTPConfig) -> tuple[int, ...]:
@@ -91,5 +110,5 @@ def handed_taps(model: ModelConfig, mtp: MTPConfig, layers: range, *, last: bool
 
 
 def embeds_on_last(model: ModelConfig, mtp: MTPConfig) -> bool:
-    """Whether the last chunk uses the embedding: as output head, or to feed the MTP modules."""
-    return model.tie_embeddings or reads_tokens(mtp)
+    """Whether the last chunk uses the trunk's embedding: as output head, or to feed the MTP modules."""
+    return model.tie_embeddings or (reads_tokens(mtp) and not owns_embeddings(mtp))

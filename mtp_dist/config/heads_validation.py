@@ -1,7 +1,16 @@
 """The rules of the MTP heads and of how their losses join the main one. Pure, as ``validation``, which calls them."""
 
-from mtp_dist.config.heads import KINDS, learns_inside, lookahead, one_module
-from mtp_dist.config.rules import one_of
+from mtp_dist.config.heads import (
+    KINDS,
+    OWN_EMBEDDING,
+    OWN_PROJECTION,
+    SAMPLED,
+    detaches,
+    learns_inside,
+    lookahead,
+    one_module,
+)
+from mtp_dist.config.rules import alternatives, between, one_of
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.errors import UserError
 
@@ -9,6 +18,8 @@ from mtp_dist.errors import UserError
 def validate_mtp(mtp: MTPConfig, model: ModelConfig, vocabulary: int | None, sequence_length: int) -> None:
     """Raise UserError at the first rule that the heads break. ``vocabulary``: entries of it, None while not known."""
     _validate_kind(mtp, sequence_length)
+    _validate_main_loss(mtp)
+    _validate_scheduled_sampling(mtp)
     _validate_taps(mtp, model)
     _validate_draft_vocabulary(mtp, vocabulary)
 
@@ -20,9 +31,10 @@ def _validate_kind(mtp: MTPConfig, sequence_length: int) -> None:
     one_of("mtp.recycle", mtp.recycle, ["post_norm", "pre_norm"])
     one_of("mtp.branch", mtp.branch, ["penultimate", "final"])
     one_of("mtp.targets", mtp.targets, ["tokens", "trunk"])
-    one_of("mtp.projection", mtp.projection, ["shared", "own"])
-    if mtp.projection == "own" and mtp.kind != "medusa":
-        raise UserError(f"mtp.projection=own is for mtp.kind=medusa, not {mtp.kind}; choose mtp.projection=shared")
+    for name, kinds in (("projection", OWN_PROJECTION), ("embedding", OWN_EMBEDDING)):
+        one_of(f"mtp.{name}", getattr(mtp, name), ["shared", "own"])
+        if getattr(mtp, name) == "own" and mtp.kind not in kinds:
+            raise UserError(f"mtp.{name}=own is for mtp.kind={alternatives(kinds)}, not {mtp.kind}; choose mtp.{name}=shared")
     for key, has, needed in (("targets", mtp.targets, "trunk"), ("projection", mtp.projection, "shared")):
         if mtp.adversarial and has != needed:
             raise UserError(
@@ -62,7 +74,7 @@ def _validate_kind(mtp: MTPConfig, sequence_length: int) -> None:
         raise UserError(f"mtp.decay={mtp.decay:g} and mtp.depth_weights={mtp.depth_weights} say the same thing twice; choose one")
     if mtp.normalize == "weights" and mtp.depth_weights and not sum(mtp.depth_weights):
         raise UserError("mtp.normalize=weights divides by the sum of mtp.depth_weights, 0; choose mtp.normalize=mean or sum")
-    _validate_weight_points(mtp.loss_weight_points)
+    _validate_points("loss_weight_points", mtp.loss_weight_points, "lambda")
     _validate_curriculum(mtp)
 
 
@@ -97,15 +109,58 @@ def _validate_draft_vocabulary(mtp: MTPConfig, vocabulary: int | None) -> None:
         raise UserError(f"{shown} is more than the {vocabulary} tokens of the vocabulary; choose {vocabulary} or fewer, or null")
 
 
-def _validate_weight_points(points: list[list[float]]) -> None:
+def _validate_points(name: str, points: list[list[float]], meaning: str) -> None:
+    """[tokens trained, value] pairs, ascending."""
     last = 0.0
     for point in points:
         if len(point) != 2:
-            raise UserError(f"mtp.loss_weight_points: {point} is not a pair [tokens seen, lambda]")
+            raise UserError(f"mtp.{name}: {point} is not a pair [tokens seen, {meaning}]")
         tokens = point[0]
         if not tokens > last:
-            raise UserError(f"mtp.loss_weight_points: {tokens:g} tokens after {last:g}; the tokens must ascend from above 0")
+            raise UserError(f"mtp.{name}: {tokens:g} tokens after {last:g}; the tokens must ascend from above 0")
         last = tokens
+
+
+def _validate_main_loss(mtp: MTPConfig) -> None:
+    _validate_points("main_loss_weight_points", mtp.main_loss_weight_points, "lambda_0")
+    shown = f"mtp.main_loss_weight={mtp.main_loss_weight:g}"
+    if mtp.main_loss_weight_points:
+        shown += f" and mtp.main_loss_weight_points={mtp.main_loss_weight_points}"
+    elif mtp.main_loss_weight == 1:
+        return
+    if mtp.freeze_trunk:
+        raise UserError(
+            f"{shown}: with mtp.freeze_trunk=true nothing learns from the main loss; choose mtp.main_loss_weight=1 without points"
+        )
+    if not any((mtp.main_loss_weight, *(later for _, later in mtp.main_loss_weight_points))):
+        if mtp.kind == "none":
+            raise UserError(f"{shown} with mtp.kind=none leaves no loss at all; choose mtp.main_loss_weight=1")
+        if detaches(mtp):
+            raise UserError(
+                f"{shown}: no other loss reaches the trunk (mtp.kind={mtp.kind}, mtp.detach={str(mtp.detach).lower()}), which "
+                "would stay random; choose mtp.main_loss_weight=1, or mtp.freeze_trunk=true with init.checkpoint"
+            )
+
+
+def _validate_scheduled_sampling(mtp: MTPConfig) -> None:
+    one_of("mtp.scheduled_sampling_shape", mtp.scheduled_sampling_shape, ["step", "linear"])
+    _validate_points("scheduled_sampling_points", mtp.scheduled_sampling_points, "probability")
+    for _, later in mtp.scheduled_sampling_points:
+        between("mtp.scheduled_sampling_points", later, 0, 1)
+    shown = f"mtp.scheduled_sampling={mtp.scheduled_sampling:g}"
+    if mtp.scheduled_sampling_points:
+        shown = f"mtp.scheduled_sampling_points={mtp.scheduled_sampling_points}"
+    elif mtp.scheduled_sampling_shape != "step":
+        raise UserError(
+            f"mtp.scheduled_sampling_shape={mtp.scheduled_sampling_shape} without mtp.scheduled_sampling_points has nothing to "
+            "shape; give points as [[1000000,0.5]], or choose step"
+        )
+    elif not mtp.scheduled_sampling:
+        return
+    if mtp.kind not in SAMPLED:
+        raise UserError(
+            f"{shown} is for mtp.kind={alternatives(SAMPLED)}, not {mtp.kind}; choose mtp.scheduled_sampling=0 without points"
+        )
 
 
 def _validate_curriculum(mtp: MTPConfig) -> None:

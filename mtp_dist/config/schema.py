@@ -49,7 +49,7 @@ class ModelConfig:
 class MTPConfig:
     """The Multi-Token Prediction heads, and how their losses join the main one.
 
-    `concat`, `h0`, `recycle`, `repeat`, `blocks`, `branch`, `projection`, `draft_vocabulary`, `taps` and `stride` are the contract: recorded in every checkpoint, a wrong choice shows only as lower acceptance.
+    `concat`, `h0`, `recycle`, `repeat`, `blocks`, `branch`, `projection`, `embedding`, `draft_vocabulary`, `taps` and `stride` are the contract: recorded in every checkpoint, a wrong choice shows only as lower acceptance.
     """
 
     kind: str = setting("sequential", "none | sequential (DeepSeek-V3, arXiv 2412.19437 eq. 21-25) | parallel (Gloeckle, 2404.19737) | medusa (2401.10774) | eagle (2401.15077) | eagle3 (2503.01840) | notebook (position by position, as an explanatory notebook has it) | top (2508.19228: a second output matrix ranks the upcoming tokens; an auxiliary loss that drafts nothing).")
@@ -59,9 +59,14 @@ class MTPConfig:
     h0: str = setting("post_norm", "Trunk state given to depth 1 (eagle: and to be drawn at all): post_norm (after the final norm) | pre_norm.")
     recycle: str = setting("post_norm", "sequential: state of depth k given to depth k+1: post_norm (after norm_k) | pre_norm.")
     targets: str = setting("tokens", "What depth k learns at position i: tokens (t[i+k+1]) | trunk (self-distillation: the distribution that the trunk's own head gives at position i+k, which gets no gradient from it; the last k positions of a row have none). Accuracies then tell whether both name the same likeliest token.")
+    main_loss_weight: float = setting(1.0, "Lambda_0, the weight of the main loss from the first token on. 0: trunk and heads learn from the MTP losses alone.")
+    main_loss_weight_points: list[list[float]] = setting([], "Later values of lambda_0 as [tokens trained, value] pairs, ascending.")
     loss_weight: float = setting(0.3, "Lambda, the weight of the MTP losses from the first token on.")
     loss_weight_points: list[list[float]] = setting([], "Later values of lambda as [tokens trained, value] pairs, ascending.")
-    loss_weight_shape: str = setting("step", "How lambda goes from point to point: step (each value holds from its point on) | linear (a straight line from one to the next, the last one holds).")
+    loss_weight_shape: str = setting("step", "How lambda and lambda_0 go from point to point: step (each value holds from its point on) | linear (a straight line from one to the next, the last one holds).")
+    scheduled_sampling: float = setting(0.0, "sequential, notebook: probability that depth k at a position is fed the model's own prediction instead of the true token: what depth k-1 names likeliest at that position (depth 1: the main head), as a greedy draft is. Drawn for each position and depth (arXiv 1506.03099). Validation always feeds the true tokens. 0: never, at no cost; 1: always.")
+    scheduled_sampling_points: list[list[float]] = setting([], "Later values of scheduled_sampling as [tokens trained, probability] pairs, ascending.")
+    scheduled_sampling_shape: str = setting("step", "How scheduled_sampling goes from point to point: step | linear.")
     normalize: str = setting("mean", "mean: lambda / D * sum_k w_k L_k | sum: lambda * sum_k w_k L_k | weights: lambda * sum_k w_k L_k / sum_k w_k.")
     depth_weights: list[float] = setting([], "w_1 .. w_D. Empty: `decay`.")
     decay: float = setting(1.0, "Beta: w_k = beta^(k-1), where `depth_weights` is empty.")
@@ -69,7 +74,8 @@ class MTPConfig:
     repeat: bool = setting(False, "sequential, notebook: one module serves every depth (FastMTP, arXiv 2509.18362).")
     blocks: int = setting(1, "K: decoder blocks of each module; medusa: residual blocks; notebook: its layers.")
     branch: str = setting("penultimate", "parallel: the trunk state that the heads read: penultimate (it enters the last block, which is then the main head's own) | final (the trunk's output).")
-    projection: str = setting("shared", "medusa: shared (all depths use the main head's matrix) | own (each has a vocabulary projection of its own, a copy of the main head's at the start).")
+    projection: str = setting("shared", "medusa, sequential, notebook: shared (all depths use the main head's matrix) | own (each module has an output matrix of its own; medusa: a copy of the main head's at the start, else random; either way a copy where init.checkpoint lacks it).")
+    embedding: str = setting("shared", "sequential, notebook: shared (modules read the trunk's embedding) | own (each module has an embedding of its own, random at the start, a copy of the trunk's where init.checkpoint lacks it).")
     adversarial: float = setting(0.0, "Weight of an adversarial term (KOALA, arXiv 2408.08146, from its abstract alone): a small discriminator tells the trunk's states from the heads', which learn to be taken for them. Needs targets=trunk and projection=shared. 0: none.")
     match_parameters: bool = setting(False, "parallel: as many blocks as the heads have are taken out of the trunk. Resolved settings show the smaller model.layers, and false here.")
     draft_vocabulary: int | None = setting(None, "eagle, eagle3: the depths draft among the so many most frequent tokens of the training split only (EAGLE-3; FR-Spec, arXiv 2502.14856); the projection of a draft then costs that share of the vocabulary. Chosen when a run starts, kept in its folder and its checkpoints. Another target has no loss and counts as wrong. null: all.")
@@ -465,21 +471,21 @@ class PolynomialTask:
 
 @dataclass
 class TextTask:
-    """experiment=heads and experiment=schedules: Python's standard library, built where data.path is empty."""
+    """experiment=heads, schedules and chaining: Python's standard library, built where data.path is empty."""
 
     limit_mb: float = setting(4.0, "So many MiB of source text. 0: all.")
     sequences: int = setting(128, "Held-out rows that are tested.")
-    prompts: int = setting(16, "experiment=heads: held-out prompts that each trained model continues, plainly and with its own drafts.")
-    prompt_tokens: int = setting(24, "experiment=heads: length of a prompt.")
-    new_tokens: int = setting(40, "experiment=heads: length of a continuation.")
-    temperature: float = setting(0.0, "experiment=heads: 0 writes greedily, and a small model then repeats itself, which any drafts meet; 1 samples from the model, losslessly.")
+    prompts: int = setting(16, "experiment=heads, chaining: held-out prompts that each trained model continues, plainly and with its own drafts.")
+    prompt_tokens: int = setting(24, "experiment=heads, chaining: length of a prompt.")
+    new_tokens: int = setting(40, "experiment=heads, chaining: length of a continuation.")
+    temperature: float = setting(0.0, "experiment=heads, chaining: 0 writes greedily, and a small model then repeats itself, which any drafts meet; 1 samples from the model, losslessly.")
 
 
 @dataclass
 class Study(TrainingRun):
     """`python -m mtp_dist.study`: an experiment: variants of one training run, each with several seeds, a table and a plot."""
 
-    experiment: str = setting("", "choice_points | path_star | induction | polynomials | heads | schedules.")
+    experiment: str = setting("", "choice_points | path_star | induction | polynomials | heads | schedules | chaining.")
     size: str = setting("laptop", "laptop (15 minutes at most on two cores) | paper (what the paper had, or near it: checked, not run).")
     seeds: list[int] = setting([1, 2, 3], "One training each; equal seeds see equal data in all variants.")
     variants: dict[str, list[str]] = setting({}, "Name -> settings that differ, as typed on the command line. The first is the one that others are compared with.")
@@ -490,7 +496,7 @@ class Study(TrainingRun):
     path_star: PathStarTask = group(PathStarTask, "The task of experiment=path_star.")
     induction: InductionTask = group(InductionTask, "The task of experiment=induction.")
     polynomials: PolynomialTask = group(PolynomialTask, "The task of experiment=polynomials.")
-    text: TextTask = group(TextTask, "The text of experiment=heads and experiment=schedules.")
+    text: TextTask = group(TextTask, "The text of experiment=heads, schedules and chaining.")
 
 
 def describe(cls: type) -> dict[str, tuple[Any, Any, str]]:

@@ -8,7 +8,7 @@ from mtp_dist.config.rules import alternatives, one_of
 from mtp_dist.config.schema import Study
 from mtp_dist.errors import UserError
 
-EXPERIMENTS = ("choice_points", "path_star", "induction", "polynomials", "heads", "schedules")
+EXPERIMENTS = ("choice_points", "path_star", "induction", "polynomials", "heads", "schedules", "chaining")
 SIZES = ("laptop", "paper")
 MOST_DEPTH = 8
 """experiment=choice_points: paths are long enough for so many depths, so that all variants see the same rows."""
@@ -44,7 +44,7 @@ def settled(config: Study) -> Study:
     be."""
     _refuse_unread(config)
     full = copy.deepcopy(config)
-    if full.experiment == "heads":
+    if full.experiment in ("heads", "chaining"):
         _heads(full)
     if full.experiment in _TASKS:
         full.model.document_mask = False  # documents mark the targets that count: see studies/answers.py
@@ -113,7 +113,8 @@ def _polynomials(config: Study) -> None:
 
 def _heads(config: Study) -> None:
     if config.mtp.stride > 1:
-        raise UserError(f"mtp.stride={config.mtp.stride} leaps over tokens, and experiment=heads drafts each; choose 1")
+        stride = config.mtp.stride
+        raise UserError(f"mtp.stride={stride} leaps over tokens, and experiment={config.experiment} drafts each; choose 1")
 
 
 _TASKS = {"choice_points": _choice_points, "path_star": _path_star, "induction": _induction, "polynomials": _polynomials}

@@ -62,7 +62,7 @@ class ChainBranching(ChainDrafter):
             ready = self._all(texts, grown, level)[:, -max(newest, 1) :]
         else:
             ready = self._newest(texts, grown, newest)
-        logits, tokens = self.model.draft_logits(ready), self.model.drafted
+        logits, tokens = self.model.draft_logits(ready, self.model.matrix_of(level)), self.model.drafted
         return logits if tokens is None else spread(logits, tokens, self.model.vocabulary, float("-inf"))
 
     def done(self, texts: Texts) -> None:
@@ -124,18 +124,17 @@ class PointBranching(PointDrafter):
 
     def after(self, texts: Texts, grown: Tree, newest: int, level: int) -> Tensor:
         assert self.state is not None
-        module = self.heads[str(min(level, len(self.heads)))]
+        module, matrix = self.heads.of_depth(level), self.model.matrix_of(level)
         if isinstance(module, MedusaModule):
-            matrix = None if module.head is None else module.head.weight
             return self.model.logits(module(self.state), matrix).unsqueeze(1)
         if level == 1:
             tokens = self.model.span([known - 1 for known in texts.known], texts.known).read(texts.tokens)
-            self.states = ready = module(self.state.unsqueeze(1), self.model.embedding(tokens))
+            self.states = ready = module(self.state.unsqueeze(1), self.model.embedding_of(level)(tokens))
         else:
             hidden = _taken(self.states, grown.parents[:, -newest:] + 1)
-            ready = module(hidden, self.model.embedding(grown.tokens[:, -newest:]))
+            ready = module(hidden, self.model.embedding_of(level)(grown.tokens[:, -newest:]))
             self.states = torch.cat((self.states, ready), dim=1)
-        return self.model.logits(ready)
+        return self.model.logits(ready, matrix)
 
     def done(self, texts: Texts) -> None:
         pass

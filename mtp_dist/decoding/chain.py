@@ -115,7 +115,7 @@ class ChainDrafter:
                 ready, handed = self._run(depth, texts.tokens, self.positions)
             else:
                 ready, handed = self._recycle(handed, texts.tokens)
-            token, distribution = self.chooser.choose_drafted(ready)
+            token, distribution = self.chooser.choose_drafted(ready, self.model.matrix_of(depth))
             texts.draft(depth - 1, token)
             distributions.append(distribution)
         self.used = Snapshot(texts, count)

@@ -64,11 +64,11 @@ class Chooser:
         token, distribution = pick(self.model.logits(states, matrix), self.sampling, self.source)
         return self.model.same(token), distribution
 
-    def choose_drafted(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
+    def choose_drafted(self, states: Tensor, matrix: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """As ``choose``, among the model's ``drafted`` tokens: a distribution is 0 for all others."""
         tokens = self.model.drafted
         if tokens is None:
-            return self.choose(states)
+            return self.choose(states, matrix)
         place, distribution = pick(self.model.draft_logits(states), self.sampling, self.source)
         if distribution is not None:
             distribution = spread(distribution, tokens, self.model.vocabulary, 0.0)

@@ -113,10 +113,10 @@ class LayoutModel(DecodingModel):
         logits = torch.cat(shares, dim=-1)[..., : self.vocabulary]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def draft_logits(self, states: Tensor) -> Tensor:
+    def draft_logits(self, states: Tensor, matrix: Tensor | None = None) -> Tensor:
         """Tensor ranks have unequal parts of these tokens: they make all logits."""
         whole = self.mesh.tensor.size > 1 and self.drafted is not None
-        return self.logits(states)[..., self.drafted] if whole else super().draft_logits(states)
+        return self.logits(states)[..., self.drafted] if whole else super().draft_logits(states, matrix)
 
     def decide(self, states: Tensor, rule: Callable[[Tensor], T]) -> T:
         logits = self.logits(states) if self.chunk.last else None

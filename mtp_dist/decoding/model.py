@@ -92,6 +92,17 @@ class DecodingModel:
         assert found is not None
         return found
 
+    def embedding_of(self, depth: int) -> Embedding:
+        """The one that a depth reads."""
+        assert self.heads is not None
+        return self.heads.embedding(depth) or self.embedding
+
+    def matrix_of(self, depth: int) -> Tensor | None:
+        """The output matrix of a depth's own, if it has one."""
+        assert self.heads is not None
+        own = self.heads.projection(depth)
+        return None if own is None else own.weight
+
     @property
     def heads(self) -> Heads | None:
         """The MTP heads, of whatever kind."""
@@ -193,7 +204,7 @@ class DecodingModel:
         hidden h^{k-1} [B, width, d]; tokens int64 [B, >= total + k]: position j reads t[j+k].
         Returns (state for the head, state for depth k+1), both [B, width, d].
         """
-        embedded = self.embedding(span.read(tokens, ahead=depth))
+        embedded = self.embedding_of(depth)(span.read(tokens, ahead=depth))
         return module(hidden, embedded, self.turned(span, branches), self.visible(tokens, span, branches), cache.at(span))
 
     def logits(self, states: Tensor, matrix: Tensor | None = None) -> Tensor:
@@ -214,10 +225,10 @@ class DecodingModel:
         """[n, d], a copy: picked once, not a draft at a time."""
         return self.chunk.output_weight()[self.drafted]
 
-    def draft_logits(self, states: Tensor) -> Tensor:
+    def draft_logits(self, states: Tensor, matrix: Tensor | None = None) -> Tensor:
         """As ``logits``, of the tokens ``drafted`` alone: [.., n]."""
         if self.drafted is None:
-            return self.logits(states)
+            return self.logits(states, matrix)
         product = packed(self.drafted)
         if product is None:
             return self.logits(states, self._drafted_rows)

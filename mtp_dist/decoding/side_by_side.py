@@ -99,13 +99,12 @@ class PointDrafter:
         hidden, distributions = self.state, []
         newest = self.model.span([known - 1 for known in texts.known], texts.known).read(texts.tokens)[:, 0]
         for depth in range(1, count + 1):
-            module, matrix = self.heads[str(min(depth, len(self.heads)))], None
+            module = self.heads.of_depth(depth)
             if isinstance(module, MedusaModule):
                 ready = module(self.state)
-                matrix = None if module.head is None else module.head.weight
             else:
-                ready = hidden = module(hidden, self.model.embedding(newest))
-            newest, distribution = self.chooser.choose(ready, matrix)
+                ready = hidden = module(hidden, self.model.embedding_of(depth)(newest))
+            newest, distribution = self.chooser.choose(ready, self.model.matrix_of(depth))
             texts.draft(depth - 1, newest)
             distributions.append(distribution)
         return proposal(texts, distributions)

@@ -47,6 +47,12 @@ def require_expressible(model: ModelConfig, mtp: MTPConfig) -> None:
             f"the checkpoint's heads (mtp.kind={mtp.kind}, mtp.blocks={mtp.blocks}, mtp.repeat={str(mtp.repeat).lower()}) are "
             "none that format=hf can hold: it takes sequential modules of one block; choose heads=false to export the trunk alone"
         )
+    for key in ("embedding", "projection"):
+        if mtp.depth and getattr(mtp, key) == "own":
+            raise UserError(
+                f"the checkpoint's heads have mtp.{key}=own, but readers of format=hf share the trunk's with the heads; choose "
+                "heads=false to export the trunk alone"
+            )
     if mtp.depth and mtp.stride > 1:
         raise UserError(
             f"the checkpoint's heads have mtp.stride={mtp.stride}, but readers of format=hf take depth k for the token k beyond "

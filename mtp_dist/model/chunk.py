@@ -19,6 +19,8 @@ from mtp_dist.config.heads import (
     learns_inside,
     lookahead,
     order_window,
+    owns_embeddings,
+    predicts_tokens,
     reads_tokens,
     received_taps,
     soft_targets,
@@ -32,8 +34,8 @@ from mtp_dist.model.embedding import Embedding
 from mtp_dist.model.feature_loss import feature_loss
 from mtp_dist.model.head_loss import STATISTICS, Order
 from mtp_dist.model.mtp import build_heads
-from mtp_dist.model.mtp.heads import TrunkStates
-from mtp_dist.model.output import OutputHead, TiedHead
+from mtp_dist.model.mtp.heads import Feed, TrunkStates
+from mtp_dist.model.output import OutputHead, Predictor, TiedHead
 from mtp_dist.model.recompute import run_block
 from mtp_dist.model.targets import targets, upcoming
 from mtp_dist.model.tensor_group import ALONE, TensorGroup
@@ -72,6 +74,7 @@ class Chunk(nn.Module):
         self.model, self.depth, self.group, self.first, self.last = model, mtp.depth, group, first, last
         self.stride, self.ahead = mtp.stride, lookahead(mtp)
         self.detach, self.reads_tokens, self.inside = detaches(mtp), reads_tokens(mtp), learns_inside(mtp)
+        self.own_embeddings = owns_embeddings(mtp)
         self.soft, self.cross_entropy_weight = soft_targets(mtp), mtp.cross_entropy_weight
         self.draft_vocabulary, self.window = mtp.draft_vocabulary, order_window(mtp)
         self.draft_tokens: DraftTokens | None = None
@@ -95,12 +98,22 @@ class Chunk(nn.Module):
             self.head = TiedHead(self.embedding)
         elif last:
             self.head = OutputHead(model, group)
+        self.predictors = self._build_predictors() if last and predicts_tokens(mtp) else None
         self.weight_gradients: WeightGradients | None = None
         self.recompute = "none"
         self.attention = "masked" if model.document_mask else "causal"
         self.compiled = False
         self.forward_calls = 0
         self.computed = mtp.depth
+
+    def _build_predictors(self) -> nn.ModuleList:
+        """Entry k names what depth k = 0 .. D-1 predicts."""
+        assert self.head is not None
+        assert self.mtp is not None
+        heads = [self.mtp.projection(k) for k in range(1, self.depth)]
+        main = self.head.matrix
+        matrices = [main, *(main if head is None else partial(getattr, head, "weight") for head in heads)]
+        return nn.ModuleList(Predictor(matrix, self.group) for matrix in matrices)
 
     def compute(self, depths: int) -> None:
         """From now on only the first so many depths are computed; the statistics of the others are zeros."""
@@ -148,10 +161,19 @@ class Chunk(nn.Module):
         return self.head.matrix()
 
     def forward(
-        self, hidden: Tensor | None = None, *, tokens: Tensor, documents: Tensor, scale: Tensor, starts: Tensor | None = None
+        self,
+        hidden: Tensor | None = None,
+        *,
+        tokens: Tensor,
+        documents: Tensor,
+        scale: Tensor,
+        starts: Tensor | None = None,
+        own: Tensor | None = None,
     ) -> Tensor:
         """tokens int64 and documents int [B, S+1+D s] with the stride s (``lookahead`` says how many), scale float32 [B, 1+D]
-        (see ``head_loss``); starts: ``document_starts`` of the first S positions, needed where ``attention`` is varlen.
+        (see ``head_loss``); starts: ``document_starts`` of the first S positions, needed where ``attention`` is varlen; own: bool
+        [B, S, D], where depth k at position i is fed not the target t[i+1+(k-1) s] of depth k-1 at i but the likeliest token that
+        depth k-1 (for k = 1 the main head) predicts there, through which no gradient goes; None: nowhere.
 
         hidden [B, S, d] (None on the first chunk; S/R positions under sequence parallelism) -> hidden of that shape, each with
         the taps that travel behind it in the last dimension (`states_in` and `states_out` states). The last chunk returns float32
@@ -181,19 +203,27 @@ class Chunk(nn.Module):
         wanted = targets(tokens, documents, self.depth, stride=self.stride, inside=self.inside, ahead=self.ahead)
         apart = documents[:, :positions] if self.model.document_mask else None
         trunk = TrunkStates(hidden, normed, self.norm, tapped, apart)
-        return self._result(trunk, tokens, documents, wanted, scale, turn, mask)
+        return self._result(trunk, tokens, documents, wanted, scale, turn, mask, own)
 
     def _result(
-        self, trunk: TrunkStates, tokens: Tensor, documents: Tensor, wanted: Tensor, scale: Tensor, turn: Tensor, mask: Mask
+        self,
+        trunk: TrunkStates,
+        tokens: Tensor,
+        documents: Tensor,
+        wanted: Tensor,
+        scale: Tensor,
+        turn: Tensor,
+        mask: Mask,
+        own: Tensor | None,
     ) -> Tensor:
         """What the last chunk returns."""
         assert self.head is not None
         states, drawn, imitated = [trunk.after_norm], [], None
         if self.mtp is not None and self.computed:
-            embedded = self._embed_ahead(tokens, turn.shape[1])
+            feed = self._feed(tokens, turn.shape[1], own)
             if self.detach:
-                trunk, embedded = self._detached(trunk), [part.detach() for part in embedded]
-            drawn, imitated = self.mtp(trunk, embedded, turn, mask), self.mtp.imitated(trunk)
+                trunk = self._detached(trunk)
+            drawn, imitated = self.mtp(trunk, feed, turn, mask), self.mtp.imitated(trunk)
             states += [self.mtp.ready(state, trunk) for state in drawn]
         wanted, scale = wanted[..., : len(states)], scale[:, : len(states)]
         of_head = scale
@@ -228,6 +258,26 @@ class Chunk(nn.Module):
             {tap: state.detach() for tap, state in trunk.taps.items()},
             trunk.documents,
         )
+
+    def _feed(self, tokens: Tensor, positions: int, own: Tensor | None) -> Feed:
+        """What the depths read; `own`: as of ``forward``."""
+        if own is None and not self.own_embeddings:
+            embedded = self._embed_ahead(tokens, positions)
+            return lambda k, _: embedded[k - 1].detach() if self.detach else embedded[k - 1]
+
+        def feed(k: int, state: Tensor) -> Tensor:
+            assert self.mtp is not None
+            begin = 1 + (k - 1) * self.stride
+            fed = tokens[:, begin : begin + positions]
+            if own is not None:
+                assert self.predictors is not None
+                fed = torch.where(own[..., k - 1], self.predictors[k - 1](state), fed)
+            if (embedding := self.mtp.embedding(k)) is not None:
+                return embedding(fed)
+            assert self.embedding is not None
+            return self.embedding(fed).detach() if self.detach else self.embedding(fed)
+
+        return feed
 
     def _embed_ahead(self, tokens: Tensor, positions: int) -> list[Tensor]:
         """Emb(t[i+1+(k-1) s]) for each depth k that is computed, where the kind of head reads tokens. Tokens are shifted before

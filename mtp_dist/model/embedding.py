@@ -14,9 +14,12 @@ from mtp_dist.model.weight_gradients import WeightGradients, gradient_of
 class Embedding(nn.Module):
     """tokens int64 [..] -> [.., hidden]. Each rank holds a share of the rows (see ``ParameterSpec``)."""
 
-    def __init__(self, vocabulary: int, hidden: int, *, std: float, group: TensorGroup) -> None:
+    def __init__(
+        self, vocabulary: int, hidden: int, *, std: float, group: TensorGroup, stands_for: str | None = None
+    ) -> None:
+        """`stands_for`: as of ``ParameterSpec``."""
         super().__init__()
-        self.weight = parameter((vocabulary, hidden), split=0, std=std, group=group)
+        self.weight = parameter((vocabulary, hidden), split=0, std=std, group=group, stands_for=stands_for)
         self.weight_gradients: WeightGradients | None = None
         self.group = group
         self.first_row = spec_of(self.weight).start[0]

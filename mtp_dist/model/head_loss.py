@@ -123,6 +123,18 @@ def statistics(sums: Tensor, right: Tensor, wanted: Tensor, *, soft: bool) -> Te
     return torch.cat((sums.unsqueeze(1), torch.stack(rows).float()), dim=1)
 
 
+@torch.no_grad()
+def likeliest(state: Tensor, weight: nn.Parameter, group: TensorGroup) -> Tensor:
+    """state [B, S, d], the same on each tensor rank; weight [V/R, d] -> int64 [B, S]: the token of the largest logit, of equal
+    ones the smallest. The same on each tensor rank; logits exist a chunk at a time. No gradient."""
+    share, hidden = _Share.of(weight, group), state.flatten(0, 1)
+    found = []
+    for part in hidden.split(max(1, LOGITS_IN_FLIGHT // share.most)):
+        top, column = (part @ weight.T).float().max(dim=1)
+        found.append(_largest(top, share.tokens(column), group)[1])
+    return torch.cat(found).view(state.shape[:2])
+
+
 @dataclass(frozen=True)
 class _Share:
     """This rank's rows of the vocabulary: from `first` on. `most`: rows that no rank exceeds; ranks must cut positions alike.

@@ -4,7 +4,7 @@ It is a module, and not a call of ``head_loss`` from the chunk, so that whoever 
 is needed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mtp_dist.config.schema import ModelConfig
 from mtp_dist.model.draft_tokens import DraftTokens
 from mtp_dist.model.embedding import Embedding
-from mtp_dist.model.head_loss import Order, Teacher, depth_losses, head_loss, statistics
+from mtp_dist.model.head_loss import Order, Teacher, depth_losses, head_loss, likeliest, statistics
 from mtp_dist.model.parameter import parameter
 from mtp_dist.model.tensor_group import TensorGroup
 from mtp_dist.model.weight_gradients import WeightGradients
@@ -65,13 +65,15 @@ class OutputHead(nn.Module):
 
 
 class OwnProjection(nn.Module):
-    """The output matrix of one depth alone, a copy of the main head's at the start, or `fresh`."""
+    """The output matrix of one depth alone. `copy_of`, `stands_for`: as of ``ParameterSpec``."""
 
-    def __init__(self, model: ModelConfig, group: TensorGroup, *, fresh: bool = False) -> None:
+    def __init__(
+        self, model: ModelConfig, group: TensorGroup, *, copy_of: str | None = None, stands_for: str | None = None
+    ) -> None:
         super().__init__()
         assert model.vocab_size is not None
-        shape, source = (model.vocab_size, model.hidden), None if fresh else MATRIX[model.tie_embeddings]
-        self.weight = parameter(shape, split=0, std=model.init_std, group=group, copy_of=source)
+        shape = (model.vocab_size, model.hidden)
+        self.weight = parameter(shape, split=0, std=model.init_std, group=group, copy_of=copy_of, stands_for=stands_for)
         self.group = group
 
     def forward(
@@ -88,6 +90,24 @@ class OwnProjection(nn.Module):
         """As ``depth_losses`` for the one state [B, S, d] of depth k. The teacher's matrix must be at hand: the main head, which
         calls this, has it."""
         return depth_losses([state], self.weight, wanted, scale, self.group, queue, teacher=teacher, order=order, first=k)
+
+
+class Predictor(nn.Module):
+    """Names the likeliest token of each state, by the matrix of a head. A module, as ``OutputHead`` is one: it borrows the
+    matrix, and owns no parameter."""
+
+    def __init__(self, matrix: Callable[[], nn.Parameter], group: TensorGroup) -> None:
+        super().__init__()
+        self.matrix, self.group = matrix, group
+
+    @property
+    def borrowed(self) -> tuple[nn.Parameter, ...]:
+        """Parameters of other modules that this one reads."""
+        return (self.matrix(),)
+
+    def forward(self, state: Tensor) -> Tensor:
+        """state [B, S, d], or this rank's positions of it, ready for the head -> int64 [B, S], the same on each tensor rank."""
+        return likeliest(self.group.whole_positions(state.detach()), self.matrix(), self.group)
 
 
 class TiedHead(OutputHead):

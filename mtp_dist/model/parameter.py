@@ -17,7 +17,8 @@ class ParameterSpec:
     """`shape`: of the whole parameter; `split`: the dimension that `group` divides, None if each rank holds all of it;
     `std`: standard deviation of the initial normal draw, None for ones; `copy_of`: name of the parameter of the same shape whose
     initial value it shares, whatever draws or reads that; `sharers`: how many neighbours in `group` hold the same slice, a
-    divisor of its size (key/value heads where there are more ranks than heads).
+    divisor of its size (key/value heads where there are more ranks than heads); `stands_for`: name of the one whose value it takes where a run starts
+    from a checkpoint that lacks it.
 
     Slice s of S = R / sharers is s n/S .. (s+1) n/S - 1, rounded down, of a dimension of n >= S: shares of a vocabulary may
     differ by one. Rank r of R holds slice r / sharers, rounded down.
@@ -29,6 +30,7 @@ class ParameterSpec:
     group: TensorGroup = ALONE
     copy_of: str | None = None
     sharers: int = 1
+    stands_for: str | None = None
 
     @property
     def counts_here(self) -> bool:
@@ -68,13 +70,14 @@ def parameter(
     group: TensorGroup,
     copy_of: str | None = None,
     sharers: int = 1,
+    stands_for: str | None = None,
 ) -> nn.Parameter:
     """An uninitialised parameter that holds this rank's slice; its ``spec`` describes it.
 
     ``tensor_model_parallel`` is DeepSpeed's own mark: the gradient norm counts a marked parameter on every tensor rank, any other
     on the first one only. So of the ranks that share a slice one is marked.
     """
-    spec = ParameterSpec(shape, split, std, group, copy_of, sharers)
+    spec = ParameterSpec(shape, split, std, group, copy_of, sharers, stands_for)
     result = nn.Parameter(torch.empty(spec.local_shape))
     result.spec = spec  # type: ignore[attr-defined]
     result.tensor_model_parallel = split is not None and group.size > 1 and spec.counts_here  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from mtp_dist.config.heads import (
     handed_taps,
     has_adversary,
     modules,
+    owns_embeddings,
     owns_projections,
     received_taps,
 )
@@ -99,10 +100,11 @@ def vectors_beside_blocks(model: ModelConfig, mtp: MTPConfig) -> int:
 
 
 def module_parameters(model: ModelConfig, mtp: MTPConfig, tensor: int = 1) -> int:
-    """One MTP module's share on the one of `tensor` ranks that has most: its blocks and its vocabulary projection are split; what
-    it has beside them is on each."""
+    """One MTP module's share on the one of `tensor` ranks that has most: its blocks and its matrices of the vocabulary are split;
+    what it has beside them is on each."""
     blocks = blocks_of_module(mtp) * block_parameters(model, tensor) + wider_attention(model, mtp, tensor)
-    return blocks + beside_blocks(model, mtp) + vectors_beside_blocks(model, mtp) + own_projection(model, mtp, tensor)
+    matrices = own_projection(model, mtp, tensor) + own_embedding(model, mtp, tensor)
+    return blocks + beside_blocks(model, mtp) + vectors_beside_blocks(model, mtp) + matrices
 
 
 def adversary_parameters(model: ModelConfig, mtp: MTPConfig, tensor: int = 1) -> int:
@@ -113,6 +115,11 @@ def adversary_parameters(model: ModelConfig, mtp: MTPConfig, tensor: int = 1) ->
 def own_projection(model: ModelConfig, mtp: MTPConfig, tensor: int = 1) -> int:
     """Elements of one MTP module's own vocabulary projection, where it has one."""
     return vocabulary_rows(model, tensor) * model.hidden if owns_projections(mtp) else 0
+
+
+def own_embedding(model: ModelConfig, mtp: MTPConfig, tensor: int = 1) -> int:
+    """Elements of one MTP module's own embedding, where it has one."""
+    return vocabulary_rows(model, tensor) * model.hidden if owns_embeddings(mtp) else 0
 
 
 def chunk_parameters(

@@ -7,7 +7,7 @@ matrix operations are forward, a third give the gradient of the input, a third t
 
 from typing import NamedTuple
 
-from mtp_dist.config.heads import detaches, fused_states, has_adversary, owns_projections, soft_targets
+from mtp_dist.config.heads import detaches, fused_states, has_adversary, owns_projections, predicts_tokens, soft_targets
 from mtp_dist.config.layout import key_value_sharers
 from mtp_dist.config.schema import ModelConfig, MTPConfig, TrainingRun
 
@@ -121,12 +121,12 @@ def adversary_flops(model: ModelConfig, mtp: MTPConfig) -> int:
 def projection_flops(model: ModelConfig, mtp: MTPConfig) -> int:
     """1 + D projections onto the vocabulary; detached depths form no gradient of the main head's matrix, and under a frozen trunk
     there is none, nor one of the main head's state; matrices of their own always have one. Depths may know a part of the
-    vocabulary. Soft targets are another projection at each depth, forward only."""
+    vocabulary. Soft targets are another projection at each depth, forward only, and so are the model's own predictions."""
     assert model.vocab_size is not None
     main, drafted = 2 if mtp.freeze_trunk else 6, mtp.draft_vocabulary or model.vocab_size
     depth = 4 if (mtp.freeze_trunk or detaches(mtp)) and not owns_projections(mtp) else 6
-    teacher = 2 if soft_targets(mtp) else 0
-    return (main * model.vocab_size + (depth * drafted + teacher * model.vocab_size) * mtp.depth) * model.hidden
+    forward = 2 * (soft_targets(mtp) + predicts_tokens(mtp))
+    return (main * model.vocab_size + (depth * drafted + forward * model.vocab_size) * mtp.depth) * model.hidden
 
 
 def costs(config: TrainingRun) -> Costs:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mtp_dist.config.attention import choose
-from mtp_dist.config.heads import lookahead
+from mtp_dist.config.heads import lookahead, predicts_tokens
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.model.attention import capability, document_starts, most_documents
 from mtp_dist.model.chunk import Chunk
@@ -74,6 +74,9 @@ class _Timed:
             "documents": torch.zeros((rows, width), dtype=torch.int32, device=device),
             "scale": torch.full((rows, 1 + depth), 1 / (rows * positions), device=device),
         }
+        if predicts_tokens(config.mtp):
+            # A prediction costs the same wherever it is taken.
+            self.rows["own"] = torch.ones((rows, positions, depth), dtype=torch.bool, device=device)
         if self.chunk.attention == "varlen":
             attending = self.rows["documents"][:, :positions]
             self.rows["starts"] = document_starts(attending, most_documents(attending))

@@ -1,6 +1,6 @@
 """The experiments by name."""
 
-from mtp_dist.studies import choice_points, heads, induction, path_star, polynomials, schedules
+from mtp_dist.studies import chaining, choice_points, heads, induction, path_star, polynomials, schedules
 from mtp_dist.studies.experiment import Experiment
 
 CATALOGUE: dict[str, Experiment] = {
@@ -10,4 +10,5 @@ CATALOGUE: dict[str, Experiment] = {
     "polynomials": polynomials.EXPERIMENT,
     "heads": heads.EXPERIMENT,
     "schedules": schedules.EXPERIMENT,
+    "chaining": chaining.EXPERIMENT,
 }

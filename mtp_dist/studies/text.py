@@ -22,7 +22,7 @@ from mtp_dist.studies.matching import parameters
 from mtp_dist.studies.training import Trained, train
 from mtp_dist.training.held_out import HeldOut
 
-TEXT_EXPERIMENTS = ("heads", "schedules")
+TEXT_EXPERIMENTS = ("heads", "schedules", "chaining")
 
 
 def dataset(config: Study) -> Dataset:

@@ -11,7 +11,7 @@ from mtp_dist.data.batch import Batch
 from mtp_dist.errors import UserError
 from mtp_dist.parallel.mesh import Mesh
 from mtp_dist.training.learning_rate import learning_rate
-from mtp_dist.training.objective import coefficients
+from mtp_dist.training.objective import coefficients, draws
 from mtp_dist.training.statistics import Totals
 from mtp_dist.training.step import Workload, build
 
@@ -46,7 +46,8 @@ def train(
             watch(step, workload)
         batch, began = read(step), time.perf_counter()
         lr = learning_rate(config.schedule, config.optim.lr, (step + 1) * size, steps * size)
-        totals, outcome = workload.step(batch, coefficients(config.mtp, step * size), lr)
+        drawn = draws(config, step, step * size)
+        totals, outcome = workload.step(batch, coefficients(config.mtp, step * size), lr, drawn)
         if not outcome.applied:
             raise UserError(f"step {step + 1} of seed={config.seed}: the loss is not finite; lower optim.lr={config.optim.lr:g}")
         losses.append(totals.means()["loss"][0])

@@ -27,7 +27,9 @@ VALIDATION_TOKENS_PER_FORWARD = "validation/tokens_per_forward"
 LEARNING_RATE = "optim/lr"
 GRADIENT_NORM = "optim/gradient_norm"
 SKIPPED_STEPS = "optim/skipped_steps"
+MAIN_LOSS_WEIGHT = "mtp/main_loss_weight"
 LOSS_WEIGHT = "mtp/loss_weight"
+SCHEDULED_SAMPLING = "mtp/scheduled_sampling"
 DEPTH_IN_FORCE = "mtp/depth"
 TOKENS_SEEN = "data/tokens_seen"
 EPOCH = "data/epoch"
@@ -39,7 +41,7 @@ MEMORY_RSS = "memory/rss_gib"
 MEMORY_DEVICE_PEAK = "memory/device_peak_gib"
 
 MEANING = {
-    LOSS_TOTAL: "The differentiated loss: main + lambda-weighted depths.",
+    LOSS_TOTAL: "The differentiated loss: main (times lambda_0) + lambda-weighted depths.",
     LOSS_MAIN: "Cross-entropy of the next token.",
     LOSS_DEPTH: "Cross-entropy of the token k beyond the next one; eagle: that and the distance below, as they are weighted.",
     LOSS_FEATURES_DEPTH: "eagle: SmoothL1 distance of depth k's states from the trunk's.",
@@ -59,7 +61,9 @@ MEANING = {
     LEARNING_RATE: "Learning rate of the step.",
     GRADIENT_NORM: "Global gradient norm before clipping.",
     SKIPPED_STEPS: "Steps skipped so far because a loss or gradient was not finite (train.nonfinite=skip).",
+    MAIN_LOSS_WEIGHT: "Lambda_0 of the step.",
     LOSS_WEIGHT: "Lambda of the step.",
+    SCHEDULED_SAMPLING: "Probability that a depth was fed the model's own prediction in this step.",
     DEPTH_IN_FORCE: "Depths that the step trains (mtp.curriculum).",
     TOKENS_SEEN: "Positions read since the start of the run, resumes and skipped steps included.",
     EPOCH: "Passes over the training split, as a fraction.",

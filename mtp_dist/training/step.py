@@ -23,6 +23,7 @@ from mtp_dist.parallel.stages import build_chunks
 from mtp_dist.parallel.timeline import Timeline, span
 from mtp_dist.training.exchange import global_counts, share
 from mtp_dist.training.objective import target_scale
+from mtp_dist.training.own_tokens import Draws, own_tokens
 from mtp_dist.training.statistics import Totals, gather
 
 
@@ -68,9 +69,10 @@ class Workload(ForwardOnly):
         """From now on steps are recorded there; None: no longer."""
         self.pipeline.timeline = self.engine.timeline = timeline
 
-    def gradients(self, batch: Batch | None, parts: list[float]) -> tuple[Tensor | None, Tensor]:
+    def gradients(self, batch: Batch | None, parts: list[float], draws: Draws | None = None) -> tuple[Tensor | None, Tensor]:
         """Forward and backward of this replica's rows (`batch` on its reader, else None). `parts`: weights of L_main, L_1 ..
-        L_d; depths beyond d are not computed (with ZeRO-2 and 3: weigh 0), and count no target.
+        L_d; depths beyond d are not computed (with ZeRO-2 and 3: weigh 0), and count no target. `draws`: of the model's own
+        predictions, which it then reads here and there; None: it reads true tokens.
 
         Gradients are added to the parameters, not yet reduced. Returns what ``gather`` takes: the last chunk's result and the
         global counts. Collective.
@@ -84,14 +86,20 @@ class Workload(ForwardOnly):
         scale = target_scale(parts, counts, mesh.parallel.data)
         # DeepSpeed keeps the shard of a gradient that is not renewed, and would apply it again: there it is renewed with zeros.
         self._compute(self.config.mtp.depth if self.engine.shards_gradients else len(parts) - 1)
-        result = self.pipeline.step(self._rows(tokens, documents, scale))
+        rows = self._rows(tokens, documents, scale)
+        if draws is not None and draws.probability > 0:
+            mine = range(mesh.data_rank * shape[0], (mesh.data_rank + 1) * shape[0])
+            rows["own"] = own_tokens(draws, mine, train.sequence_length, self.config.mtp.depth).to(tokens.device)
+        result = self.pipeline.step(rows)
         if result is not None:
             result[1:].view(len(counts), -1)[len(parts) :] = 0
         return result, counts
 
-    def step(self, batch: Batch | None, parts: list[float], lr: float) -> tuple[Totals, StepOutcome]:
+    def step(
+        self, batch: Batch | None, parts: list[float], lr: float, draws: Draws | None = None
+    ) -> tuple[Totals, StepOutcome]:
         """A whole optimizer step. Collective. The statistics are read last: reading them waits for the device."""
-        result, counts = self.gradients(batch, parts)
+        result, counts = self.gradients(batch, parts, draws)
         outcome = self.engine.step(lr)
         return gather(result, counts, self.mesh), outcome
 

@@ -36,7 +36,14 @@ from mtp_dist.training.console import Console
 from mtp_dist.training.held_out import HeldOut
 from mtp_dist.training.learning_rate import learning_rate
 from mtp_dist.training.nonfinite import keep_batch
-from mtp_dist.training.objective import coefficients, depth_in_force, loss_weight
+from mtp_dist.training.objective import (
+    coefficients,
+    depth_in_force,
+    draws,
+    loss_weight,
+    main_loss_weight,
+    sampling_probability,
+)
 from mtp_dist.training.progress import Progress
 from mtp_dist.training.resume import newest_sound, warm_start
 from mtp_dist.training.sample import Sample, shown
@@ -207,7 +214,8 @@ class Trainer:
         batch, following = self.upcoming or (None, None)
         trained = self.progress.tokens_trained
         lr = learning_rate(self.config.schedule, self.config.optim.lr, trained + self.step_tokens, self.total * self.step_tokens)
-        totals, outcome = self.workload.step(batch, coefficients(self.config.mtp, trained), lr)
+        drawn = draws(self.config, self.progress.step, trained)
+        totals, outcome = self.workload.step(batch, coefficients(self.config.mtp, trained), lr, drawn)
         if not outcome.applied:
             self._on_nonfinite(batch, totals, outcome)
         self.progress.advance(self.step_tokens, applied=outcome.applied)
@@ -303,7 +311,9 @@ class Trainer:
             names.LEARNING_RATE: lr,
             names.GRADIENT_NORM: outcome.gradient_norm,
             names.SKIPPED_STEPS: self.progress.skipped,
+            names.MAIN_LOSS_WEIGHT: main_loss_weight(self.config.mtp, trained),
             names.LOSS_WEIGHT: loss_weight(self.config.mtp, trained),
+            names.SCHEDULED_SAMPLING: sampling_probability(self.config.mtp, trained),
             names.DEPTH_IN_FORCE: depth_in_force(self.config.mtp, trained),
             names.TOKENS_SEEN: seen,
             names.EPOCH: seen / self.dataset.splits["train"].tokens,

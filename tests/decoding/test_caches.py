@@ -202,6 +202,9 @@ KINDS: list[dict[str, Any]] = [
     {"kind": "medusa"},
     {"kind": "medusa", "projection": "own", "blocks": 2},
     {"kind": "notebook", "h0": "pre_norm"},
+    {"embedding": "own", "projection": "own"},
+    {"repeat": True, "projection": "own", "tie": False},
+    {"kind": "notebook", "embedding": "own", "projection": "own"},
     {"kind": "eagle"},
     {"kind": "eagle", "h0": "pre_norm", "blocks": 2},
     # A draft behind the end of a document was never trained; with documents the mask of such a step differs from training's.

@@ -21,6 +21,8 @@ OTHERS: list[dict[str, Any]] = [
     {"kind": "eagle"},
     {"kind": "eagle3"},
     {"kind": "sequential", "blocks": 2},
+    {"kind": "sequential", "embedding": "own"},
+    {"kind": "sequential", "projection": "own"},
 ]
 
 

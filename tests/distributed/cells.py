@@ -46,6 +46,9 @@ AXES: dict[str, tuple[Any, ...]] = {
     "stride": (1, 2),
     "curriculum": ((), ((0, 1), (256, 3))),  # all three depths from the second step on
     "projection": ("shared", "own"),
+    "embedding": ("shared", "own"),
+    "scheduled_sampling": (0, 0.5),
+    "main_loss_weight": (1, 0.5),
     "adversarial": (0, 0.5),
     "draft_vocabulary": (None, 30),
 }
@@ -55,8 +58,8 @@ LAYOUT = ("pipeline", "schedule", "tensor", "data", "stage", "depth", "dtype")
 """Axes that are always named."""
 
 OF_HEADS = (
-    "head_lr_ratio", "repeat", "blocks", "detach", "targets", "stride", "curriculum", "projection", "adversarial",
-    "draft_vocabulary",
+    "head_lr_ratio", "repeat", "blocks", "detach", "targets", "stride", "curriculum", "projection", "embedding",
+    "scheduled_sampling", "adversarial", "draft_vocabulary",
 )  # fmt: skip
 """Axes that mean nothing without heads."""
 
@@ -105,7 +108,8 @@ def name_of(cell: Cell) -> str:
     """What tests call a cell: its layout, and what differs from the first values of ``AXES``."""
     short = {"pipeline": "pp", "tensor": "tp", "data": "dp", "stage": "zero", "depth": "depth", "vocabulary": "v"}
     short |= {"recompute": "recompute_", "head_lr_ratio": "rate", "blocks": "blocks", "stride": "stride"}
-    short |= {"adversarial": "adversary", "draft_vocabulary": "draft"}
+    short |= {"adversarial": "adversary", "draft_vocabulary": "draft", "projection": "projection_", "embedding": "embedding_"}
+    short |= {"scheduled_sampling": "sampled", "main_loss_weight": "main"}
     words = []
     for axis, value in cell.items():
         if axis not in LAYOUT and value == AXES[axis][0]:

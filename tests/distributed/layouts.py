@@ -92,6 +92,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
             "notebook": {"kind": "notebook"},
             "medusa_own": {"kind": "medusa", "projection": "own"},
             "stride": {"stride": 3},
+            "own_matrices": {"embedding": "own", "projection": "own", "tie": False},
+            "sampled": {"scheduled_sampling": 0.5, "depth": 3, "main_loss_weight": 0.6},
             "koala": {"blocks": 2, "targets": "trunk", "adversarial": 0.5},
             "soft": {"targets": "trunk", "depth": 3},
         }.items()
@@ -200,6 +202,7 @@ ESSENTIAL = frozenset({
     "pp2_zbv_heads_alone_parallel", "dp2_medusa", "pp2_zbv_medusa", "pp2_1f1b_medusa_own", "tp2_sequence_notebook",
     "pp2_1f1b_frozen_eagle", "dp2_zero3_eagle", "pp2_zbv_eagle3", "tp2_sequence_eagle3", "tp2_sequence_soft",
     "tp2_sequence_koala", "pp2_zbv_curriculum", "tp2_sequence_stride", "tp2_odd_eagle_draft_vocabulary",
+    "pp2_1f1b_own_matrices", "tp2_sequence_sampled", "dp2_zero3_own_matrices_sampled_notebook",
 })  # fmt: skip
 """Layouts that every test run trains; the others are for a full one. Of each schedule, stage and kind of head there is one."""
 
@@ -298,6 +301,33 @@ ESSENTIAL |= {
     "pp4_interleaved_few",
 }  # fmt: skip
 
+LAYOUTS |= {
+    "pp2_1f1b_tied_own_matrices": {"pipeline": 2, "schedule": "1f1b", "embedding": "own", "projection": "own"},
+    "pp2_zbv_tp2_odd_own_matrices": {
+        "pipeline": 2, "schedule": "zbv", "tensor": 2, "vocabulary": 97, "embedding": "own", "projection": "own"},
+    "pp2_1f1b_tp2_sequence_own_embedding_notebook": {
+        "pipeline": 2, "schedule": "1f1b", "tensor": 2, "sequence_parallel": True, "kind": "notebook", "embedding": "own",
+        "depth": 3, "repeat": True},
+    "dp2_zero3_own_matrices_frozen": {
+        "data": 2, "stage": 3, "embedding": "own", "projection": "own", "freeze_trunk": True},
+    "dp2_zero3_own_matrices_sampled_notebook": {
+        "data": 2, "stage": 3, "kind": "notebook", "embedding": "own", "projection": "own", "scheduled_sampling": 0.5},
+    "dp2_zero2_own_matrices_sampled_repeat": {
+        "data": 2, "stage": 2, "embedding": "own", "projection": "own", "repeat": True, "depth": 3, "scheduled_sampling": 0.5},
+    "pp2_1f1b_tp2_odd_sampled": {
+        "pipeline": 2, "schedule": "1f1b", "tensor": 2, "vocabulary": 97, "tie": False, "scheduled_sampling": 1.0},
+    "pp2_zbv_tp2_sequence_sampled_own_notebook": {
+        "pipeline": 2, "schedule": "zbv", "tensor": 2, "sequence_parallel": True, "kind": "notebook", "projection": "own",
+        "recompute": "full", "scheduled_sampling": 0.5},
+    "pp2_dualpipev_sampled_soft_detach": {
+        "pipeline": 2, "schedule": "dualpipev", "targets": "trunk", "detach": True, "scheduled_sampling": 0.5},
+    "pp2_1f1b_sampled_frozen": {"pipeline": 2, "schedule": "1f1b", "freeze_trunk": True, "scheduled_sampling": 0.5},
+    "pp2_zbv_sampled_curriculum": {"pipeline": 2, "schedule": "zbv", "scheduled_sampling": 0.5} | CURRICULUM,
+    # From the second step on, in a model that has been traced without.
+    "dp2_zero3_sampled_later": {"data": 2, "stage": 3, "tie": False, "scheduled_sampling_points": [[256, 0.5]]},
+    "dp2_sampled_bfloat16": {"data": 2, "dtype": "bfloat16", "scheduled_sampling": 0.5},
+}
+
 PATHS = {
     "pipeline": "parallel.pipeline",
     "tensor": "parallel.tensor",
@@ -324,6 +354,10 @@ PATHS = {
     "targets": "mtp.targets",
     "adversarial": "mtp.adversarial",
     "projection": "mtp.projection",
+    "embedding": "mtp.embedding",
+    "scheduled_sampling": "mtp.scheduled_sampling",
+    "scheduled_sampling_points": "mtp.scheduled_sampling_points",
+    "main_loss_weight": "mtp.main_loss_weight",
     "draft_vocabulary": "mtp.draft_vocabulary",
     "window": "mtp.window",
     "repeat": "mtp.repeat",

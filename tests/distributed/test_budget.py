@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mtp_dist.config.heads import modules, owns_projections
+from mtp_dist.config.heads import modules, owns_embeddings, owns_projections
 from mtp_dist.config.layout import is_v, micro_batches
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.parallel.budget import CHECKPOINT_BYTES, MASTER_BYTES, chunk_parameters, chunks_in_flight, rank_memory
@@ -32,7 +32,7 @@ def held(grid: Callable[[str], list[Any]]) -> Callable[[str], list[Any]]:
 
 def vocabulary_matrices(config: TrainingRun) -> int:
     """Matrices that are split by the vocabulary."""
-    own = modules(config.mtp) if owns_projections(config.mtp) else 0
+    own = modules(config.mtp) * (owns_projections(config.mtp) + owns_embeddings(config.mtp))
     return 1 + (not config.model.tie_embeddings) + own
 
 

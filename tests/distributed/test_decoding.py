@@ -31,6 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "parallel": {"kind": "parallel"},
     "medusa": {"kind": "medusa", "projection": "own"},
     "notebook": {"kind": "notebook"},
+    "own_matrices": {"embedding": "own", "projection": "own", "tie": False},
     "eagle": {"kind": "eagle"},
     "eagle3": {"kind": "eagle3", "draft_tokens": [1, 2, 3, 4, 5, 7, 9, *range(13, 23)]},
 }

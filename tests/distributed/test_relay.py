@@ -22,14 +22,20 @@ RELAYS = {
 FLOAT32 = {"train.dtype": "float32"}
 
 
-@pytest.mark.parametrize("world", RELAYS)
-def test_a_run_handed_from_layout_to_layout(world: int, tmp_path: Path, tiny_dataset: Path) -> None:
+SAMPLED = {"mtp.scheduled_sampling": 0.5}
+"""Own predictions here and there: draws that depended on a replica, a micro-batch or a start would give other losses."""
+
+
+@pytest.mark.parametrize(("world", "overrides"), [*((world, {}) for world in RELAYS), (2, SAMPLED)])
+def test_a_run_handed_from_layout_to_layout(
+    world: int, overrides: dict[str, float], tmp_path: Path, tiny_dataset: Path
+) -> None:
     layouts = RELAYS[world]
     runs = {"relay": layouts, "same": [layouts[0]] * len(layouts)}
     jobs = []
     for name, order in runs.items():
         places = {"data": str(tiny_dataset), "run_dir": str(tmp_path / name)}
-        jobs.append({"name": name, "task": "relay", "arguments": {"layouts": order, **places, "overrides": FLOAT32}})
+        jobs.append({"name": name, "task": "relay", "arguments": {"layouts": order, **places, "overrides": FLOAT32 | overrides}})
     run_jobs(world, jobs, tmp_path)
     relay, same = (read_records(tmp_path / name / "metrics.jsonl") for name in runs)
     assert [record["step"] for record in relay] == list(range(1, len(layouts) + 1))

@@ -44,6 +44,9 @@ RESUMED = [
     "pp2_1f1b_frozen_eagle",
     "pp2_zbv_eagle3",
     "pp2_zbv_eagle_draft_vocabulary",
+    "pp2_1f1b_own_matrices",
+    "tp2_sequence_sampled",
+    "dp2_zero3_own_matrices_sampled_notebook",
     "pp2_zbv_tp2",
     "pp2_1f1b_tp2",
     "pp2_zbv_dp2",
@@ -60,7 +63,7 @@ RESUMED = [
     "pp4_1f1b_few",
 ]
 ORDINARY = {"one_process", "pp2_1f1b", "pp2_zbv", "tp2_sequence", "dp2_zero0", "dp2_zero1", "dp2_zero3", "pp2_zbv_tp2",
-            "tp2_one_key", "dp2_medusa", "pp2_zbv_eagle3", "pp2_zbv_curriculum"}  # fmt: skip
+            "tp2_one_key", "dp2_medusa", "pp2_zbv_eagle3", "pp2_zbv_curriculum", "tp2_sequence_sampled"}  # fmt: skip
 """The others are for a full run."""
 LAYOUTS = [name if name in ORDINARY else pytest.param(name, marks=pytest.mark.full) for name in RESUMED]
 EXACT = ("loss/total", "loss/main", "loss/depth_1", "loss/depth_2", "optim/gradient_norm", "optim/lr", "data/tokens_seen")

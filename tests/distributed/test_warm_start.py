@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mtp_dist.checkpoint.compatibility import require_start
+from mtp_dist.checkpoint.manifest import FORMAT, WITH_OWN_MATRICES
 from mtp_dist.checkpoint.reader import Checkpoint
 from mtp_dist.config.heads import modules
 from mtp_dist.config.schema import TrainingRun
@@ -29,6 +30,7 @@ STARTS: dict[str, tuple[str, int, dict[str, Any], int]] = {
     "none": ("tp2", 0, {}, 0),
     "fresh": ("pp2_1f1b", 2, {"init.heads": "fresh", "init.optimizer": True}, 0),
     "copies": ("tp2_sequence_medusa_own", 2, {"init.heads": "fresh"}, 0),
+    "own matrices": ("pp2_1f1b_tied_own_matrices", 2, {"init.heads": "fresh"}, 0),
     # Other kinds on the same trunk, jointly and alone.
     "parallel": ("pp2_1f1b_parallel", 2, {"init.heads": "fresh"}, 0),
     "medusa alone": ("pp2_1f1b_frozen_medusa", 2, {"init.heads": "fresh"}, 0),
@@ -75,7 +77,7 @@ def test_what_is_taken_has_the_same_bits_and_the_rest_is_fresh(made: Path, run: 
     for name, spec in specs.items():
         head, adversary = name.startswith("mtp."), name.startswith("adversary.")
         taken = int(name.split(".")[1]) <= kept if head else not adversary
-        source = name if taken else spec.copy_of
+        source = name if taken else spec.stands_for
         expected = old.read(source, "master") if source else initial_value(name, spec, SEED)
         assert new.read(name, "master").equal(expected), name
         if source and spec.std is not None:
@@ -103,6 +105,12 @@ def test_it_trains_from_there_as_a_run_of_its_own(made: Path, run: str) -> None:
     assert before.manifest.tracker != at(made, "old", 4).manifest.tracker
 
 
+def test_matrices_of_the_heads_own_are_a_format_that_earlier_versions_refuse(made: Path) -> None:
+    """They would use the trunk's in their place. Medusa's they know."""
+    assert at(made, "own matrices", 0).manifest.format == WITH_OWN_MATRICES
+    assert {at(made, run, 0).manifest.format for run in ("more", "copies", "notebook")} == {FORMAT}
+
+
 def asked(made: Path, data: Path, **overrides: Any) -> TrainingRun:
     config = settings("one_process", data, made / "asked", 2, init__checkpoint=str(made / "old"))
     for key, value in overrides.items():
@@ -117,6 +125,8 @@ def asked(made: Path, data: Path, **overrides: Any) -> TrainingRun:
         ({"model__mlp": 64}, "is of another model: its model.mlp is 48, this run's is 64; set model.mlp=48"),
         ({"mtp__kind": "parallel"}, "has heads of mtp.kind=sequential, this run's are parallel; set mtp.kind=sequential, or"),
         ({"mtp__stride": 2}, "has heads of mtp.stride=1, this run's are 2; set mtp.stride=1, or init.heads=fresh"),
+        ({"mtp__embedding": "own"}, "has heads of mtp.embedding=shared, this run's are own; set mtp.embedding=shared, or init"),
+        ({"mtp__projection": "own"}, "has heads of mtp.projection=shared, this run's are own; set mtp.projection=shared, or"),
         ({"mtp__concat": "hidden_first"}, "has heads of mtp.concat=embedding_first, this run's are hidden_first; set mtp"),
         ({"init__checkpoint": "/nowhere"}, "init.checkpoint=/nowhere does not exist"),
         ({"init__heads": "old"}, "init.heads=old is not one of keep or fresh"),

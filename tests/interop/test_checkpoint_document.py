@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtp_dist.checkpoint.manifest import FORMAT, UNSUMMED, WITH_DRAFT_TOKENS, Manifest
+from mtp_dist.checkpoint.manifest import FORMAT, UNSUMMED, WITH_DRAFT_TOKENS, WITH_OWN_MATRICES, Manifest
 from mtp_dist.checkpoint.reader import Checkpoint
 from mtp_dist.parallel.engine import PARTS
 from tests.distributed.pool import ROOT
@@ -57,7 +57,7 @@ def test_checkpoints_have_several_boxes_and_several_shards(checkpoints: dict[str
 def test_the_page_names_every_key_file_and_parameter(checkpoints: dict[str, Path]) -> None:
     keys = {line.split("`")[1] for line in PAGE.splitlines() if line.startswith("| `")}
     assert set(Manifest.__dataclass_fields__) <= keys
-    assert all(f"`{known}`" in PAGE for known in (FORMAT, UNSUMMED, WITH_DRAFT_TOKENS))
+    assert all(f"`{known}`" in PAGE for known in (FORMAT, UNSUMMED, WITH_DRAFT_TOKENS, WITH_OWN_MATRICES))
     for path in checkpoints.values():
         manifests, ranks = {"MANIFEST.json", "MANIFEST.sha256"}, {"rank_00000.safetensors", "rank_00001.safetensors"}
         assert {file.name for file in path.iterdir()} == manifests | ranks | {"config.yaml", "tokenizer.json"}

@@ -13,6 +13,8 @@ from mtp_dist.config.schema import ModelConfig, MTPConfig
 
 Weights = dict[str, Tensor]
 Vectors = list[Tensor]
+Own = list[list[bool]]
+"""Of one row: entry (i, k-1) says that depth k at position i reads what depth k-1 predicts there."""
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -178,17 +180,46 @@ def smooth_l1(got: Tensor, want: Tensor) -> Tensor:
     return torch.stack([e * e / 2 if e < 1 else e - 0.5 for e in errors]).mean()
 
 
+def matrix_of(weights: Weights, model: ModelConfig, mtp: MTPConfig, k: int) -> Tensor:
+    """[V, d]: what depth k (0: the main head) predicts with."""
+    if k and mtp.projection == "own":
+        return weights["mtp.1.head.weight" if mtp.repeat else f"mtp.{k}.head.weight"]
+    return weights["embedding.weight"] if model.tie_embeddings else weights["head.weight"]
+
+
+def fed(
+    weights: Weights, model: ModelConfig, mtp: MTPConfig, k: int, i: int, before: Tensor, tokens: list[int], own: Own | None
+) -> Tensor:
+    """What depth k reads at position i: the embedding of the target of depth k-1, or where `own` says so of the token that depth
+    k-1 itself names likeliest of its state there, `before`."""
+    token = tokens[i + 1 + (k - 1) * mtp.stride]
+    if own is not None and own[i][k - 1]:
+        matrix = matrix_of(weights, model, mtp, k - 1)
+        logits = [float(row @ before) for row in matrix.detach()]
+        token = logits.index(max(logits))
+    if mtp.embedding == "own":
+        return weights["mtp.1.embedding.weight" if mtp.repeat else f"mtp.{k}.embedding.weight"][token]
+    return weights["embedding.weight"][token]
+
+
 def heads(
-    weights: Weights, model: ModelConfig, mtp: MTPConfig, before: Vectors, after: Vectors, tokens: list[int], documents: list[int]
+    weights: Weights,
+    model: ModelConfig,
+    mtp: MTPConfig,
+    before: Vectors,
+    after: Vectors,
+    tokens: list[int],
+    documents: list[int],
+    own: Own | None,
 ) -> list[Vectors]:
-    """h^1 .. h^D of one row as the shared output head reads them; `before` and `after`: the trunk around its final norm."""
+    """h^1 .. h^D of one row as output heads read them; `before` and `after`: the trunk around its final norm."""
     hidden = after if mtp.h0 == "post_norm" else before
-    states = []
+    states: list[Vectors] = []
     for k in range(1, mtp.depth + 1):
         name = "mtp.1" if mtp.repeat else f"mtp.{k}"
-        joined = []
+        ready, joined = states[-1] if states else after, []
         for i, h in enumerate(hidden):
-            embedded = weights["embedding.weight"][tokens[i + 1 + (k - 1) * mtp.stride]]
+            embedded = fed(weights, model, mtp, k, i, ready[i], tokens, own)
             parts = [
                 norm(embedded, weights[f"{name}.embedding_norm.weight"], model.norm_eps),
                 norm(h, weights[f"{name}.hidden_norm.weight"], model.norm_eps),
@@ -209,7 +240,15 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return (x - mean) / (variance + 1e-5).sqrt() * weight + bias
 
 
-def notebook_heads(weights: Weights, mtp: MTPConfig, before: Vectors, after: Vectors, tokens: list[int]) -> list[Vectors]:
+def notebook_heads(
+    weights: Weights,
+    model: ModelConfig,
+    mtp: MTPConfig,
+    before: Vectors,
+    after: Vectors,
+    tokens: list[int],
+    own: Own | None,
+) -> list[Vectors]:
     """One position after the other: its projection, its norm, and layers in which it meets no other position."""
 
     def affine(name: str, x: Tensor) -> Tensor:
@@ -222,7 +261,8 @@ def notebook_heads(weights: Weights, mtp: MTPConfig, before: Vectors, after: Vec
     for i, state in enumerate(after if mtp.h0 == "post_norm" else before):
         for k in range(1, mtp.depth + 1):
             name = "mtp.1" if mtp.repeat else f"mtp.{k}"
-            parts = [state, weights["embedding.weight"][tokens[i + 1 + (k - 1) * mtp.stride]]]
+            ready = states[k - 2][i] if k > 1 else after[i]
+            parts = [state, fed(weights, model, mtp, k, i, ready, tokens, own)]
             if mtp.concat == "embedding_first":
                 parts.reverse()
             state = affine(f"{name}.projection", torch.cat(parts))
@@ -238,10 +278,10 @@ def notebook_heads(weights: Weights, mtp: MTPConfig, before: Vectors, after: Vec
 
 
 def row_states(
-    weights: Weights, model: ModelConfig, mtp: MTPConfig, tokens: list[int], documents: list[int]
+    weights: Weights, model: ModelConfig, mtp: MTPConfig, tokens: list[int], documents: list[int], own: Own | None = None
 ) -> tuple[list[Vectors], list[list[Tensor]]]:
     """h^0 (normed), h^1 .. h^D of one row of S + 1 + D tokens; and eagle's distances of depth 1 .. D, as many positions as have
-    one."""
+    one. own: where depths read their own predictions."""
     positions = len(tokens) - 1 - mtp.depth * mtp.stride
     states = trunk_states(weights, model, tokens[:positions], documents[:positions])
     xs = states[-1]
@@ -255,7 +295,7 @@ def row_states(
     if mtp.kind == "medusa":
         return [after, *medusa_heads(weights, mtp, after)], []
     if mtp.kind == "notebook":
-        return [after, *notebook_heads(weights, mtp, xs, after, tokens)], []
+        return [after, *notebook_heads(weights, model, mtp, xs, after, tokens, own)], []
     if mtp.kind == "eagle3":
         joined = [states[layer] for layer in (mtp.taps or [0, 1, 2])]
         return [after, *eagle3_heads(weights, model, mtp, joined, tokens, documents)], []
@@ -266,7 +306,7 @@ def row_states(
             [smooth_l1(drawn[k - 1][i], features[i + k]) for i in range(positions - k)] for k in range(1, mtp.depth + 1)
         ]
         return [after, *(drawn if mtp.h0 == "post_norm" else map(normed, drawn))], distances
-    return [after, *heads(weights, model, mtp, xs, after, tokens, documents)], []
+    return [after, *heads(weights, model, mtp, xs, after, tokens, documents, own)], []
 
 
 def losses(
@@ -276,15 +316,16 @@ def losses(
     tokens: list[list[int]],
     documents: list[list[int]],
     drafted: list[int] | None = None,
+    own: list[Own] | None = None,
 ) -> tuple[Tensor, list[Tensor], list[int]]:
-    """(L = L_main + lambda / D * sum_k w_k L_k, [L_main, L_1 .. L_D], valid targets of each) of a whole batch; an L_k without
-    valid targets is 0; what is not among the `drafted` tokens has no loss. With `targets` of the trunk a term is -sum_v p(v) log
-    q(v), p what the main head says at i + k, a constant."""
+    """(L = lambda_0 L_main + lambda / D * sum_k w_k L_k, [L_main, L_1 .. L_D], valid targets of each) of a whole batch; an L_k
+    without valid targets is 0; what is not among the `drafted` tokens has no loss. With `targets` of the trunk a term is -sum_v
+    p(v) log q(v), p what the main head says at i + k, a constant. own: of each row."""
     head = weights["embedding.weight"] if model.tie_embeddings else weights["head.weight"]
     sums = [torch.zeros((), dtype=head.dtype) for _ in range(mtp.depth + 1)]
     counts = [0] * (mtp.depth + 1)
-    for row, documents_of_row in zip(tokens, documents, strict=True):
-        every, distances = row_states(weights, model, mtp, row, documents_of_row)
+    for row, documents_of_row, own_of_row in zip(tokens, documents, own or [None] * len(tokens), strict=True):
+        every, distances = row_states(weights, model, mtp, row, documents_of_row, own_of_row)
         for k, states in enumerate(every):
             soft = k > 0 and mtp.targets == "trunk"
             drawn = k > 0 and mtp.kind == "eagle"
@@ -292,8 +333,7 @@ def losses(
                 one_document = documents_of_row[i] >= 0 and len(set(documents_of_row[i : i + 2 + k * mtp.stride])) == 1
                 if not one_document or ((soft or drawn) and i + k >= len(states)):
                     continue
-                own = k > 0 and mtp.projection == "own"
-                matrix = weights[f"mtp.{k}.head.weight"] if own else head
+                matrix = matrix_of(weights, model, mtp, k)
                 among = drafted if k and drafted is not None else list(range(len(matrix)))
                 logits = torch.stack([matrix[v] @ state for v in among])
                 if soft:
@@ -309,4 +349,4 @@ def losses(
     means = [total / max(count, 1) for total, count in zip(sums, counts, strict=True)]
     depth_weights = mtp.depth_weights or [mtp.decay ** (k - 1) for k in range(1, mtp.depth + 1)]
     extra = sum(w * mean for w, mean in zip(depth_weights, means[1:], strict=True))
-    return means[0] + mtp.loss_weight / max(mtp.depth, 1) * extra, means, counts
+    return mtp.main_loss_weight * means[0] + mtp.loss_weight / max(mtp.depth, 1) * extra, means, counts

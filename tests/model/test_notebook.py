@@ -113,7 +113,7 @@ def test_the_kind_of_head_is_the_same_function() -> None:
     tokens, _ = rows(preset.depth)
     after = torch.randn(3, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     embedded = [chunk.embedding(tokens[:, k : k + 6]) for k in range(1, preset.depth + 1)]
-    states = heads(TrunkStates(torch.full_like(after, torch.nan), after, chunk.norm), embedded, after, None)
+    states = heads(TrunkStates(torch.full_like(after, torch.nan), after, chunk.norm), lambda k, _: embedded[k - 1], after, None)
     got = torch.stack([state @ chunk.embedding.weight.T for state in states], dim=2)
     want = model(tokens[:, : 6 + preset.depth], torch.cat((after, after[:, :1].expand(-1, preset.depth, -1)), dim=1))
     torch.testing.assert_close(got, want)

@@ -40,11 +40,13 @@ def settings(chunk: Chunk, **mtp: object) -> MTPConfig:
     return MTPConfig(**{"kind": "sequential" if chunk.depth else "none", "depth": chunk.depth} | mtp)  # type: ignore[arg-type]
 
 
-def run(chunk: Chunk, mtp: MTPConfig, tokens: Tensor, documents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(total, mean loss of each depth, counts) by the model's own forward pass."""
+def run(
+    chunk: Chunk, mtp: MTPConfig, tokens: Tensor, documents: Tensor, own: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(total, mean loss of each depth, counts) by the model's own forward pass; own: as of ``Chunk.forward``."""
     counts = valid_counts(targets(tokens, documents, mtp.depth, stride=mtp.stride, inside=learns_inside(mtp)))
     scale = target_scale(coefficients(mtp, 0), counts, replicas=1).expand(len(tokens), -1)
-    out = chunk(tokens=tokens, documents=documents, scale=scale)
+    out = chunk(tokens=tokens, documents=documents, scale=scale, own=own)
     sums = out[1:].view(1 + mtp.depth, len(COLUMNS))[:, COLUMNS.index("loss_sum")]
     return out[0], sums.detach() / counts.clamp(min=1), counts
 
@@ -56,6 +58,10 @@ OPTIONS: list[dict[str, Any]] = [
     {"targets": "trunk"},
     {"stride": 2},
     {"stride": 3, "repeat": True},
+    {"embedding": "own"},
+    {"projection": "own", "targets": "trunk"},
+    {"embedding": "own", "projection": "own", "repeat": True},
+    {"main_loss_weight": 0.4, "loss_weight": 1.7},
 ]
 
 
@@ -69,18 +75,21 @@ def test_heads_equal_the_loop(depth: int, variant: dict[str, Any], masked: bool)
     tokens, documents = rows(depth * mtp.stride)
     before, after = torch.randn(2, 3, 6, model.hidden, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     assert isinstance(chunk.mtp, SequentialHeads)
-    assert chunk.embedding is not None
     assert model.head_dim is not None
     turn = rotation(torch.arange(6), model.head_dim, model.rope_theta)
-    embedded = [chunk.embedding(tokens[:, 1 + k * mtp.stride :][:, :6]) for k in range(depth)]
+
+    def feed(k: int, _: Tensor) -> Tensor:
+        assert chunk.mtp is not None
+        assert chunk.embedding is not None
+        return (chunk.mtp.embedding(k) or chunk.embedding)(tokens[:, 1 + (k - 1) * mtp.stride :][:, :6])
+
     with torch.no_grad():
         assert chunk.norm is not None
         mask = document_mask(documents[:, :6]) if masked else None
-        states = chunk.mtp(TrunkStates(before, after, chunk.norm), embedded, turn, mask)
+        states = chunk.mtp(TrunkStates(before, after, chunk.norm), feed, turn, mask)
         for row in range(len(tokens)):
-            want = loop.heads(
-                copies(chunk), model, mtp, list(before[row]), list(after[row]), tokens[row].tolist(), documents[row].tolist()
-            )
+            of_row = (list(before[row]), list(after[row]), tokens[row].tolist(), documents[row].tolist(), None)
+            want = loop.heads(copies(chunk), model, mtp, *of_row)
             assert len(states) == len(want) == depth
             for state, vectors in zip(states, want, strict=True):
                 assert close(state[row], torch.stack(vectors), TOLERANCE)

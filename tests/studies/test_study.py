@@ -81,6 +81,15 @@ def test_equal_parameters_are_equal(tiny: Path) -> None:
     assert found["none_matched"][0]["gain"] == 1 <= found["sequential_matched"][0]["gain"]
 
 
+def test_what_heads_read_in_training_is_all_that_differs(tiny: Path) -> None:
+    """Another loss where they read their own predictions; other parameters where they have matrices of their own."""
+    found = numbers(tiny, "chaining")
+    for true, sampled, own in zip(*(found[name] for name in ("true_tokens", "sampled_always", "own_matrices")), strict=True):
+        assert true["parameters"] == sampled["parameters"] < own["parameters"]
+        assert len({true["loss"], sampled["loss"], own["loss"]}) == 3
+        assert true["same"] == sampled["same"] == own["same"] == 1
+
+
 def test_bytes_are_one_byte_a_token(tiny: Path) -> None:
     found = numbers(tiny, "schedules")
     run = found["bytes_none"][0]

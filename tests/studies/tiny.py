@@ -43,6 +43,7 @@ TINY = {
     "polynomials": ["train.steps=3", "polynomials.test_rows=8", "only=[none,parallel]"],
     "heads": [*TEXT, "text.prompts=2", "text.new_tokens=6", "only=[none_matched,sequential_matched,parallel_matched]"],
     "schedules": [*TEXT, "only=[none,bytes_none]"],
+    "chaining": [*TEXT, "text.prompts=2", "text.new_tokens=6", "only=[true_tokens,sampled_always,own_matrices]"],
 }
 
 

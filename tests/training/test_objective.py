@@ -1,4 +1,7 @@
-"""Promise: the total is L_main + lambda / D * sum_k w_k L_k (or lambda * sum); a target's weight follows from global counts."""
+"""Promise: the total is lambda_0 L_main + lambda / D * sum_k w_k L_k (or lambda * sum); a target's weight follows from global
+counts."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -84,3 +87,11 @@ def test_the_valid_targets_of_a_depth_weigh_its_coefficient_together(depths: lis
     for weight, part, count in zip(scale.tolist(), parts, counts, strict=True):
         assert weight * count == pytest.approx(part * replicas if count else 0.0, rel=1e-6, abs=1e-30)
         assert count > 0 or weight == 0.0
+
+
+def test_the_main_loss_has_a_weight_that_follows_the_tokens() -> None:
+    points: dict[str, Any] = {"main_loss_weight": 0.5, "main_loss_weight_points": [[100.0, 1.5]]}
+    assert coefficients(MTPConfig(depth=2, **points), 0) == pytest.approx([0.5, 0.15, 0.15])
+    assert coefficients(MTPConfig(depth=2, **points), 100) == pytest.approx([1.5, 0.15, 0.15])
+    assert coefficients(MTPConfig(depth=2, loss_weight_shape="linear", **points), 50) == pytest.approx([1.0, 0.15, 0.15])
+    assert coefficients(MTPConfig(kind="none", depth=0, **points), 0) == [0.5]

@@ -3,11 +3,11 @@
 A kind of head turns the trunk's output into the hidden state of each depth; projection, loss, layout and decoding are shared, so
 that only the state transition differs from kind to kind. Every kind is a module with
 
-    forward(trunk: TrunkStates, embedded D x [B, S, d], turn, mask) -> D states [B, S, d]
+    forward(trunk: TrunkStates, feed: Feed, turn, mask) -> D states [B, S, d]
 
-where `embedded` is Emb(t[i+k]) for k = 1 .. D (empty for a kind that reads no tokens). Each state is what the shared output head
-reads, unless the kind's `ready` says otherwise; `imitated` names the trunk's states that they are to equal, where a kind has such
-a loss. What a kind asks of the rest (modules, tokens, taps) is in ``config/heads.py``.
+where `feed` gives what depth k reads: Emb(t[i+k]), or the embedding of a prediction of it. Each state is what the shared output
+head reads, unless the kind's `ready` says otherwise; `imitated` names the trunk's states that they are to equal, where a kind has
+such a loss. What a kind asks of the rest (modules, tokens, taps) is in ``config/heads.py``.
 """
 
 from collections.abc import Callable

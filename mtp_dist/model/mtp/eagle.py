@@ -10,15 +10,13 @@ trunk learns, too, it learns from the main loss alone, and the head follows it. 
 included; the released code leaves the first one out.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.attention import Mask
 from mtp_dist.model.linear import Linear
-from mtp_dist.model.mtp.heads import Heads, TrunkStates, build_blocks
+from mtp_dist.model.mtp.heads import Feed, Heads, TrunkStates, build_blocks
 from mtp_dist.model.tensor_group import TensorGroup
 
 
@@ -45,10 +43,10 @@ class EagleHeads(Heads):
         super().__init__({"1": EagleModule(model, mtp, group)}, mtp.depth)
         self.normed = mtp.h0 == "post_norm"
 
-    def forward(self, trunk: TrunkStates, embedded: Sequence[Tensor], turn: Tensor, mask: Mask) -> list[Tensor]:
+    def forward(self, trunk: TrunkStates, feed: Feed, turn: Tensor, mask: Mask) -> list[Tensor]:
         feature, states = self.imitated(trunk), []
-        for tokens_ahead in embedded:
-            feature = self["1"](feature, tokens_ahead, turn, mask)
+        for k in range(1, self.computed + 1):
+            feature = self["1"](feature, feed(k, feature), turn, mask)
             states.append(feature)
         return states
 

@@ -12,8 +12,6 @@ with s > 0 needs a mask of its own, so SDPA with a mask runs, whatever `train.at
 the attention of a block.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +19,7 @@ from mtp_dist.config.heads import fused_states
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.attention import Mask, document_mask
 from mtp_dist.model.linear import Linear
-from mtp_dist.model.mtp.heads import Heads, TrunkStates
+from mtp_dist.model.mtp.heads import Feed, Heads, TrunkStates
 from mtp_dist.model.tensor_group import TensorGroup
 from mtp_dist.model.trunk import Attention, FeedForward, KeyValueCache, RMSNorm, rotation
 
@@ -70,7 +68,7 @@ class Eagle3Heads(Heads):
         super().__init__({"1": Eagle3Module(model, mtp, group)}, mtp.depth)
         self.model, self.fused = model, fused_states(model, mtp)
 
-    def forward(self, trunk: TrunkStates, embedded: Sequence[Tensor], turn: Tensor, mask: Mask) -> list[Tensor]:
+    def forward(self, trunk: TrunkStates, feed: Feed, turn: Tensor, mask: Mask) -> list[Tensor]:
         module, entries, states = self["1"], Entries(), []
         length, device = turn.shape[1], turn.device
         hidden = module.fusion(torch.cat([trunk.taps.get(layer, trunk.before_norm) for layer in self.fused], dim=-1))  # type: ignore[operator, union-attr]
@@ -79,12 +77,12 @@ class Eagle3Heads(Heads):
         else:
             seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
         own = torch.eye(length, dtype=torch.bool, device=device).expand_as(seen)
-        for step, tokens_ahead in enumerate(embedded):
+        for step in range(self.computed):
             if step:
                 assert self.model.head_dim is not None
                 turn = rotation(torch.arange(step, step + length, device=device), self.model.head_dim, self.model.rope_theta)
                 seen = torch.cat((seen, own), dim=-1)
-            hidden = module(hidden, tokens_ahead, turn, seen if step or mask is None else mask, entries)
+            hidden = module(hidden, feed(step + 1, hidden), turn, seen if step or mask is None else mask, entries)
             states.append(hidden)
         return states
 

@@ -5,8 +5,6 @@ and b_k start as zeros. The paper gives each head a vocabulary projection of its
 one at the start; or all share the main one. Either way every head starts as the main one.
 """
 
-from collections.abc import Sequence
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,8 +12,8 @@ from mtp_dist.config.heads import owns_projections
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.attention import Mask
 from mtp_dist.model.linear import Affine
-from mtp_dist.model.mtp.heads import Heads, TrunkStates, numbered
-from mtp_dist.model.output import OwnProjection
+from mtp_dist.model.mtp.heads import Feed, Heads, TrunkStates, numbered
+from mtp_dist.model.output import MATRIX, OwnProjection
 from mtp_dist.model.tensor_group import TensorGroup
 
 
@@ -36,7 +34,8 @@ class MedusaModule(nn.Module):
     def __init__(self, model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> None:
         super().__init__()
         self.block = nn.ModuleDict({str(r): ResidualBlock(model.hidden, group) for r in range(1, mtp.blocks + 1)})
-        self.head = OwnProjection(model, group) if owns_projections(mtp) else None
+        main = MATRIX[model.tie_embeddings]
+        self.head = OwnProjection(model, group, copy_of=main, stands_for=main) if owns_projections(mtp) else None
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block.values():
@@ -50,8 +49,5 @@ class MedusaHeads(Heads):
     def __init__(self, model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> None:
         super().__init__(numbered(MedusaModule, model, mtp, group), mtp.depth)
 
-    def forward(self, trunk: TrunkStates, embedded: Sequence[Tensor], turn: Tensor, mask: Mask) -> list[Tensor]:
+    def forward(self, trunk: TrunkStates, feed: Feed, turn: Tensor, mask: Mask) -> list[Tensor]:
         return [module(trunk.after_norm) for module in self.asked()]
-
-    def projections(self) -> list[OwnProjection]:
-        return [module.head for module in self.asked() if module.head is not None]  # type: ignore[misc]

@@ -14,8 +14,6 @@ What the notebook's code really does, each shown in tests/model/test_notebook.py
   ends; were it taken for True, there would be no eps at all, and a state of zeros would become nan.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +21,7 @@ from torch import Tensor, nn
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.attention import Mask
 from mtp_dist.model.linear import Affine
-from mtp_dist.model.mtp.heads import Heads, TrunkStates, numbered
+from mtp_dist.model.mtp.heads import Feed, Heads, TrunkStates, numbered, own_embedding, own_projection
 from mtp_dist.model.parameter import parameter
 from mtp_dist.model.tensor_group import TensorGroup
 
@@ -114,12 +112,14 @@ class PositionLayer(nn.Module):
 
 
 class NotebookModule(nn.Module):
-    """One depth: the projection of two states to one, and its layers, keyed "1" .. "K"."""
+    """One depth: the projection of two states to one, and its layers, keyed "1" .. "K"; an embedding and an output matrix
+    (`head`) of its own where `mtp.embedding` and `mtp.projection` say so."""
 
     def __init__(self, model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> None:
         super().__init__()
         self.projection = Affine(2 * model.hidden, model.hidden, std=model.init_std, group=group)
         self.block = nn.ModuleDict({str(r): PositionLayer(model, group) for r in range(1, mtp.blocks + 1)})
+        self.embedding, self.head = own_embedding(model, mtp, group), own_projection(model, mtp, group)
         self.embedding_first = mtp.concat == "embedding_first"
 
     def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
@@ -138,9 +138,10 @@ class NotebookHeads(Heads):
         super().__init__(numbered(NotebookModule, model, mtp, group), mtp.depth)
         self.first_normed = mtp.h0 == "post_norm"
 
-    def forward(self, trunk: TrunkStates, embedded: Sequence[Tensor], turn: Tensor, mask: Mask) -> list[Tensor]:
-        hidden, states = trunk.after_norm if self.first_normed else trunk.before_norm, []
-        for module, tokens_ahead in zip(self.asked(), embedded, strict=True):
-            hidden = module(hidden, tokens_ahead)
+    def forward(self, trunk: TrunkStates, feed: Feed, turn: Tensor, mask: Mask) -> list[Tensor]:
+        hidden, ready = trunk.after_norm if self.first_normed else trunk.before_norm, trunk.after_norm
+        states = []
+        for k, module in enumerate(self.asked(), start=1):
+            hidden = ready = module(hidden, feed(k, ready))
             states.append(hidden)
         return states

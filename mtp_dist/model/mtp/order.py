@@ -11,13 +11,11 @@ Choices of this project: tokens of other documents are not in the window; a posi
 document are there, since one has no order. Right is the position whose first place is the next token's.
 """
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.attention import Mask
-from mtp_dist.model.mtp.heads import Heads, TrunkStates
+from mtp_dist.model.mtp.heads import Feed, Heads, TrunkStates
 from mtp_dist.model.output import OwnProjection
 from mtp_dist.model.tensor_group import TensorGroup
 
@@ -27,7 +25,7 @@ class OrderModule(nn.Module):
 
     def __init__(self, model: ModelConfig, group: TensorGroup) -> None:
         super().__init__()
-        self.head = OwnProjection(model, group, fresh=True)
+        self.head = OwnProjection(model, group)
 
 
 class OrderHeads(Heads):
@@ -36,10 +34,5 @@ class OrderHeads(Heads):
     def __init__(self, model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> None:
         super().__init__({"1": OrderModule(model, group)}, mtp.depth)
 
-    def forward(self, trunk: TrunkStates, embedded: Sequence[Tensor], turn: Tensor, mask: Mask) -> list[Tensor]:
+    def forward(self, trunk: TrunkStates, feed: Feed, turn: Tensor, mask: Mask) -> list[Tensor]:
         return [trunk.after_norm]
-
-    def projections(self) -> list[OwnProjection]:
-        head = self["1"].head
-        assert isinstance(head, OwnProjection)
-        return [head]

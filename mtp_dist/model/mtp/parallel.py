@@ -5,14 +5,12 @@ h^k = Block_k(z); the trunk's final norm and the output head, both shared, predi
 `final`, the trunk's output. Depth k sees no token after t[i].
 """
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
 from mtp_dist.config.heads import taps
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.attention import Mask
-from mtp_dist.model.mtp.heads import Heads, TrunkStates, build_blocks, numbered
+from mtp_dist.model.mtp.heads import Feed, Heads, TrunkStates, build_blocks, numbered
 from mtp_dist.model.tensor_group import TensorGroup
 
 
@@ -36,6 +34,6 @@ class ParallelHeads(Heads):
         super().__init__(numbered(ParallelModule, model, mtp, group), mtp.depth)
         self.taps = taps(model, mtp)
 
-    def forward(self, trunk: TrunkStates, embedded: Sequence[Tensor], turn: Tensor, mask: Mask) -> list[Tensor]:
+    def forward(self, trunk: TrunkStates, feed: Feed, turn: Tensor, mask: Mask) -> list[Tensor]:
         z = trunk.taps[self.taps[0]] if self.taps else trunk.before_norm
         return [trunk.norm(module(z, turn, mask)) for module in self.asked()]

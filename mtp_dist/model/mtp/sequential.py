@@ -4,9 +4,11 @@ Depth k at position i: x = W_k [norm(Emb(t[i+k])) ; norm(h^{k-1}_i)], h^k = Bloc
 head predict t[i+k+1]. Three choices differ between public sources and are settings recorded in every checkpoint: `mtp.concat`
 (which half comes first), `mtp.h0` and `mtp.recycle` (whether a state is handed on before or after its norm). With `mtp.repeat`
 one module serves every depth (FastMTP, arXiv 2509.18362).
-"""
 
-from collections.abc import Sequence
+With `mtp.scheduled_sampling` the token fed to depth k may be depth k-1's own prediction of t[i+k] at position i instead. With
+`mtp.embedding=own` and `mtp.projection=own` a module reads and predicts tokens with matrices [V, d] of its own, as the class of
+an explanatory document has it (its output layer also has a bias); DeepSeek-V3 shares both with the trunk.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +16,14 @@ from torch import Tensor, nn
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.model.attention import Mask
 from mtp_dist.model.linear import Linear
-from mtp_dist.model.mtp.heads import Heads, TrunkStates, build_blocks, numbered
+from mtp_dist.model.mtp.heads import Feed, Heads, TrunkStates, build_blocks, numbered, own_embedding, own_projection
 from mtp_dist.model.tensor_group import TensorGroup
 from mtp_dist.model.trunk import KeyValueCache, RMSNorm
 
 
 class SequentialModule(nn.Module):
-    """One depth: `projection` is W_k, `block` Block_k, `norm` norm_k of the definitions above."""
+    """One depth: `projection` is W_k, `block` Block_k, `norm` norm_k of the definitions above; `embedding` and `head` (an output
+    matrix) are None where they are shared."""
 
     def __init__(self, model: ModelConfig, mtp: MTPConfig, group: TensorGroup) -> None:
         super().__init__()
@@ -30,6 +33,7 @@ class SequentialModule(nn.Module):
         self.projection = Linear(2 * d, d, std=model.init_std, group=group)
         self.block = build_blocks(model, mtp, group)
         self.norm = RMSNorm(d, model.norm_eps, group)
+        self.embedding, self.head = own_embedding(model, mtp, group), own_projection(model, mtp, group)
         self.embedding_first = mtp.concat == "embedding_first"
         self.recycle_normed = mtp.recycle == "post_norm"
 
@@ -56,9 +60,10 @@ class SequentialHeads(Heads):
         """h⁰, the trunk state that depth 1 reads."""
         return after_norm if self.first_normed else before_norm
 
-    def forward(self, trunk: TrunkStates, embedded: Sequence[Tensor], turn: Tensor, mask: Mask) -> list[Tensor]:
-        hidden, states = self.first(trunk.before_norm, trunk.after_norm), []
-        for module, tokens_ahead in zip(self.asked(), embedded, strict=True):
-            state, hidden = module(hidden, tokens_ahead, turn, mask)
-            states.append(state)
+    def forward(self, trunk: TrunkStates, feed: Feed, turn: Tensor, mask: Mask) -> list[Tensor]:
+        hidden, ready = self.first(trunk.before_norm, trunk.after_norm), trunk.after_norm
+        states = []
+        for k, module in enumerate(self.asked(), start=1):
+            ready, hidden = module(hidden, feed(k, ready), turn, mask)
+            states.append(ready)
         return states

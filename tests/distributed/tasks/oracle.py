@@ -13,7 +13,8 @@ from mtp_dist.config.schema import TrainingRun
 from mtp_dist.model.chunk import Chunk
 from mtp_dist.model.parameter import initialize
 from mtp_dist.model.targets import targets, valid_counts
-from mtp_dist.training.objective import coefficients, target_scale
+from mtp_dist.training.objective import coefficients, draws, target_scale
+from mtp_dist.training.own_tokens import Draws, own_tokens
 from mtp_dist.training.statistics import Totals
 from tests.distributed.layouts import configuration, draft_tokens, global_batch
 
@@ -55,7 +56,8 @@ def reference(layout: str | dict[str, Any]) -> dict[str, Any]:
     for step in range(STEPS):
         optimizer.zero_grad()
         parts = coefficients(config.mtp, step * tokens_per_step(config))
-        loss, totals = _reference_result(model, config, step, parts, splits, learning)
+        drawn = draws(config, step, step * tokens_per_step(config))
+        loss, totals = _reference_result(model, config, step, parts, splits, learning, drawn)
         if step == 0:
             gradients = {name: p.grad.clone() for name, p in learning.items() if p.grad is not None}
         norms.append(nn.utils.clip_grad_norm_(learning.values(), config.optim.clip).item())
@@ -88,8 +90,10 @@ def _reference_result(
     parts: list[float],
     splits: int,
     learning: Mapping[str, nn.Parameter] = MappingProxyType({}),
+    drawn: Draws | None = None,
 ) -> tuple[float, Totals]:
     """The loss and the statistics of a global batch; its gradients are added to those of the parameters that are `learning`.
+    drawn: of the model's own predictions.
 
     Depths beyond the `parts` are computed like the others, with a weight of 0."""
     batch = global_batch(config, step)
@@ -98,8 +102,11 @@ def _reference_result(
     counts = valid_counts(targets(batch.tokens, batch.documents, mtp.depth, **options))
     scale = target_scale(parts, counts, replicas=1).expand(len(batch), -1)
     out = torch.zeros(model.result_size())
-    for tokens, documents, weights in zip(*(rows.chunk(splits) for rows in (batch.tokens, batch.documents, scale)), strict=True):
-        result = model(tokens=tokens, documents=documents, scale=weights)
+    rows = {"tokens": batch.tokens, "documents": batch.documents, "scale": scale}
+    if drawn is not None and drawn.probability:
+        rows["own"] = own_tokens(drawn, range(len(batch)), config.train.sequence_length, mtp.depth)
+    for parts_of_rows in zip(*(each.chunk(splits) for each in rows.values()), strict=True):
+        result = model(**dict(zip(rows, parts_of_rows, strict=True)))
         out += result.detach()
         if not learning:
             continue

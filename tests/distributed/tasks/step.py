@@ -16,7 +16,7 @@ from mtp_dist.model import head_loss
 from mtp_dist.model.parameter import spec_of
 from mtp_dist.parallel.engine import MOMENTS
 from mtp_dist.parallel.mesh import Mesh, build_mesh
-from mtp_dist.training.objective import coefficients
+from mtp_dist.training.objective import coefficients, draws
 from mtp_dist.training.statistics import gather
 from mtp_dist.training.step import Workload, build
 from tests.distributed.layouts import configuration, draft_tokens, replica_batch
@@ -85,7 +85,8 @@ def parity(layout: str | dict[str, Any], fault: str | None = None, **train: obje
     calls: list[int] = []
     for step in range(STEPS):
         parts = coefficients(config.mtp, step * tokens_per_step(config))
-        totals = gather(*workload.gradients(own_rows(config, mesh, step), parts), mesh)
+        drawn = draws(config, step, step * tokens_per_step(config))
+        totals = gather(*workload.gradients(own_rows(config, mesh, step), parts, drawn), mesh)
         if step == 0:
             gradients = _slices(workload, _reduced_gradients(workload))
             held = _held(workload, config, mesh)
