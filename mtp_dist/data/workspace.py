@@ -49,7 +49,7 @@ def building_folder(out: Path) -> Iterator[Path]:
 def _marked(folder: Path) -> IO[str]:
     """The open marker of the folder, both made if they are missing."""
     there = os.path.lexists(folder)
-    if there and (folder.is_symlink() or not folder.is_dir() or os.listdir(folder) and not _is_regular(folder / MARKER)):
+    if there and (folder.is_symlink() or not folder.is_dir() or (os.listdir(folder) and not _is_regular(folder / MARKER))):
         raise UserError(f"{folder} is in the way and was not made by a build; move it, or choose another out=")
     folder.mkdir(parents=True, exist_ok=True)
     # Not emptied, not through a link, and without waiting for the other end of a FIFO.
