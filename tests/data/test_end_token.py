@@ -15,6 +15,7 @@ from mtp_dist.data.encoder import TextEncoder
 from mtp_dist.data.reading import SampleReader
 from mtp_dist.data.tokenizer import byte_tokenizer, choose_end, end_of_document, load_tokenizer, train_bpe, with_end
 from mtp_dist.errors import UserError
+from mtp_dist.generate import Writer
 from tests.data.conftest import build_config
 
 DEEPSEEK = "<｜end▁of▁sentence｜>"
@@ -250,3 +251,12 @@ def test_token_numbers_without_end_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="token number 4294967295"):
         load_tokenizer(tmp_path / "mine.json")
+
+
+def test_a_writer_ends_at_the_token_that_its_run_names() -> None:
+    def writer(eos_token: str) -> Writer:
+        tokenizer = plain("<|endoftext|>", special=("<END>",))
+        return Writer(None, None, None, tokenizer, None, None, 0, eos_token=eos_token)  # type: ignore[arg-type]
+
+    assert writer("<END>").told["end"] == 2
+    assert writer("").told["end"] == 1  # a run of an earlier version
