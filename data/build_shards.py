@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from mtp_dist.config import versions
 from mtp_dist.config.command import application
 from mtp_dist.config.schema import ShardBuild
+from mtp_dist.data.build_settings import check_settings
 
 EXAMPLES = (
     "python data/build_shards.py out=runs/stdlib",
@@ -15,20 +16,21 @@ EXAMPLES = (
 
 
 def typed(arguments: Sequence[str]) -> set[str]:
-    """The settings that the command line names."""
-    return {word.lstrip("+~").partition("=")[0] for word in arguments}
+    """The settings that a command line names."""
+    return {word.partition("=")[0] for word in arguments}
 
 
 def run(config: ShardBuild) -> None:
     """Build, or find complete, the dataset that `config` describes, and say what it holds."""
     versions.check()
+    check_settings(config, typed(sys.argv[1:]))
     # Here, so that --help and a bad setting are answered without loading torch (which webdataset imports).
     if config.out:
         print(f"dataset {config.out} from source={config.source}", flush=True)
     from mtp_dist.data.building import build
     from mtp_dist.data.sources.unread import printable
 
-    dataset, fresh = build(config, typed(sys.argv[1:]))
+    dataset, fresh = build(config)
     print(f"dataset {printable(dataset.path)} {'built' if fresh else 'is complete already; nothing to do'}")
     for split in dataset.splits.values():
         print(f"  {split.name}: {split.documents} documents, {split.tokens} tokens, {len(split.shards)} shards")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_dist.config.compose import compose, load
+from mtp_dist.config.compose import compose, load, save
 from mtp_dist.config.schema import ParallelConfig, Plan, ShardBuild, TokenizerConfig, TrainingRun
 from mtp_dist.data.building import build
 from mtp_dist.errors import UserError
@@ -152,6 +152,23 @@ def test_a_missing_dataset_and_a_wrong_tokenizer_are_named(composed: Composer, d
         assert word in message
     assert "does not exist" in refusal(composed(f"tokenizer.path={tmp_path / 'none.json'}"))
     prepare(composed(f"tokenizer.path={next(dataset.glob('*tokenizer*.json'))}"))
+
+
+def test_a_run_names_the_end_of_a_document_that_its_dataset_has(composed: Composer) -> None:
+    assert prepare(composed()).tokenizer.eos_token == "<|endoftext|>"
+    prepare(composed("tokenizer.eos_token='<|endoftext|>'"))
+    message = refusal(composed("tokenizer.eos_token='</s>'"))
+    assert "tokenizer.eos_token=</s>" in message and "was built with <|endoftext|>; leave it out" in message
+
+
+def test_a_run_of_an_earlier_version_goes_on_without_a_name(composed: Composer) -> None:
+    """Its decoder looks for the known names, as it did; its settings have not changed."""
+    frozen_before = prepare(composed())
+    frozen_before.tokenizer.eos_token = ""
+    save(frozen_before, resolved_file(frozen_before.run_dir))
+    names = files(frozen_before)
+    assert prepare(composed()).tokenizer.eos_token == ""
+    assert files(frozen_before) == names
 
 
 def test_a_layout_that_does_not_fit_leaves_no_folder(composed: Composer, tmp_path: Path) -> None:

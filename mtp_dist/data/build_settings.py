@@ -8,11 +8,13 @@ from mtp_dist.config.schema import ShardBuild
 from mtp_dist.errors import UserError
 
 FIELD_SOURCES = ("jsonl", "parquet", "hf")
-TOKENIZER_KINDS = ("bpe", "bytes", "file")
 
 
-def check_settings(config: ShardBuild) -> None:
-    """Raises UserError where a setting has a value that it cannot have."""
+def check_settings(config: ShardBuild, typed: Collection[str] = ()) -> None:
+    """Raises UserError where a setting has a value that it cannot have, or was given and the others leave it without effect.
+
+    `typed`: dotted keys that were given; those that differ from the default count as given anyway.
+    """
     if not config.out:
         raise UserError("out is empty; name the dataset folder to make")
     for key in ("field", "separator", "tokenizer.eos_token"):
@@ -34,11 +36,10 @@ def check_settings(config: ShardBuild) -> None:
         raise UserError("tokenizer.kind=file needs tokenizer.path, a tokenizer.json")
     if config.tokenizer.kind == "bpe" and config.tokenizer.train_bytes < 1:
         raise UserError(f"tokenizer.train_bytes={config.tokenizer.train_bytes} must be at least 1")
+    _require_effect(config, typed)
 
 
-def require_effect(config: ShardBuild, typed: Collection[str] = ()) -> None:
-    """Raises UserError where a setting was given that the others leave without effect. `typed`: dotted keys that were given;
-    those that differ from the default count as given anyway."""
+def _require_effect(config: ShardBuild, typed: Collection[str]) -> None:
     default = ShardBuild()
     for key, needed, way_out in _needs(config):
         given = value(config, key)

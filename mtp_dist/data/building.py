@@ -10,7 +10,7 @@ Built into <out>.building: an interrupted build leaves nothing that looks comple
 
 import hashlib
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mtp_dist.config.schema import ShardBuild
 from mtp_dist.data import token_counts
-from mtp_dist.data.build_settings import check_settings, require_effect
+from mtp_dist.data.build_settings import check_settings
 from mtp_dist.data.dataset import Dataset, file_sha256
 from mtp_dist.data.encoder import TextEncoder
 from mtp_dist.data.manifest import (
@@ -59,14 +59,13 @@ BATCH_DOCUMENTS = 1024
 RESERVE = 64 * MIB  # disk that is left alone
 
 
-def build(config: ShardBuild, typed: Collection[str] = (), note: Callable[[str], object] = print) -> tuple[Dataset, bool]:
+def build(config: ShardBuild, note: Callable[[str], object] = print) -> tuple[Dataset, bool]:
     """The dataset at `config.out`, and whether it was built now (False: it was complete already).
 
-    `typed`: settings that were given, also where they equal the default. `note` is called with a line on what of the input was
-    not read. Raises UserError where a setting, the input, the disk or what lies at `out` does not allow it.
+    `note` is called with a line on what of the input was not read. Raises UserError where a setting, the input, the disk or what
+    lies at `out` does not allow it.
     """
     check_settings(config)
-    require_effect(config, typed)
     out = home_expanded(config.out, "out")
     settings = build_settings(config)
     try:

@@ -21,8 +21,8 @@ def building_folder(out: Path) -> Iterator[Path]:
     was not made by a build, or the block ends with an OSError: nothing but the folder may raise one in there.
     """
     place = Path(os.path.abspath(out))
-    if not place.name:
-        raise UserError(f"out={out} cannot be made a dataset; choose another out=")
+    if place == Path.cwd() or not place.name:  # a folder that is replaced leaves its shell nowhere
+        raise UserError(f"out={out} is the current folder or the root; choose another out=")
     folder = place.with_name(place.name + ".building")
     try:
         with _marked(folder) as marker:

@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import BinaryIO, cast
 
 from mtp_dist.data.sources.files import NamedFile, find_files, total_size
 from mtp_dist.data.sources.source import DOCUMENT_LIMIT, Document, check_field, check_size, check_text, reading
@@ -51,9 +53,9 @@ def _lines(file: NamedFile) -> Iterator[tuple[int, bytes]]:
     path, number = printable(file.path), 0
     with reading(path), open_regular(file.path) as stored:
         packed = file.path.name.endswith(".gz")
-        stream = gzip.GzipFile(fileobj=stored) if packed else stored
+        stream = cast(BinaryIO, gzip.GzipFile(fileobj=stored)) if packed else stored
         try:
-            if packed and not stored.peek(1):
+            if packed and not os.fstat(stored.fileno()).st_size:
                 raise EOFError("it is empty")
             while line := stream.readline(DOCUMENT_LIMIT + 2):
                 number += 1

@@ -45,16 +45,19 @@ def _whole(file: NamedFile) -> str:
 
 def _pieces(file: NamedFile, separator: str) -> Iterator[str]:
     """As `str.split`, with one piece in memory at a time."""
-    rest, checked = "", 0
+    parts: list[str] = []  # of the current piece, which no separator ends yet
+    size, tail = 0, ""  # the tail may be the beginning of a separator
     for chunk in _chunks(file):
-        rest, start = rest + chunk, 0
-        while (end := rest.find(separator, max(start, checked))) >= 0:
-            yield rest[start:end]
-            start = end + len(separator)
-        # No separator begins before this: a long piece is searched once.
-        rest, checked = rest[start:], max(len(rest) - start - len(separator) + 1, 0)
-        check_size(len(rest), f"a document of {printable(file.path)}")
-    yield rest
+        first, *others = (tail + chunk).split(separator)
+        if others:
+            yield "".join([*parts, first])
+            yield from others[:-1]
+            parts, size, first = [], 0, others[-1]
+        certain = max(len(first) - len(separator) + 1, 0)
+        parts.append(first[:certain])
+        tail, size = first[certain:], size + certain
+        check_size(size, f"a document of {printable(file.path)}")
+    yield "".join([*parts, tail])
 
 
 def _chunks(file: NamedFile) -> Iterator[str]:
