@@ -183,7 +183,7 @@ def _require_whole(record: ParameterRecord) -> None:
     split, reached = 0, 0
     if len(boxes) > 1:
         # The dimension in which they differ; where they differ in several, the check below fails for one of them.
-        first, last = list(boxes)[0][0], list(boxes)[-1][0]
+        (first, _), *_, (last, _) = boxes
         split = next((axis for axis, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
     for (start, shape), fragments in boxes.items():
         expected = tuple(reached if axis == split else 0 for axis in range(len(whole)))

@@ -38,6 +38,7 @@ from mtp_dist.parallel.engine import PARTS, Engine
 from mtp_dist.parallel.mesh import Mesh
 from mtp_dist.parallel.parameter_groups import HEADS, TRUNK, role_of
 from mtp_dist.parallel.stages import build_chunks
+from mtp_dist.tensor_header import StoredTensor, read_header
 
 T = TypeVar("T")
 
@@ -54,6 +55,7 @@ class Checkpoint:
         self.path = path
         self.manifest: Manifest = read_manifest(path)
         self._open: dict[str, Any] = {}
+        self._headers: dict[str, dict[str, StoredTensor]] = {}
 
     @property
     def step(self) -> int:
@@ -90,17 +92,17 @@ class Checkpoint:
         Raises DamagedError where the file holds another one, or cannot be read."""
         try:
             if file not in self._open:
-                with open_member(self.path, file):  # safetensors opens whatever lies there
+                with open_member(self.path, file) as raw:  # safetensors opens whatever lies there
+                    self._headers[file] = read_header(raw)
                     self._open[file] = safe_open(self.path / file, framework="pt")
-            place = self._open[file].get_slice(key)
-            found, shape = place.get_dtype(), place.get_shape()
-            if found != dtype or len(shape) != 1 or (count is not None and shape != [count]):
-                raise DamagedError(
-                    f"{self.path / file} holds {key} as {found} {shape}; expected {dtype} [{'N' if count is None else count}]; "
-                    "use another checkpoint"
-                )
+            stored = self._headers[file].get(key)
+            if stored is None:
+                raise FormError(f"it does not hold {key[:80]}")
+            if stored.dtype != dtype or len(stored.shape) != 1 or (count is not None and stored.shape != [count]):
+                expected = f"{dtype} [{'N' if count is None else count}]"
+                raise FormError(f"it holds {key[:80]} as {stored.dtype} {stored.shape}; expected {expected}")
             tensor: Tensor = self._open[file].get_tensor(key)
-        except (OSError, SafetensorError) as error:
+        except (OSError, FormError, SafetensorError) as error:
             raise DamagedError(f"{self.path / file} cannot be read ({str(error)[:200]}); use another checkpoint") from None
         return tensor
 
@@ -213,7 +215,7 @@ class Checkpoint:
         state = self._tensor(file, "rng.cpu", "U8")
         try:
             torch.set_rng_state(state)
-            if device.type == "cuda" and "rng.cuda" in self._open[file].keys():  # noqa: SIM118 (not a mapping)
+            if device.type == "cuda" and "rng.cuda" in self._headers[file]:
                 torch.cuda.set_rng_state(self._tensor(file, "rng.cuda", "U8"), device)
         except RuntimeError as error:
             raise DamagedError(f"{self.path / file} holds no state of a random generator ({str(error)[:80]})") from None

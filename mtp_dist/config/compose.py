@@ -40,8 +40,10 @@ T = TypeVar("T")
 
 _OVERRIDE = re.compile(r"(?P<prefix>\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@-]*)(?P<equals>=)?(?P<value>.*)", re.DOTALL)
 
-LARGEST = MIB
+LARGEST = MIB // 4
 """Of a file of settings, in bytes; they take a few KiB."""
+DEEPEST = 20
+"""Groups and lists inside of each other, at most; settings have four."""
 REMOVED = ("parallel.tail_cost",)
 """Settings of earlier versions that are passed over in their files."""
 
@@ -114,7 +116,7 @@ def load(path: str | os.PathLike[str], schema: type[T]) -> T:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {_one_line(error)}") from None
     try:
-        _refuse_aliases(text)
+        _refuse_large(text)
         raw = OmegaConf.load(io.StringIO(text))
     except RecursionError:
         raise UserError(f"{path} is not valid YAML: it is nested too deeply") from None
@@ -134,11 +136,16 @@ def load(path: str | os.PathLike[str], schema: type[T]) -> T:
     return _typed(config, schema, str(path))
 
 
-def _refuse_aliases(text: str) -> None:
-    """``save`` writes none, and a few lines of them stand for gigabytes. Raises ValueError, and yaml.YAMLError."""
+def _refuse_large(text: str) -> None:
+    """A few lines with references stand for gigabytes, and nesting costs quadratic time; ``save`` writes neither. Raises
+    ValueError, and yaml.YAMLError."""
+    depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             raise ValueError(f"line {event.start_mark.line + 1} refers to an anchor, which settings never do")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError(f"line {event.start_mark.line + 1} is nested too deeply")
 
 
 def differences(old: Any, new: Any) -> list[tuple[str, Any, Any]]:

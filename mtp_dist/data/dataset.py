@@ -26,8 +26,8 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar and its index, in the dataset's `folder`; sizes in bytes, sums in hexadecimal SHA-256. `first`: number in `split` of
-    its first document."""
+    """One tar and its index, in the dataset's `folder`; sizes in bytes, sums in hexadecimal SHA-256. `first`: its first document's
+    number in `split`."""
 
     folder: Path
     record: ShardRecord

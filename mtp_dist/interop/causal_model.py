@@ -5,15 +5,14 @@ import importlib.util
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from safetensors import SafetensorError, safe_open
+from typing import TYPE_CHECKING, Any
 
 from mtp_dist.data.tokenizer import load_tokenizer, vocabulary_size
 from mtp_dist.errors import UserError
 from mtp_dist.json_document import FormError, parsed, typed
 from mtp_dist.member_file import check_name
-from mtp_dist.regular_file import MIB, read_regular, require_regular
+from mtp_dist.regular_file import MIB, open_regular, read_regular, require_regular
+from mtp_dist.tensor_header import StoredTensor, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -91,13 +90,6 @@ def load_causal_model(folder: Path, setting: str, dtype: "torch.dtype") -> "torc
     return found
 
 
-class StoredTensor(NamedTuple):
-    """What a weight file says of one tensor; dtype as safetensors names it."""
-
-    dtype: str
-    shape: list[int]
-
-
 def stored_tensors(folder: Path, setting: str) -> dict[str, StoredTensor]:
     """Every tensor of the weight files by its name. Reads no weight.
 
@@ -108,11 +100,12 @@ def stored_tensors(folder: Path, setting: str) -> dict[str, StoredTensor]:
         _require_own_files(folder)
         found: dict[str, StoredTensor] = {}
         for file in _weight_files(folder):
-            with safe_open(folder / file, framework="numpy") as content:
-                for name in content.keys():  # noqa: SIM118 (not a mapping)
-                    place = content.get_slice(name)
-                    found[name] = StoredTensor(place.get_dtype(), place.get_shape())
-    except (OSError, ValueError, SafetensorError) as error:
+            with open_regular(folder / file) as content:
+                try:
+                    found |= read_header(content)
+                except FormError as error:
+                    raise ValueError(f"{file}: {error}") from None
+    except (OSError, ValueError) as error:
         raise UserError(f"{setting}={folder} cannot be read: {str(error)[:300]}") from None
     return found
 

@@ -49,13 +49,17 @@ def as_first_format(folder: Path) -> None:
     (folder / MANIFEST_SUM).unlink()
 
 
+def read_all(folder: Path) -> None:
+    found = Dataset.open(folder)
+    for split in found.splits.values():
+        SampleReader(split).read(0, split.documents)
+    token_counts.token_counts(found)
+
+
 def refused(folder: Path, *words: str) -> str:
     """The one line that says why; the whole dataset is read where opening it is not refused."""
     with no_hang(), pytest.raises(UserError) as caught:
-        found = Dataset.open(folder)
-        for split in found.splits.values():
-            SampleReader(split).read(0, split.documents)
-        token_counts.token_counts(found)
+        read_all(folder)
     text = str(caught.value)
     assert "\n" not in text and len(text) < 1000
     for word in words:

@@ -33,7 +33,9 @@ def save(folder: Path, chunk: Chunk, mtp: MTPConfig, tokenizer: Tokenizer | None
     compose.save(TrainingRun(model=chunk.model, mtp=mtp), folder / CONFIG)
     (tokenizer or byte_tokenizer()).save(str(folder / TOKENIZER))
     parameters = {
-        name: ParameterRecord(list(p.shape), [FragmentRecord(file, name, [0] * p.dim(), list(p.shape), 0, p.numel())], moments=False)
+        name: ParameterRecord(
+            list(p.shape), [FragmentRecord(file, name, [0] * p.dim(), list(p.shape), 0, p.numel())], moments=False
+        )
         for name, p in chunk.named_parameters()
     }
     if chunk.draft_tokens is not None:
