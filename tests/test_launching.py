@@ -135,7 +135,7 @@ def wait_for(folder: Path, name: str, launcher: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.full)])
 def test_a_stop_reaches_each_process_once_and_gives_it_time(tmp_path: Path, number: signal.Signals) -> None:
     launcher = launched(tmp_path, 0)
     wait_for(tmp_path, "started", launcher)
@@ -232,11 +232,17 @@ def test_ranks_that_start_end_with_whatever_started_them(tmp_path: Path, killed:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("to", ["launcher", "rank"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("number", "to"),
+    [
+        (signal.SIGTERM, "launcher"),
+        (signal.SIGTERM, "rank"),
+        pytest.param(signal.SIGINT, "launcher", marks=pytest.mark.full),
+        pytest.param(signal.SIGHUP, "launcher", marks=pytest.mark.full),
+        pytest.param(signal.SIGUSR1, "rank", marks=pytest.mark.full),
+    ],
+)
 def test_a_stop_while_ranks_start_is_a_stop(tmp_path: Path, number: signal.Signals, to: str) -> None:
-    if to == "rank" and number == signal.SIGHUP:
-        pytest.skip("nothing sends that to a rank")
     launcher = started(tmp_path)
     wait_for(tmp_path, "started", launcher)
     if to == "launcher":

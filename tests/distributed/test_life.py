@@ -91,6 +91,7 @@ def test_killed_at_any_moment_of_a_start_and_in_saves(tmp_path: Path, tiny_datas
     assert steps == list(range(1, len(steps) + 1))
 
 
+@pytest.mark.full
 def test_a_rank_that_was_killed_leaves_a_run_that_does_not_say_it_runs(tmp_path: Path, tiny_dataset: Path) -> None:
     """Where every process was killed, nobody can write it: whoever looks next says so."""
     run = endless(tmp_path / "run", tiny_dataset)
@@ -138,6 +139,12 @@ def test_a_console_that_is_gone_does_not_end_a_run_and_a_finished_one_says_so(tm
     said, errors = again.communicate(timeout=100)
     assert (again.returncode, errors) == (0, "")
     assert f"{run} is finished: step 6 of 6" in said and "nothing to train" in said
+
+
+@pytest.mark.full
+def test_a_finished_run_with_a_damaged_checkpoint_is_trained_to_its_end_again(tmp_path: Path, tiny_dataset: Path) -> None:
+    run = freeze(settings(LAYOUT, tiny_dataset, tmp_path / "run", 3))
+    assert Ranks(run).wait() == [0, 0], output(run)
     newest = folder.complete(run / "checkpoints")[-1]
     with (newest / "rank_00001.safetensors").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
