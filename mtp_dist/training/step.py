@@ -1,7 +1,7 @@
 """One optimizer step under any layout: prologue (rows, counts) -> pipeline schedule -> epilogue (sums, reduce, norm, AdamW)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from mtp_dist.parallel.stages import build_chunks
 from mtp_dist.parallel.timeline import Timeline, span
 from mtp_dist.training.exchange import global_counts, share
 from mtp_dist.training.objective import target_scale
+from mtp_dist.training.phase_clock import PhaseClock
 from mtp_dist.training.statistics import Totals, gather
 
 
@@ -63,6 +64,10 @@ class Workload(ForwardOnly):
     """The model of one rank, ready to train: its chunks in a pipeline, and its optimizer."""
 
     engine: Engine
+    clock: PhaseClock = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.clock = PhaseClock(self.mesh.device)
 
     def record(self, timeline: Timeline | None) -> None:
         """From now on steps are recorded there; None: no longer."""
@@ -91,8 +96,11 @@ class Workload(ForwardOnly):
 
     def step(self, batch: Batch | None, parts: list[float], lr: float) -> tuple[Totals, StepOutcome]:
         """A whole optimizer step. Collective. The statistics are read last: reading them waits for the device."""
+        self.clock.restart()
         result, counts = self.gradients(batch, parts)
+        self.clock.mark()
         outcome = self.engine.step(lr)
+        self.clock.mark()
         return gather(result, counts, self.mesh), outcome
 
 
