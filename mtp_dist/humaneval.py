@@ -21,6 +21,7 @@ from mtp_dist.errors import UserError
 from mtp_dist.programs.pass_at_k import mean_pass_at_k
 from mtp_dist.programs.problems import Problem, read_completions, read_problems, truncated
 from mtp_dist.programs.sandbox import Limits, passes
+from mtp_dist.quantity import counted
 
 
 def run(config: Evaluation) -> int:
@@ -35,7 +36,7 @@ def run(config: Evaluation) -> int:
         except OSError as error:
             raise UserError(f"output={config.output} cannot be written: {error.strerror}") from None
     for name, value in result["pass_at_k"].items():
-        print(f"pass@{name}: {100 * value:.1f} % of {len(problems)} problems, {result['samples']} programs each")
+        print(f"pass@{name}: {100 * value:.1f} % of {counted(len(problems), 'problem')}, {counted(result['samples'], 'program')} each")
     return 0
 
 

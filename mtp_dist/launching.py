@@ -24,6 +24,7 @@ from mtp_dist import exit_codes
 from mtp_dist.config.layout import Job, processes_per_node
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.errors import UserError
+from mtp_dist.quantity import counted
 from mtp_dist.training.status import was_stopped
 
 RENDEZVOUS_PORT = 29400
@@ -69,8 +70,8 @@ def process_environment(
         environment["DS_ACCELERATOR"] = "cpu"
     elif processes > cuda_devices:
         raise UserError(
-            f"{processes} processes on this node, but it has {cuda_devices} GPU(s) and each process needs one; "
-            "choose a smaller layout, more launch.nodes, or launch.device=cpu"
+            f"{counted(processes, 'process', 'processes')} on this node, but it has {counted(cuda_devices, 'GPU')} and each needs "
+            "one; choose a smaller layout, more launch.nodes, or launch.device=cpu"
         )
     return environment
 

@@ -99,6 +99,8 @@ def page_text(
     if len(starts) > 1:
         lines += ["", "## Starts", "", "| Start | After step | Time (UTC) |", "|---:|---:|---|"]
         lines += [f"| {n} | {start['step']} | {start['time']} |" for n, start in enumerate(starts, start=1)]
+    if plots:
+        lines += ["", "## Plots", "", "Pale lines are single steps, strong ones their running mean."]
     lines += [line for plot in plots for line in ("", f"![{plot.stem}]({plot.name})")]
     return "\n".join(lines) + "\n"
 

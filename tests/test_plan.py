@@ -197,7 +197,7 @@ def test_text_says_where_everything_is() -> None:
     assert "final norm, 2 MTP modules, the same embedding, output head (the embedding)" in page
     classic = text(planned("parallel=classic2"), None)
     assert "final norm, 2 MTP modules, replica of the embedding, output head (the embedding)" in classic
-    assert "32 rows of 256 positions = 8,192 tokens a step; 8 micro-batches of 4 row(s)" in classic
+    assert "32 rows of 256 positions = 8,192 tokens a step; 8 micro-batches of 4 rows for the one replica" in classic
     assert "10 steps, 81,920 tokens" in classic
 
 

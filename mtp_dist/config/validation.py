@@ -80,7 +80,7 @@ def validate_model(model: ModelConfig, vocabulary: int | None) -> None:
         raise UserError(f"model.head_dim={head_dim(model)}{origin} is odd; rotary embeddings turn pairs: choose an even width")
     if vocabulary is not None and model.vocab_size is not None and model.vocab_size < vocabulary:
         raise UserError(
-            f"model.vocab_size={model.vocab_size} is less than the {vocabulary} entries of the dataset's tokenizer; "
+            f"model.vocab_size={model.vocab_size} is less than the {counted(vocabulary, 'entry', 'entries')} of the dataset's tokenizer; "
             f"choose {vocabulary} or more, or null"
         )
 
@@ -146,7 +146,7 @@ def _validate_placement(parallel: ParallelConfig, model: ModelConfig, taken: int
         needed = parts if shown == "uniform" or parts == 1 else parts - 1
         if model.layers < needed:
             raise UserError(
-                f"{layers} is too few for the {parts} chunks of {layout}: they need {needed}; choose more layers, fewer "
+                f"{layers} is too few for {counted(parts, 'chunk')} of {layout}: they need {needed}; choose more layers, fewer "
                 "pipeline ranks, or parallel.schedule=1f1b"
             )
         return
@@ -155,17 +155,17 @@ def _validate_placement(parallel: ParallelConfig, model: ModelConfig, taken: int
     except ValueError:
         raise UserError(f"parallel.placement={shown}: choose balanced, uniform, or a list of layers such as [3,2,2,1]") from None
     if len(sizes) != parts:
-        raise UserError(f"parallel.placement={shown} has {len(sizes)} entries; {layout} has {parts} chunks")
+        raise UserError(f"parallel.placement={shown} has {counted(len(sizes), 'entry', 'entries')}; {layout} has {counted(parts, 'chunk')}")
     if min(sizes[:-1], default=1) < 1 or sizes[-1] < 0:
         raise UserError(f"parallel.placement={shown}: every chunk needs a layer, only the last one (it has the heads) may have 0")
     if sum(sizes) != model.layers:
-        raise UserError(f"parallel.placement={shown} adds up to {sum(sizes)} layers, but {layers}")
+        raise UserError(f"parallel.placement={shown} adds up to {counted(sum(sizes), 'layer')}, but {layers}")
 
 
 def _validate_costs(costs: list[float]) -> None:
     if costs and len(costs) != 6:
         raise UserError(
-            f"parallel.costs has {len(costs)} entries, not 6 (forward, backward, weight gradient of a block, then of the "
+            f"parallel.costs has {counted(len(costs), 'entry', 'entries')}, not 6 (forward, backward, weight gradient of a block, then of the "
             "heads); python -m mtp_dist.plan measure=true prints them, [] counts operations"
         )
     if costs and not costs[0]:
@@ -236,7 +236,7 @@ def _validate_batches(config: TrainingRun) -> None:
     parallel, least = config.parallel, fewest_micro_batches(config.parallel)
     if micro_batches(config) < least:
         raise UserError(
-            f"train.global_batch={batch} / ({product}) = {micro_batches(config)} micro-batches, but "
+            f"train.global_batch={batch} / ({product}) = {counted(micro_batches(config), 'micro-batch', 'micro-batches')}, but "
             f"parallel.schedule={parallel.schedule} with parallel.pipeline={parallel.pipeline} needs at least {least}; "
             f"choose train.global_batch={unit * least} or more, or a smaller train.micro_batch"
         )

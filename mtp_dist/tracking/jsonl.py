@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mtp_dist.quantity import counted
+
 METRICS_FILE = "metrics.jsonl"
 SYNC_SECONDS = 5.0
 
@@ -96,7 +98,7 @@ def _cut(path: Path, resume_step: int) -> int:
     if not whole:
         _replace(path, b"".join(kept))
     if lost:
-        log.warning("%s: %d unfinished line(s) of an interrupted run were removed", path, lost)
+        log.warning("%s: removed %s of an interrupted run", path, counted(lost, "unfinished line"))
     return last
 
 

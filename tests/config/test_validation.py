@@ -92,7 +92,7 @@ BROKEN = [
         "parallel.pipeline=2 parallel.schedule=dualpipev train.micro_batch=16",
         ["2 micro-batches", "dualpipev", "at least 4", "train.global_batch=64"],
     ),
-    ("parallel=classic2 train.micro_batch=32", ["1 micro-batches", "1f1b", "at least 2", "train.global_batch=64"]),
+    ("parallel=classic2 train.micro_batch=32", ["1 micro-batch,", "1f1b", "at least 2", "train.global_batch=64"]),
     ("data.lanes=5", ["data.lanes=5", "train.global_batch=32", "1, 2, 4, 8, 16 or 32"]),
     ("data.lanes=1 parallel.data=2", ["data.lanes=1", "parallel.data=2", "2, 4, 8, 16 or 32"]),
     ("data.lanes=0", ["data.lanes=0"]),
