@@ -21,7 +21,8 @@ def run(config: ShardBuild) -> None:
     dataset, fresh = build(config)
     print(f"dataset {dataset.path} {'built' if fresh else 'is complete already; nothing to do'}")
     for split in dataset.splits.values():
-        print(f"  {split.name}: {counted(split.documents, 'document')}, {counted(split.tokens, 'token')}, {counted(len(split.shards), 'shard')}")
+        tokens, shards = counted(split.tokens, "token"), counted(len(split.shards), "shard")
+        print(f"  {split.name}: {counted(split.documents, 'document')}, {tokens}, {shards}")
         if not split.documents and config.validation_share:
             print(f"  note: no document's name hashed into {split.name}; give more documents or another validation_share")
     print(f"  tokenizer: {counted(dataset.vocab_size, 'entry', 'entries')}, {dataset.eos_token} = {dataset.eos_id}")

@@ -258,8 +258,8 @@ def depths(totals: "Totals") -> list[dict[str, Any]]:
 def table(result: dict[str, Any]) -> str:
     """The numbers for people."""
     lines = [
-        f"step {result['step']}, split {result['split']}: {counted(result['rows'], 'row')} of {counted(result['sequence_length'], 'position')}, "
-        f"{result['dtype']}",
+        f"step {result['step']}, split {result['split']}: {counted(result['rows'], 'row')} of "
+        f"{counted(result['sequence_length'], 'position')}, {result['dtype']}",
         f"{'head':<8}{'loss':>10}{'perplexity':>12}{'accuracy':>10}{'conditional':>13}{'targets':>10}",
     ]
     for entry in result["depths"]:

@@ -36,7 +36,8 @@ def run(config: Evaluation) -> int:
         except OSError as error:
             raise UserError(f"output={config.output} cannot be written: {error.strerror}") from None
     for name, value in result["pass_at_k"].items():
-        print(f"pass@{name}: {100 * value:.1f} % of {counted(len(problems), 'problem')}, {counted(result['samples'], 'program')} each")
+        each = counted(result["samples"], "program")
+        print(f"pass@{name}: {100 * value:.1f} % of {counted(len(problems), 'problem')}, {each} each")
     return 0
 
 

@@ -70,8 +70,8 @@ def process_environment(
         environment["DS_ACCELERATOR"] = "cpu"
     elif processes > cuda_devices:
         raise UserError(
-            f"{counted(processes, 'process', 'processes')} on this node, but it has {counted(cuda_devices, 'GPU')} and each needs "
-            "one; choose a smaller layout, more launch.nodes, or launch.device=cpu"
+            f"{counted(processes, 'process', 'processes')} on this node, but it has {counted(cuda_devices, 'GPU')} and each "
+            "needs one; choose a smaller layout, more launch.nodes, or launch.device=cpu"
         )
     return environment
 

@@ -18,10 +18,11 @@ def describe(path: Path, *, parameters: bool) -> str:
     manifest = read_manifest(path)
     progress, layout = manifest.progress, manifest.layout
     seen, trained, skipped = (progress.get(name, 0) for name in ("tokens_seen", "tokens_trained", "skipped"))
+    tokens = counted(seen, "token", commas=True)
     rows = [
         ("checkpoint", str(path)),
         ("format", manifest.format),
-        ("step", f"{manifest.step} ({counted(seen, 'token', commas=True)} seen, {trained:,} trained, {counted(skipped, 'step')} skipped)"),
+        ("step", f"{manifest.step} ({tokens} seen, {trained:,} trained, {counted(skipped, 'step')} skipped)"),
         ("optimizer", _pairs(manifest.optimizer)),
         ("heads", _pairs(manifest.contract)),
         ("saved under", _layout(layout)),
@@ -114,7 +115,8 @@ def _pairs(values: dict[str, Any]) -> str:
 
 def _layout(layout: dict[str, Any]) -> str:
     sizes = " x ".join(f"{axis} {layout.get(axis)}" for axis in ("pipeline", "data", "tensor"))
-    return f"{sizes}, schedule {layout.get('schedule')}, ZeRO {layout.get('zero')}, {counted(layout.get('world'), 'process', 'processes')}"
+    processes = counted(layout.get("world", 0), "process", "processes")
+    return f"{sizes}, schedule {layout.get('schedule')}, ZeRO {layout.get('zero')}, {processes}"
 
 
 def _data(data: dict[str, Any]) -> str:

@@ -39,10 +39,10 @@ A setting's value comes from, later over earlier: the default below, the options
 `experiment=NAME`, the command line. A list is written `key=[1,2]`, no value is `key=null`, and text is taken as typed.
 Unknown keys and wrong types are errors, and a setting cannot be added with `+`.
 
-A number is written as `2000000000`, `2_000_000_000`, `2e9` or `2B`. The suffixes K, M, B (or G) and T are decimal, Ki, Mi, Gi and Ti
-binary, in upper or lower case: `train.sequence_length=1k` is 1000 positions, `train.sequence_length=1Ki` is 1024. Each number has
-bounds (below, beside its type), and `nan`, `inf` and interpolations (`${...}`) are refused. True or false may also be yes or no, on
-or off, but no number. Text is taken as it was typed, also in a list: `launch.setup=[module load cuda, export X=${HOME}]`.
+A number is written as `2000000000`, `2_000_000_000`, `2e9` or `2B`. The suffixes K, M, B (or G) and T are decimal, Ki, Mi, Gi and
+Ti binary, in upper or lower case: `train.sequence_length=1k` is 1000 positions, `train.sequence_length=1Ki` is 1024. Each number
+has bounds (below, beside its type); `nan`, `inf` and interpolations (`${...}`) are refused. True or false may also be yes or no,
+on or off, but no number. Text is taken as it was typed, also in a list: `launch.setup=[module load cuda, export X=${HOME}]`.
 """
 
 
@@ -126,7 +126,8 @@ def _table(name: str, cls: type) -> str:
 
 def _rows(rows: dict[str, tuple[Any, Any, str]], prefix: str) -> str:
     lines = [
-        f"| `{prefix}{name}` | {type_name(kind)}{_span(f'{prefix}{name}', kind)} | {f'`{shown(default)}`' if default != '' else ''} | {_cell(text)} |"
+        f"| `{prefix}{name}` | {type_name(kind)}{_span(prefix + name, kind)} | "
+        f"{f'`{shown(default)}`' if default != '' else ''} | {_cell(text)} |"
         for name, (kind, default, text) in rows.items()
     ]
     return "| setting | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(lines) + "\n"

@@ -79,8 +79,9 @@ def validate_model(model: ModelConfig, vocabulary: int | None) -> None:
         origin = "" if model.head_dim is not None else f" (model.hidden={model.hidden} / model.heads={model.heads})"
         raise UserError(f"model.head_dim={head_dim(model)}{origin} is odd; rotary embeddings turn pairs: choose an even width")
     if vocabulary is not None and model.vocab_size is not None and model.vocab_size < vocabulary:
+        entries = counted(vocabulary, "entry", "entries")
         raise UserError(
-            f"model.vocab_size={model.vocab_size} is less than the {counted(vocabulary, 'entry', 'entries')} of the dataset's tokenizer; "
+            f"model.vocab_size={model.vocab_size} is less than the {entries} of the dataset's tokenizer; "
             f"choose {vocabulary} or more, or null"
         )
 
@@ -155,7 +156,8 @@ def _validate_placement(parallel: ParallelConfig, model: ModelConfig, taken: int
     except ValueError:
         raise UserError(f"parallel.placement={shown}: choose balanced, uniform, or a list of layers such as [3,2,2,1]") from None
     if len(sizes) != parts:
-        raise UserError(f"parallel.placement={shown} has {counted(len(sizes), 'entry', 'entries')}; {layout} has {counted(parts, 'chunk')}")
+        entries = counted(len(sizes), "entry", "entries")
+        raise UserError(f"parallel.placement={shown} has {entries}; {layout} has {counted(parts, 'chunk')}")
     if min(sizes[:-1], default=1) < 1 or sizes[-1] < 0:
         raise UserError(f"parallel.placement={shown}: every chunk needs a layer, only the last one (it has the heads) may have 0")
     if sum(sizes) != model.layers:
@@ -165,8 +167,8 @@ def _validate_placement(parallel: ParallelConfig, model: ModelConfig, taken: int
 def _validate_costs(costs: list[float]) -> None:
     if costs and len(costs) != 6:
         raise UserError(
-            f"parallel.costs has {counted(len(costs), 'entry', 'entries')}, not 6 (forward, backward, weight gradient of a block, then of the "
-            "heads); python -m mtp_dist.plan measure=true prints them, [] counts operations"
+            f"parallel.costs has {counted(len(costs), 'entry', 'entries')}, not 6 (forward, backward, weight gradient of a block, "
+            "then of the heads); python -m mtp_dist.plan measure=true prints them, [] counts operations"
         )
     if costs and not costs[0]:
         raise UserError(f"parallel.costs={costs}: the first, a block's forward pass, is 0")

@@ -39,6 +39,7 @@ def _draw_part(row: Any, part: dict[str, Any], title: str) -> None:
     middle.bar(range(1, len(counts) + 1), counts, color=DEPTH_COLORS[2])
     middle.set(title="tokens of a forward", xlabel="tokens of a forward", ylabel="forwards")
     right.plot(range(1, len(curve) + 1), curve, marker="o", color=MAIN_COLOR)
-    right.set(title=f"cost of a pass, v(n); a draft: {part['draft_cost']:.2f}", xlabel="n, tokens", ylabel="cost (a pass over one token: 1)", ylim=(0, 1.1 * max(curve)))
+    title = f"cost of a pass, v(n); a draft: {part['draft_cost']:.2f}"
+    right.set(title=title, xlabel="n, tokens", ylabel="cost (a pass over one token: 1)", ylim=(0, 1.1 * max(curve)))
     for axes in row:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
