@@ -167,8 +167,8 @@ def _validate_placement(parallel: ParallelConfig, model: ModelConfig, taken: int
 def _validate_costs(costs: list[float]) -> None:
     if costs and len(costs) != 6:
         raise UserError(
-            f"parallel.costs has {counted(len(costs), 'entry', 'entries')}, not 6 (forward, backward, weight gradient of a block, "
-            "then of the heads); python -m mtp_dist.plan measure=true prints them, [] counts operations"
+            f"parallel.costs has {counted(len(costs), 'entry', 'entries')}, not 6 (forward, backward, weight gradient of a "
+            "block, then of the heads); python -m mtp_dist.plan measure=true prints them, [] counts operations"
         )
     if costs and not costs[0]:
         raise UserError(f"parallel.costs={costs}: the first, a block's forward pass, is 0")

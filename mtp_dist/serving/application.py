@@ -202,7 +202,7 @@ class Completions:
             raise _closing() from None
 
     def _late(self) -> RequestError:
-        message = f"the request took longer than the {self.service.seconds:g} s that it may take; ask for fewer tokens"
+        message = f"the request took longer than the {counted(self.service.seconds, 'second')} that it may take; ask for fewer tokens"
         return RequestError(504, message, code="timeout")
 
     def _encode(self, text: str) -> list[int]:

@@ -166,8 +166,8 @@ def _limits(content: Mapping[str, Any], prompts: list[list[int]], served: Served
     if longest + least > served.longest:
         raise RequestError(
             400,
-            f"prompt has {counted(longest, 'token')} and max_tokens={least} may follow, {longest + least} in all; this server takes "
-            f"at most {served.longest}",
+            f"prompt has {counted(longest, 'token')} and max_tokens={least} may follow, {longest + least} in all; this server "
+            f"takes at most {served.longest}",
             "prompt",
             "context_length_exceeded",
         )
