@@ -202,7 +202,8 @@ class Completions:
             raise _closing() from None
 
     def _late(self) -> RequestError:
-        message = f"the request took longer than the {counted(self.service.seconds, 'second')} that it may take; ask for fewer tokens"
+        limit = counted(self.service.seconds, "second")
+        message = f"the request took longer than the {limit} that it may take; ask for fewer tokens"
         return RequestError(504, message, code="timeout")
 
     def _encode(self, text: str) -> list[int]:

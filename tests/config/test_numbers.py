@@ -1,5 +1,5 @@
-"""Promise: one rule for every number, wherever it comes from; each has bounds that make sense, and an error names setting, value and
-bounds."""
+"""Promise: one rule for every number, wherever it comes from; each has bounds that make sense, and an error names setting, value
+and bounds."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def test_every_number_setting_has_bounds_and_its_default_is_within() -> None:
             assert number is None or fault(number, BOUNDS[key], whole=isinstance(number, int)) is None, key
 
 
-@pytest.mark.parametrize("text", ["nan", "inf", "-inf", ".nan", "1e400", "9" * 400, "-" + "9" * 5000, "1e300", "1T" * 1])
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", ".nan", "1e400", "9" * 400, "-" + "9" * 5000, "1e300", "1T"])
 def test_no_number_setting_takes_what_no_machine_has(text: str) -> None:
     for root, key, kind in NUMBERS:
         typed = text if "list" not in str(kind) else f"[[{text}]]" if "list[list" in str(kind) else f"[{text}]"
@@ -113,7 +113,9 @@ def test_what_is_typed_is_what_is_meant(text: str, kind: Any, expected: Any) -> 
     assert type(found) is type(expected)
 
 
-@pytest.mark.parametrize("text", ["", "1.5", "1e-3", "k", "1kk", "1 k", "0x10", "1__0", "_1", "1e9999", "true", "one", "1,2", "[1]", "²"])
+@pytest.mark.parametrize(
+    "text", ["", "1.5", "1e-3", "k", "1kk", "1 k", "0x10", "1__0", "_1", "1e9999", "true", "one", "1,2", "[1]", "²"]
+)
 def test_what_is_no_whole_number(text: str) -> None:
     with pytest.raises(NotANumberError):
         parsed(text, int)
