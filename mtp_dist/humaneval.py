@@ -14,7 +14,8 @@ from pathlib import Path
 
 from mtp_dist.checkpoint import folder
 from mtp_dist.config import versions
-from mtp_dist.config.rules import above, at_least, between, given
+from mtp_dist.config.compose import require_numbers
+from mtp_dist.config.rules import at_least, between, given
 from mtp_dist.config.schema import Evaluation
 from mtp_dist.decoding.request import validate_decoding, validate_heads
 from mtp_dist.errors import UserError
@@ -52,8 +53,7 @@ def prepare(config: Evaluation) -> tuple[list[Problem], dict[str, list[str]] | N
             "is acceptable: programs.allow=true"
         )
     between("seed", config.seed, 0, 2**63 - 1)
-    at_least("programs.samples", asked.samples, 1)
-    above("programs.seconds", asked.seconds, 0)
+    require_numbers(asked, "programs.")
     at_least("programs.memory_mb", asked.memory_mb, 64)
     validate_decoding(decode)
     problems = read_problems(config.file)

@@ -7,8 +7,8 @@ since it may fall when they change.
 import math
 
 from mtp_dist.config.attention import BACKENDS, require
-from mtp_dist.config.bounds import MOST_TOKENS, require_within
-from mtp_dist.config.compose import settings, value
+from mtp_dist.config.bounds import MOST_TOKENS
+from mtp_dist.config.compose import require_numbers
 from mtp_dist.config.heads_validation import validate_mtp
 from mtp_dist.config.launch_validation import validate_formats, validate_tracker
 from mtp_dist.config.layout import (
@@ -43,8 +43,7 @@ def validate_training(config: TrainingRun, vocabulary: int | None) -> None:
     """
     taken, config = config.model.layers, matched(config)
     taken -= config.model.layers
-    for key, kind in settings(type(config)).items():
-        require_within(key, kind, value(config, key))
+    require_numbers(config)
     validate_model(config.model, vocabulary)
     validate_parallel(config.parallel, config.model, vocabulary, taken)
     validate_launch(config.launch, config.parallel)
