@@ -204,4 +204,4 @@ def test_nothing_lies_outside_the_run_folder(stopped: Stopped) -> None:
     assert sorted(path.name for path in stopped.base.iterdir()) == ["data", "home", "runs", "texts"]
     assert [path.name for path in (stopped.base / "runs").iterdir()] == ["one"]
     found = sorted(path.name for path in stopped.run.iterdir())
-    assert found == [".lock", "checkpoints", "metrics.jsonl", "resolved.yaml", "status.json", "wandb"]
+    assert found == [".lock", "checkpoints", "metrics.jsonl", "resolved.yaml", "starts.jsonl", "status.json", "wandb"]
