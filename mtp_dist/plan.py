@@ -27,6 +27,7 @@ from mtp_dist.config.layout import (
     total_steps,
     world_size,
 )
+from mtp_dist.config.numbers import plain
 from mtp_dist.config.resolution import resolve
 from mtp_dist.config.rules import above
 from mtp_dist.config.schema import ParallelConfig, Plan
@@ -103,7 +104,7 @@ def with_assumptions(typed: list[str]) -> tuple[Plan, list[str]]:
         if batches and (larger := attempt(found | length | batches)):
             full, found = larger, found | batches
     if endless:
-        found["train.tokens"] = f"{TOKENS_A_PARAMETER * parameters:.1e}".replace("e+", "e")
+        found["train.tokens"] = plain(float(f"{TOKENS_A_PARAMETER * parameters:.1e}"))
     settled = any(key in ("experiment", "parallel") or key.startswith(("parallel.", "launch.")) for key in keys)
     if not settled and (smallest := smallest_layout(full)):
         chosen = smallest.parallel

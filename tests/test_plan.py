@@ -257,9 +257,10 @@ def test_wrong_settings_are_said_and_not_hidden_by_assumptions(capsys: pytest.Ca
     assert assumed == []
     with pytest.raises(UserError, match=r"parallel\.tensor=3 does not divide"):
         prepare(config)
-    full = prepare(with_assumptions(["model=tiny"])[0])[0]
-    assert run(full, ["train.tokens=1.1e8"]) == 0
-    assert capsys.readouterr().out.startswith("assumed, as not given: train.tokens=1.1e8\n\nlayout: ")
+    config, assumed = with_assumptions(["model=tiny"])
+    assert assumed == ["model.vocab_size=32000", "train.tokens=1.1e8"]
+    assert run(config, assumed) == 0
+    assert capsys.readouterr().out.startswith(f"assumed, as not given: {' '.join(assumed)}\n\nlayout: ")
 
 
 def test_command_needs_no_torch() -> None:
