@@ -33,7 +33,7 @@ from mtp_dist.data.batch import Batch
 from mtp_dist.data.dataset import Dataset
 from mtp_dist.data.rows import Rows
 from mtp_dist.data.stream import training_stream
-from mtp_dist.launching import environment_alone
+from mtp_dist.launching import stand_alone
 from mtp_dist.parallel.mesh import Mesh, build_mesh, choose_device, connect, disconnect
 from mtp_dist.training.held_out import HeldOut
 from mtp_dist.training.learning_rate import learning_rate
@@ -123,7 +123,7 @@ def main() -> int:
     dataset = Dataset.open(options.dataset)
     chosen = {name: data for name, data in orders(dataset).items() if not options.orders or name in options.orders}
     first = run_of(dataset, options.seeds[0], {}, options)
-    os.environ.update(environment_alone(first))
+    stand_alone(first)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     connect(choose_device("cpu"), timeout_minutes=30)
     mesh = build_mesh(first.parallel, torch.device("cpu"))

@@ -7,6 +7,7 @@ from mtp_dist.config import versions
 from mtp_dist.config.command import application
 from mtp_dist.config.schema import ShardBuild
 from mtp_dist.data.build_settings import check_settings
+from mtp_dist.quantity import counted
 
 EXAMPLES = (
     "python data/build_shards.py out=runs/stdlib",
@@ -33,10 +34,11 @@ def run(config: ShardBuild) -> None:
     dataset, fresh = build(config)
     print(f"dataset {printable(dataset.path)} {'built' if fresh else 'is complete already; nothing to do'}")
     for split in dataset.splits.values():
-        print(f"  {split.name}: {split.documents} documents, {split.tokens} tokens, {len(split.shards)} shards")
+        tokens, shards = counted(split.tokens, "token"), counted(len(split.shards), "shard")
+        print(f"  {split.name}: {counted(split.documents, 'document')}, {tokens}, {shards}")
         if not split.documents and config.validation_share:
             print(f"  note: no document's name hashed into {split.name}; give more documents or another validation_share")
-    print(f"  tokenizer: {dataset.vocab_size} entries, {dataset.eos_token} = {dataset.eos_id}")
+    print(f"  tokenizer: {counted(dataset.vocab_size, 'entry', 'entries')}, {dataset.eos_token} = {dataset.eos_id}")
 
 
 if __name__ == "__main__":

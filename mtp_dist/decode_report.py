@@ -17,6 +17,7 @@ from mtp_dist.config.rules import given
 from mtp_dist.config.schema import Evaluation, Generation
 from mtp_dist.decoding import request
 from mtp_dist.errors import UserError
+from mtp_dist.quantity import counted
 
 if TYPE_CHECKING:  # torch takes seconds to load: wrong settings are answered before
     from mtp_dist.decoding.comparison import Continuation
@@ -134,7 +135,7 @@ def markdown(result: dict[str, Any]) -> str:
     """The report for people: what was decoded, a line for each part where there are several, then each part."""
     decode, parts = result["decode"], result["parts"]
     chosen = f"0 to {parts[0]['gamma']}, chosen each round" if decode["auto"] else str(parts[0]["gamma"])
-    tree = "" if decode["tree"] == "none" else f" in {decode['tree']} trees of {parts[0]['nodes']} nodes"
+    tree = "" if decode["tree"] == "none" else f" in {decode['tree']} trees of {counted(parts[0]['nodes'], 'node')}"
     lossy = ", typical acceptance (lossy)" if decode["verify"] == "typical" else ""
     lines = [
         f"# Decoding with drafts: step {result['step']}",
@@ -163,7 +164,7 @@ def _section(part: dict[str, Any], decode: dict[str, Any]) -> list[str]:
     quartiles = part["speedup_quartiles"]
     spread = f" (half of the prompts: {quartiles[0]:.2f} to {quartiles[1]:.2f})" if quartiles else ""
     lines = [
-        f"## {part['file']}, {how}: {part['prompts']} prompts",
+        f"## {part['file']}, {how}: {counted(part['prompts'], 'prompt')}",
         "",
         "| | plain | speculative |",
         "|---|---|---|",

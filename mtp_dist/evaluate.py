@@ -36,6 +36,7 @@ from mtp_dist.errors import UserError
 from mtp_dist.freezing import check_world, under_launcher
 from mtp_dist.launching import stand_alone, start_module
 from mtp_dist.parent_process import end_rank_with_parent
+from mtp_dist.quantity import counted
 from mtp_dist.slurm_step import adopt
 from mtp_dist.standard_streams import say
 from mtp_dist.training.signals import end_at_once
@@ -105,7 +106,7 @@ def _dataset(config: Evaluation, trained: TrainingRun, checkpoint: Path) -> Data
     tokens, length, ahead = dataset.split(config.split).tokens, trained.train.sequence_length, lookahead(trained.mtp)
     if not full_rows(tokens, length, ahead):
         raise UserError(
-            f"split={config.split} of {path} has {tokens} tokens, fewer than one row of {row_length(length, ahead)}; "
+            f"split={config.split} of {path} has {counted(tokens, 'token')}, fewer than one row of {row_length(length, ahead)}; "
             "choose another split, or build the dataset with a larger validation_share"
         )
     return dataset
@@ -282,8 +283,8 @@ def depths(totals: "Totals") -> list[dict[str, Any]]:
 def table(result: dict[str, Any]) -> str:
     """The numbers for people."""
     lines = [
-        f"step {result['step']}, split {result['split']}: {result['rows']} rows of {result['sequence_length']} positions, "
-        f"{result['dtype']}",
+        f"step {result['step']}, split {result['split']}: {counted(result['rows'], 'row')} of "
+        f"{counted(result['sequence_length'], 'position')}, {result['dtype']}",
         f"{'head':<8}{'loss':>10}{'perplexity':>12}{'accuracy':>10}{'conditional':>13}{'targets':>10}",
     ]
     for entry in result["depths"]:

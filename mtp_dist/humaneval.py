@@ -15,14 +15,15 @@ from pathlib import Path
 
 from mtp_dist.checkpoint import folder
 from mtp_dist.config import versions
-from mtp_dist.config.compose import differences
-from mtp_dist.config.rules import above, at_least, between, given
+from mtp_dist.config.compose import differences, require_numbers
+from mtp_dist.config.rules import at_least, between, given
 from mtp_dist.config.schema import DecodeConfig, Evaluation
 from mtp_dist.decoding.request import given_of_drafts, refuse_unread_sampling, validate_decoding, validate_heads
 from mtp_dist.errors import UserError
 from mtp_dist.programs.pass_at_k import mean_pass_at_k
 from mtp_dist.programs.problems import Problem, read_completions, read_problems, truncated
 from mtp_dist.programs.sandbox import Limits, missing_fences, passes
+from mtp_dist.quantity import counted
 
 
 def run(config: Evaluation) -> int:
@@ -40,7 +41,8 @@ def run(config: Evaluation) -> int:
         except OSError as error:
             raise UserError(f"output={config.output} cannot be written: {error.strerror}") from None
     for name, value in result["pass_at_k"].items():
-        print(f"pass@{name}: {100 * value:.1f} % of {len(problems)} problems, {result['samples']} programs each")
+        each = counted(result["samples"], "program")
+        print(f"pass@{name}: {100 * value:.1f} % of {counted(len(problems), 'problem')}, {each} each")
     return 0
 
 
@@ -55,8 +57,7 @@ def prepare(config: Evaluation) -> tuple[list[Problem], dict[str, list[str]] | N
             "is acceptable: programs.allow=true"
         )
     between("seed", config.seed, 0, 2**63 - 1)
-    at_least("programs.samples", asked.samples, 1)
-    above("programs.seconds", asked.seconds, 0)
+    require_numbers(asked, "programs.")
     at_least("programs.memory_mb", asked.memory_mb, 64)
     validate_decoding(decode)
     refuse_unread_sampling(decode)

@@ -32,6 +32,7 @@ from mtp_dist.config.layout import Job, processes_per_node, world_size
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.errors import UserError
 from mtp_dist.parent_process import end_with
+from mtp_dist.quantity import counted
 from mtp_dist.rank_environment import PARENT, ignored_place, leave_outer_job, own_variables
 from mtp_dist.standard_streams import say, survive_closing
 from mtp_dist.training.status import FAILED, FINISHED, KILLED, RUNNING, STOPPED, Status, close_status, read_status
@@ -82,8 +83,8 @@ def process_environment(
         environment["DS_ACCELERATOR"] = "cpu"
     elif processes > cuda_devices:
         raise UserError(
-            f"{processes} processes on this node, but it has {cuda_devices} GPU(s) and each process needs one; "
-            "choose a smaller layout, more launch.nodes, or launch.device=cpu"
+            f"{counted(processes, 'process', 'processes')} on this node, but it has {counted(cuda_devices, 'GPU')} and each "
+            "needs one; choose a smaller layout, more launch.nodes, or launch.device=cpu"
         )
     return environment
 

@@ -28,6 +28,7 @@ from mtp_dist.config.layout import (
     total_steps,
     world_size,
 )
+from mtp_dist.config.numbers import plain
 from mtp_dist.config.resolution import resolve
 from mtp_dist.config.rules import above
 from mtp_dist.config.schema import ParallelConfig, Plan
@@ -39,6 +40,7 @@ from mtp_dist.launching import available_cores, threads_of_each
 from mtp_dist.parallel import budget
 from mtp_dist.parallel.cost import costs
 from mtp_dist.parallel.placement import layers_of_chunks
+from mtp_dist.quantity import counted
 
 EXAMPLES = (
     "python -m mtp_dist.plan model=llama3_8b",
@@ -104,7 +106,7 @@ def with_assumptions(typed: list[str]) -> tuple[Plan, list[str]]:
         if batches and (larger := attempt(found | length | batches)):
             full, found = larger, found | batches
     if endless:
-        found["train.tokens"] = f"{TOKENS_A_PARAMETER * parameters:.1e}".replace("e+", "e")
+        found["train.tokens"] = plain(float(f"{TOKENS_A_PARAMETER * parameters:.1e}"))
     settled = any(key in ("experiment", "parallel") or key.startswith(("parallel.", "launch.")) for key in keys)
     if not settled and (smallest := smallest_layout(full)):
         chosen = smallest.parallel
@@ -170,7 +172,7 @@ def _beside_layers(config: Plan, first: bool, last: bool, shared: bool) -> Itera
     yield "final norm"
     if count := modules(config.mtp):
         times = f" used {config.mtp.depth} times" if config.mtp.depth > count else ""
-        yield f"{count} MTP module{'s' if count > 1 else ''}{times}"
+        yield f"{counted(count, 'MTP module')}{times}"
     tied = config.model.tie_embeddings
     if not first and embeds_on_last(config.model, config.mtp):
         yield "the same embedding" if shared else "replica of the embedding"
@@ -203,10 +205,12 @@ def _parameter_row(name: str, held: budget.Parameters) -> list[str]:
 
 def _batches(config: Plan, dataset: Dataset | None) -> str:
     train, steps, tokens = config.train, total_steps(config), tokens_per_step(config)
+    each = "the one replica" if config.parallel.data == 1 else f"each of {config.parallel.data} replicas"
     lines = [
-        f"batch: {train.global_batch} rows of {train.sequence_length} positions = {tokens:,} tokens a step; "
-        f"{micro_batches(config)} micro-batches of {train.micro_batch} row(s) for each of {config.parallel.data} replica(s)",
-        f"run: {steps:,} steps, {steps * tokens:,} tokens",
+        f"batch: {counted(train.global_batch, 'row')} of {counted(train.sequence_length, 'position')} = "
+        f"{counted(tokens, 'token', commas=True)} a step; {counted(micro_batches(config), 'micro-batch', 'micro-batches')} of "
+        f"{counted(train.micro_batch, 'row')} for {each}",
+        f"run: {counted(steps, 'step', commas=True)}, {counted(steps * tokens, 'token', commas=True)}",
     ]
     if dataset is not None:
         lines[-1] += f" = {steps * tokens / dataset.split('train').tokens:.2f} epochs of {config.data.path}"
@@ -366,7 +370,7 @@ def _measure(config: Plan) -> str:
     device = choose_device(config.launch.device)
     found = measured_costs(config, device)
     config.parallel.costs = [float(f"{1000 * part:.4g}") for work in found for part in work]
-    where = f"{device.type}, {threads} thread(s)" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    where = f"{device.type}, {counted(threads, 'thread')}" if device.type == "cpu" else torch.cuda.get_device_name(device)
     shown = ",".join(f"{part:g}" for part in config.parallel.costs)
     return (
         f"measured ({where}): milliseconds of a micro-batch, forward, backward, weight gradient of a block, then of the heads\n"

@@ -13,10 +13,14 @@ import matplotlib.pyplot as plt
 from mtp_dist.config.command import application
 from mtp_dist.config.schema import Report
 from mtp_dist.errors import UserError
+from mtp_dist.quantity import counted
 from mtp_dist.standard_streams import say
 from mtp_dist.tracking import names
 from mtp_dist.tracking.jsonl import METRICS_FILE, read_records
+from mtp_dist.tracking.phases import phase_seconds
 from mtp_dist.tracking.plots import DRAWINGS, Series
+from mtp_dist.tracking.starts import read_starts
+from mtp_dist.training.status import STOPPED, current
 
 
 def write_report(run_dir: Path, output: Path | None = None) -> list[Path]:
@@ -31,12 +35,19 @@ def write_report(run_dir: Path, output: Path | None = None) -> list[Path]:
     folder = output or run_dir / "report"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        plots = _write_plots(Series(records), folder)
+        starts = read_starts(run_dir)
+        plots = _write_plots(Series(records, [start["step"] for start in starts[1:]], _stopped_at(run_dir)), folder)
         page = folder / "report.md"
-        page.write_text(page_text(run_dir.resolve().name, records, plots), encoding="utf-8")
+        page.write_text(page_text(run_dir.resolve().name, records, plots, starts), encoding="utf-8")
     except OSError as error:
         raise UserError(f"output={folder} cannot be written ({error.strerror}); choose another folder") from None
     return [*plots, page]
+
+
+def _stopped_at(run_dir: Path) -> int | None:
+    """The step at which the run rests, where it was asked to stop before its end."""
+    found = current(run_dir)
+    return found.step if found is not None and found.state == STOPPED else None
 
 
 def _write_plots(series: Series, folder: Path) -> list[Path]:
@@ -71,13 +82,24 @@ def _documented(name: str) -> str | None:
     return prefix if prefix in names.MEANING and prefix != name else None
 
 
-def page_text(title: str, records: Sequence[dict[str, Any]], plots: Sequence[Path]) -> str:
-    """report.md: one table of last values, then the plots."""
-    lines = [f"# {title}", "", f"Steps {records[0]['step']} to {records[-1]['step']}, {len(records)} records.", ""]
+def page_text(
+    title: str, records: Sequence[dict[str, Any]], plots: Sequence[Path], starts: Sequence[dict[str, Any]] = ()
+) -> str:
+    """report.md: one table of last values, where the time went, the starts, then the plots."""
+    lines = [f"# {title}", "", f"Steps {records[0]['step']} to {records[-1]['step']}, {counted(len(records), 'record')}.", ""]
     lines += ["| Metric | Last value | At step | Meaning |", "|---|---:|---:|---|"]
     for name, (value, step) in last_values(records).items():
         known = _documented(name)
         lines.append(f"| `{name}` | {value:,.6g} | {step} | {names.MEANING[known] if known else ''} |")
+    if found := phase_seconds(records):
+        lines += ["", "## Where the time went", "", "| Phase | Seconds | Share |", "|---|---:|---:|"]
+        whole = sum(found.values()) or 1.0
+        lines += [f"| {phase} | {seconds:,.1f} | {seconds / whole:.1%} |" for phase, seconds in found.items()]
+    if len(starts) > 1:
+        lines += ["", "## Starts", "", "| Start | After step | Time (UTC) |", "|---:|---:|---|"]
+        lines += [f"| {n} | {start['step']} | {start['time']} |" for n, start in enumerate(starts, start=1)]
+    if plots:
+        lines += ["", "## Plots", "", "Pale lines are single steps, strong ones their running mean."]
     lines += [line for plot in plots for line in ("", f"![{plot.stem}]({plot.name})")]
     return "\n".join(lines) + "\n"
 

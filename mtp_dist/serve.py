@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from mtp_dist.checkpoint import folder
 from mtp_dist.config import versions
 from mtp_dist.config.command import application
-from mtp_dist.config.rules import above, at_least, between, finite, given
+from mtp_dist.config.compose import require_numbers
+from mtp_dist.config.rules import given
 from mtp_dist.config.schema import Serving
 from mtp_dist.decoding import request
 from mtp_dist.errors import UserError
@@ -31,17 +32,7 @@ def validate(config: Serving) -> None:
     """Raise UserError at the first setting that no checkpoint could be served with."""
     given("checkpoint", config.checkpoint, "RUN_FOLDER")
     given("host", config.host, "127.0.0.1")
-    between("port", config.port, 0, 65535)
-    at_least("longest", config.longest, 2)
-    at_least("waiting", config.waiting, 1)
-    at_least("body_kib", config.body_kib, 1)
-    at_least("connections", config.connections, 1)
-    times = ("header_seconds", "body_seconds", "idle_seconds", "write_seconds", "seconds")
-    for key in (*times, "patience"):
-        finite(key, getattr(config, key))
-    for key in times:
-        above(key, getattr(config, key), 0)
-    at_least("patience", config.patience, 0)
+    require_numbers(config)
     request.validate_decoding(config.decode)
     if config.decode.mode == "both":
         raise UserError("decode.mode=both compares, and a server gives one text; choose plain or speculative")

@@ -22,7 +22,7 @@ from mtp_dist.model.tensor_group import TensorGroup
 from mtp_dist.model.weight_gradients import WeightGradients
 from mtp_dist.parallel import budget
 from mtp_dist.parallel.stages import build_chunks, global_parameters
-from mtp_dist.plan import GIB, largest_rank, prepare, run, smallest_layout, text
+from mtp_dist.plan import GIB, largest_rank, prepare, run, smallest_layout, text, with_assumptions
 
 
 def planned(*overrides: str) -> Plan:
@@ -198,7 +198,7 @@ def test_text_says_where_everything_is() -> None:
     assert "final norm, 2 MTP modules, the same embedding, output head (the embedding)" in page
     classic = text(planned("parallel=classic2"), None)
     assert "final norm, 2 MTP modules, replica of the embedding, output head (the embedding)" in classic
-    assert "32 rows of 256 positions = 8,192 tokens a step; 8 micro-batches of 4 row(s)" in classic
+    assert "32 rows of 256 positions = 8,192 tokens a step; 8 micro-batches of 4 rows for the one replica" in classic
     assert "10 steps, 81,920 tokens" in classic
 
 
@@ -226,6 +226,42 @@ def test_a_vocabulary_or_a_dataset_is_needed() -> None:
     config, dataset = prepare(compose("plan", Plan, ["train.steps=10", "model.vocab_size=64", "data.path=nowhere"]))
     assert dataset is None
     assert "data.path=nowhere does not exist" in text(config, dataset)
+
+
+def test_a_model_alone_is_planned_as_such_a_model_is_trained() -> None:
+    config, assumed = with_assumptions(["model=llama3_8b"])
+    full, dataset = prepare(config)
+    assert dataset is None
+    assert full.train.sequence_length == 4096
+    assert full.train.global_batch * full.train.sequence_length == 2**22
+    assert full.train.tokens == 170 * 10**9, "20 tokens a parameter"
+    assert largest_rank(full) <= full.world_memory_gib * GIB
+    assert "parallel.tensor=2" in assumed
+    page = text(full, dataset)
+    assert [line for line in page.splitlines() if line.startswith("fits: the fullest rank needs about")]
+
+
+def test_what_was_given_is_not_assumed() -> None:
+    given = ["model=llama3_8b", "train.steps=10", "parallel=tensor2", "train.sequence_length=1Ki", "train.global_batch=64"]
+    config, assumed = with_assumptions(given)
+    assert (config.train.steps, config.train.tokens, config.train.sequence_length) == (10, None, 1024)
+    assert (config.parallel.tensor, config.parallel.data, config.train.global_batch) == (2, 1, 64)
+    assert sorted(word.partition("=")[0] for word in assumed) == ["data.lanes", "train.micro_batch"]
+    small, assumed = with_assumptions(["model=tiny", "model.vocab_size=512", "train.steps=3"])
+    assert assumed == []
+    assert small == compose("plan", Plan, ["model=tiny", "model.vocab_size=512", "train.steps=3"])
+    assert with_assumptions(["experiment=quickstart", "model.vocab_size=4096"])[1] == []
+
+
+def test_wrong_settings_are_said_and_not_hidden_by_assumptions(capsys: pytest.CaptureFixture[str]) -> None:
+    config, assumed = with_assumptions(["model=llama3_8b", "parallel.tensor=3", "train.steps=10"])
+    assert assumed == []
+    with pytest.raises(UserError, match=r"parallel\.tensor=3 does not divide"):
+        prepare(config)
+    config, assumed = with_assumptions(["model=tiny"])
+    assert assumed == ["model.vocab_size=32000", "train.tokens=1.1e8"]
+    assert run(config, assumed) == 0
+    assert capsys.readouterr().out.startswith(f"assumed, as not given: {' '.join(assumed)}\n\nlayout: ")
 
 
 def test_command_needs_no_torch() -> None:

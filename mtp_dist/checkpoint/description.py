@@ -8,6 +8,7 @@ from typing import Any
 from mtp_dist.checkpoint.manifest import Manifest, damage, read_manifest
 from mtp_dist.checkpoint.settings import load_settings
 from mtp_dist.config import compose
+from mtp_dist.quantity import counted
 
 SHOWN = 10
 
@@ -17,10 +18,11 @@ def describe(path: Path, *, parameters: bool) -> str:
     manifest = read_manifest(path)
     progress, layout = manifest.progress, manifest.layout
     seen, trained, skipped = (progress.get(name, 0) for name in ("tokens_seen", "tokens_trained", "skipped"))
+    tokens = counted(seen, "token", commas=True)
     rows = [
         ("checkpoint", str(path)),
         ("format", manifest.format),
-        ("step", f"{manifest.step} ({seen:,} tokens seen, {trained:,} trained, {skipped} steps skipped)"),
+        ("step", f"{manifest.step} ({tokens} seen, {trained:,} trained, {counted(skipped, 'step')} skipped)"),
         ("optimizer", _pairs(manifest.optimizer)),
         ("heads", _pairs(manifest.contract)),
         ("saved under", _layout(layout)),
@@ -99,7 +101,7 @@ def _value_differences(one: Path, other: Path, first: Manifest, second: Manifest
                 largest = (was - now).abs().max().item()
                 found.append((largest / (was.abs().max().item() or math.inf), largest, f"{name} {part}"))
     if not found:
-        return f"values: the same bits in all {len(common)} parameters of both"
+        return f"values: the same bits in all {counted(len(common), 'parameter')} of both"
     found.sort(reverse=True)
     shown = found if all_parameters else found[:SHOWN]
     rows = [(name, f"{largest:.3e} ({relative:.3e} of its largest)") for relative, largest, name in shown]
@@ -113,7 +115,8 @@ def _pairs(values: dict[str, Any]) -> str:
 
 def _layout(layout: dict[str, Any]) -> str:
     sizes = " x ".join(f"{axis} {layout.get(axis)}" for axis in ("pipeline", "data", "tensor"))
-    return f"{sizes}, schedule {layout.get('schedule')}, ZeRO {layout.get('zero')}, {layout.get('world')} processes"
+    processes = counted(layout.get("world", 0), "process", "processes")
+    return f"{sizes}, schedule {layout.get('schedule')}, ZeRO {layout.get('zero')}, {processes}"
 
 
 def _data(data: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TextIO, TypeVar, cast
 import yaml  # type: ignore[import-untyped]
 
 from mtp_dist import __version__
+from mtp_dist.config.bounds import bounds_of
 from mtp_dist.config.compose import compose, config_groups, settings, type_name
 from mtp_dist.config.folder import groups
 from mtp_dist.config.schema import describe
@@ -209,7 +210,9 @@ def _rows(config: Any, prefix: str) -> list[str]:
     members = describe(type(config))
     for name, (kind, _, text) in members.items():
         if not is_dataclass(kind):
-            rows.append(f"  {prefix}{name}={shown(getattr(config, name))}  [{type_name(kind)}]")
+            bounds = bounds_of(f"{prefix}{name}", kind)
+            span = f", {bounds}" if bounds is not None else ""
+            rows.append(f"  {prefix}{name}={shown(getattr(config, name))}  [{type_name(kind)}{span}]")
             rows.extend(textwrap.wrap(text, width=116, initial_indent="      ", subsequent_indent="      "))
     for name, (kind, _, text) in members.items():
         if is_dataclass(kind):

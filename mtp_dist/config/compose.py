@@ -193,6 +193,13 @@ def settings(schema: type) -> dict[str, Any]:
     return dict(_all_leaves(schema))
 
 
+def require_numbers(config: Any, prefix: str = "") -> None:
+    """Raise UserError for the first number of a configuration, or of the group ``prefix``, that is outside its bounds. Composing
+    does so; this is for settings that were made in code."""
+    for key, kind in settings(type(config)).items():
+        require_within(prefix + key, kind, value(config, key))
+
+
 def config_groups(config_name: str) -> dict[str, str | None]:
     """The groups that ``conf/<config_name>.yaml`` takes, in its order: group -> the option that it starts with."""
     content = yaml.safe_load((conf_folder() / f"{config_name}.yaml").read_text(encoding="utf-8"))

@@ -12,6 +12,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from mtp_dist.config import schema
+from mtp_dist.config.bounds import bounds_of
 from mtp_dist.config.command import shown
 from mtp_dist.config.compose import config_groups, type_name
 from mtp_dist.config.folder import conf_folder, groups
@@ -39,6 +40,11 @@ A setting's value comes from, later over earlier: the default below, the options
 `prompt` is a backslash and an n. In `decode.stop` and `separator`, which are compared with text, escapes have their meaning: `\\n`, `\\t`,
 `\\r`, `\\\\`, `\\'`, `\\"`, `\\uXXXX` and `\\UXXXXXXXX`; another backslash there is an error.
 Unknown keys and wrong types are errors, and a setting cannot be added with `+`.
+
+A number is written as `2000000000`, `2_000_000_000`, `2e9` or `2B`. The suffixes K, M, B (or G) and T are decimal, Ki, Mi, Gi and
+Ti binary, in upper or lower case: `train.sequence_length=1k` is 1000 positions, `train.sequence_length=1Ki` is 1024. Each number
+has bounds (below, beside its type); `nan`, `inf` and interpolations (`${...}`) are refused. True or false may also be yes or no,
+on or off, but no number. Text is taken as it was typed, also in a list: `launch.setup=[module load cuda, export X=${HOME}]`.
 """
 
 
@@ -122,10 +128,16 @@ def _table(name: str, cls: type) -> str:
 
 def _rows(rows: dict[str, tuple[Any, Any, str]], prefix: str) -> str:
     lines = [
-        f"| `{prefix}{name}` | {type_name(kind)} | {f'`{shown(default)}`' if default != '' else ''} | {_cell(text)} |"
+        f"| `{prefix}{name}` | {type_name(kind)}{_span(prefix + name, kind)} | "
+        f"{f'`{shown(default)}`' if default != '' else ''} | {_cell(text)} |"
         for name, (kind, default, text) in rows.items()
     ]
     return "| setting | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(lines) + "\n"
+
+
+def _span(key: str, kind: Any) -> str:
+    bounds = bounds_of(key, kind)
+    return f", {bounds}" if bounds is not None else ""
 
 
 def _cell(text: str) -> str:

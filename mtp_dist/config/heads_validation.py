@@ -13,6 +13,7 @@ from mtp_dist.config.heads import (
 from mtp_dist.config.rules import alternatives, between, one_of
 from mtp_dist.config.schema import ModelConfig, MTPConfig
 from mtp_dist.errors import UserError
+from mtp_dist.quantity import counted
 
 
 def validate_mtp(mtp: MTPConfig, model: ModelConfig, vocabulary: int | None, sequence_length: int) -> None:
@@ -69,7 +70,8 @@ def _validate_kind(mtp: MTPConfig, sequence_length: int) -> None:
     if mtp.freeze_trunk and mtp.depth == 0:
         raise UserError("mtp.freeze_trunk=true with mtp.depth=0 leaves nothing to train; choose mtp.freeze_trunk=false")
     if mtp.depth_weights and len(mtp.depth_weights) != mtp.depth:
-        raise UserError(f"mtp.depth_weights has {len(mtp.depth_weights)} entries, but mtp.depth={mtp.depth}; empty: by mtp.decay")
+        entries = counted(len(mtp.depth_weights), "entry", "entries")
+        raise UserError(f"mtp.depth_weights has {entries}, but mtp.depth={mtp.depth}; empty: by mtp.decay")
     if mtp.depth_weights and mtp.decay != 1:
         raise UserError(f"mtp.decay={mtp.decay:g} and mtp.depth_weights={mtp.depth_weights} say the same thing twice; choose one")
     if mtp.normalize == "weights" and mtp.depth_weights and not sum(mtp.depth_weights):
@@ -106,7 +108,8 @@ def _validate_draft_vocabulary(mtp: MTPConfig, vocabulary: int | None) -> None:
     if not one_module(mtp):
         raise UserError(f"{shown} is for mtp.kind=eagle and eagle3, not {mtp.kind}; choose mtp.draft_vocabulary=null")
     if vocabulary is not None and mtp.draft_vocabulary > vocabulary:
-        raise UserError(f"{shown} is more than the {vocabulary} tokens of the vocabulary; choose {vocabulary} or fewer, or null")
+        tokens = counted(vocabulary, "token")
+        raise UserError(f"{shown} is more than the {tokens} of the vocabulary; choose {vocabulary} or fewer, or null")
 
 
 def _validate_points(name: str, points: list[list[float]], meaning: str) -> None:

@@ -126,14 +126,13 @@ def _meant(key: str, settings: list[str], known: list[str]) -> list[str]:
     by_last_part = [name for name in known if name.rpartition(".")[2] == last]
     if found := at_home(by_synonym + by_last_part):
         return found[:3]
-    if near := difflib.get_close_matches(key, settings if "." in key else known, n=1, cutoff=0.6):
-        return near
-    endings = {name.rpartition(".")[2]: name for name in reversed(known)}
-    others = {word: name for name in reversed(known) for word in SYNONYMS.get(name, ())}
-    for words in (endings, others):
-        if near := difflib.get_close_matches(last, list(words), n=1, cutoff=0.75):
-            return [words[near[0]]]
-    return _by_words(key, known)
+    words = {word: name for name in reversed(known) for word in (name.rpartition(".")[2], *SYNONYMS.get(name, ()))}
+
+    def near_word(cutoff: float) -> list[str]:
+        return [words[word] for word in difflib.get_close_matches(last, list(words), n=1, cutoff=cutoff)]
+
+    near_key = difflib.get_close_matches(key, settings if "." in key else known, n=1, cutoff=0.6)
+    return near_word(0.9) or near_key or near_word(0.75) or _by_words(key, known)
 
 
 def _by_words(key: str, known: list[str]) -> list[str]:

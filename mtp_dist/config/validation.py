@@ -7,8 +7,8 @@ since it may fall when they change.
 import math
 
 from mtp_dist.config.attention import BACKENDS, require
-from mtp_dist.config.bounds import MOST_TOKENS, require_within
-from mtp_dist.config.compose import settings, value
+from mtp_dist.config.bounds import MOST_TOKENS
+from mtp_dist.config.compose import require_numbers
 from mtp_dist.config.heads_validation import validate_mtp
 from mtp_dist.config.launch_validation import validate_formats, validate_tracker
 from mtp_dist.config.layout import (
@@ -43,8 +43,7 @@ def validate_training(config: TrainingRun, vocabulary: int | None) -> None:
     """
     taken, config = config.model.layers, matched(config)
     taken -= config.model.layers
-    for key, kind in settings(type(config)).items():
-        require_within(key, kind, value(config, key))
+    require_numbers(config)
     validate_model(config.model, vocabulary)
     validate_parallel(config.parallel, config.model, vocabulary, taken)
     validate_launch(config.launch, config.parallel)
@@ -79,8 +78,9 @@ def validate_model(model: ModelConfig, vocabulary: int | None) -> None:
         origin = "" if model.head_dim is not None else f" (model.hidden={model.hidden} / model.heads={model.heads})"
         raise UserError(f"model.head_dim={head_dim(model)}{origin} is odd; rotary embeddings turn pairs: choose an even width")
     if vocabulary is not None and model.vocab_size is not None and model.vocab_size < vocabulary:
+        entries = counted(vocabulary, "entry", "entries")
         raise UserError(
-            f"model.vocab_size={model.vocab_size} is less than the {vocabulary} entries of the dataset's tokenizer; "
+            f"model.vocab_size={model.vocab_size} is less than the {entries} of the dataset's tokenizer; "
             f"choose {vocabulary} or more, or null"
         )
 
@@ -115,7 +115,7 @@ def _validate_tensor(tensor: int, model: ModelConfig, vocabulary: int | None) ->
     def shares_keys(ranks: int) -> bool:
         return model.kv_heads % ranks == 0 or ranks % model.kv_heads == 0
 
-    choices = alternatives(filter(shares_keys, divisors(math.gcd(model.heads, model.mlp))))
+    choices = alternatives(ranks for ranks in divisors(math.gcd(model.heads, model.mlp)) if shares_keys(ranks))
     for name in ("heads", "mlp"):
         size = getattr(model, name)
         if size % tensor:
@@ -153,7 +153,7 @@ def _validate_placement(parallel: ParallelConfig, model: ModelConfig, taken: int
         needed = parts if shown == "uniform" or parts == 1 else parts - 1
         if model.layers < needed:
             raise UserError(
-                f"{layers} is too few for the {parts} chunks of {layout}: they need {needed}; choose more layers, fewer "
+                f"{layers} is too few for {counted(parts, 'chunk')} of {layout}: they need {needed}; choose more layers, fewer "
                 "pipeline ranks, or parallel.schedule=1f1b"
             )
         return
@@ -162,18 +162,19 @@ def _validate_placement(parallel: ParallelConfig, model: ModelConfig, taken: int
     except ValueError:
         raise UserError(f"parallel.placement={shown}: choose balanced, uniform, or a list of layers such as [3,2,2,1]") from None
     if len(sizes) != parts:
-        raise UserError(f"parallel.placement={shown} has {len(sizes)} entries; {layout} has {parts} chunks")
+        entries = counted(len(sizes), "entry", "entries")
+        raise UserError(f"parallel.placement={shown} has {entries}; {layout} has {counted(parts, 'chunk')}")
     if min(sizes[:-1], default=1) < 1 or sizes[-1] < 0:
         raise UserError(f"parallel.placement={shown}: every chunk needs a layer, only the last one (it has the heads) may have 0")
     if sum(sizes) != model.layers:
-        raise UserError(f"parallel.placement={shown} adds up to {sum(sizes)} layers, but {layers}")
+        raise UserError(f"parallel.placement={shown} adds up to {counted(sum(sizes), 'layer')}, but {layers}")
 
 
 def _validate_costs(costs: list[float]) -> None:
     if costs and len(costs) != 6:
         raise UserError(
-            f"parallel.costs has {len(costs)} entries, not 6 (forward, backward, weight gradient of a block, then of the "
-            "heads); python -m mtp_dist.plan measure=true prints them, [] counts operations"
+            f"parallel.costs has {counted(len(costs), 'entry', 'entries')}, not 6 (forward, backward, weight gradient of a "
+            "block, then of the heads); python -m mtp_dist.plan measure=true prints them, [] counts operations"
         )
     if costs and not costs[0]:
         raise UserError(f"parallel.costs={costs}: the first, a block's forward pass, is 0")
@@ -243,7 +244,7 @@ def _validate_batches(config: TrainingRun) -> None:
     parallel, least = config.parallel, fewest_micro_batches(config.parallel)
     if micro_batches(config) < least:
         raise UserError(
-            f"train.global_batch={batch} / ({product}) = {micro_batches(config)} micro-batches, but "
+            f"train.global_batch={batch} / ({product}) = {counted(micro_batches(config), 'micro-batch', 'micro-batches')}, but "
             f"parallel.schedule={parallel.schedule} with parallel.pipeline={parallel.pipeline} needs at least {least}; "
             f"choose train.global_batch={unit * least} or more, or a smaller train.micro_batch"
         )

@@ -9,8 +9,9 @@ import re
 from dataclasses import fields, replace
 from pathlib import Path
 
+from mtp_dist.config.compose import require_numbers
 from mtp_dist.config.layout import world_size
-from mtp_dist.config.rules import above, at_least, between, finite, given, one_of, whole_text
+from mtp_dist.config.rules import between, given, one_of, whole_text
 from mtp_dist.config.schema import DecodeConfig, Generation, MTPConfig
 from mtp_dist.decoding.tree_shape import deepest, fault
 from mtp_dist.errors import UserError
@@ -67,35 +68,22 @@ def _validate_interactive(config: Generation) -> None:
 
 def validate_decoding(decode: DecodeConfig) -> None:
     """Raise UserError at the first rule that the decoding settings break."""
+    require_numbers(decode, "decode.")
     one_of("decode.mode", decode.mode, MODES)
     one_of("decode.dtype", decode.dtype, DTYPES)
-    at_least("decode.max_new_tokens", decode.max_new_tokens, 1)
     one_of("decode.drafter", decode.drafter, DRAFTERS)
-    at_least("decode.draft", decode.draft, 1)
-    at_least("decode.ngram", decode.ngram, 1)
     if decode.drafter == "model":
         given("decode.draft_model", decode.draft_model, "RUN_FOLDER")
     elif decode.draft_model:
         raise UserError(f"decode.draft_model={decode.draft_model} is not read by decode.drafter={decode.drafter}; choose model")
     _validate_tree(decode)
-    finite("decode.temperature", decode.temperature)
-    at_least("decode.temperature", decode.temperature, 0)
-    at_least("decode.top_k", decode.top_k, 0)
-    above("decode.top_p", decode.top_p, 0)
-    if decode.top_p > 1:
-        raise UserError(f"decode.top_p={decode.top_p} must be at most 1; 1 samples from all tokens")
     one_of("decode.verify", decode.verify, ("lossless", "typical"))
-    between("decode.typical_epsilon", decode.typical_epsilon, 0, 1)
-    finite("decode.typical_delta", decode.typical_delta)
-    at_least("decode.typical_delta", decode.typical_delta, 0)
     if decode.verify == "typical" and decode.temperature == 0:
         raise UserError("decode.verify=typical compares probabilities, and decode.temperature=0 has none; choose decode=sampling")
-    at_least("decode.batch", decode.batch, 1)
     if "" in decode.stop:
         raise UserError("decode.stop holds an empty string, which would end every text at once; leave it out")
     for string in decode.stop:
         whole_text("decode.stop", string)
-    at_least("decode.threads", decode.threads, 0)
     if decode.int8 and decode.dtype == "float64":
         raise UserError("decode.int8=true has no kernel for decode.dtype=float64; choose bfloat16 or float32")
     _refuse_unread(decode)
@@ -156,8 +144,6 @@ def validate_layout(config: Generation) -> None:
 
 def _validate_tree(decode: DecodeConfig) -> None:
     one_of("decode.tree", decode.tree, TREES)
-    at_least("decode.tree_nodes", decode.tree_nodes, 1)
-    at_least("decode.tree_width", decode.tree_width, 1)
     if decode.tree_shape and decode.tree != "static":
         raise UserError(f"decode.tree_shape is not read by decode.tree={decode.tree}; choose decode.tree=static, or leave it out")
     if decode.tree_shape and decode.draft is not None:

@@ -196,10 +196,11 @@ def _decode(graph: dict, classes: Classes, foreign: Foreign, known: Sequence[obj
             built[number] = _immutable(node, _Parts(built, number, nodes), classes, foreign)
     # Instances first: sets and mappings may hash them.
     for number in sorted(filled, key=lambda number: nodes[number][0] != "instance"):
-        if isinstance(built[number], bytearray):
-            built[number][:] = bytes.fromhex(nodes[number][1])
+        value = built[number]
+        if isinstance(value, bytearray):
+            value[:] = bytes.fromhex(nodes[number][1])
         else:
-            _fill(built[number], nodes[number], [built[_place(part, len(nodes))] for part in nodes[number][-1]])
+            _fill(value, nodes[number], [built[_place(part, len(nodes))] for part in nodes[number][-1]])
     return [built[_place(root, len(nodes))] for root in graph["roots"]], mutable
 
 

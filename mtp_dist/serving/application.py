@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from mtp_dist.decoding.statistics import Statistics
 from mtp_dist.decoding.stopping import StopStrings, TextStream
+from mtp_dist.quantity import counted
 from mtp_dist.serving import answer
 from mtp_dist.serving.access import Access, Gate, check_json
 from mtp_dist.serving.request import Asked, RequestError, Served, read
@@ -212,13 +213,14 @@ class Completions:
             self.service.worker.submit(texts)
         except FullError:
             room = self.service.worker.room
-            message = f"{len(texts)} more would be more than the {room} texts that may wait here; try again later"
+            message = f"{len(texts)} more would be more than the {counted(room, 'text')} that may wait here; try again later"
             raise RequestError(429, message, code="queue_full") from None
         except ClosedError:
             raise _closing() from None
 
     def _late(self) -> RequestError:
-        message = f"the request took longer than the {self.service.seconds:g} seconds that it may take; ask for fewer tokens"
+        limit = counted(self.service.seconds, "second")
+        message = f"the request took longer than the {limit} that it may take; ask for fewer tokens"
         return RequestError(504, message, code="timeout")
 
     def _encode(self, text: str) -> list[int]:

@@ -12,6 +12,7 @@ from typing import Any
 from mtp_dist.config.bounds import TEMPERATURE, TOP_P
 from mtp_dist.config.numbers import Bounds, fault, json_whole
 from mtp_dist.config.numbers import shown as shown_number
+from mtp_dist.quantity import counted
 
 MOST_STOPS = 16
 LONGEST_STOP = 256
@@ -136,7 +137,7 @@ def _prompts(value: object, served: Served, encode: Callable[[str], list[int]]) 
     if not isinstance(items, list) or not items:
         raise wrong("prompt", value, "must be a string, a list of strings, a list of tokens, or a list of such lists")
     if len(items) > served.texts:
-        message = f"prompt holds {len(items)} texts; this server takes at most {served.texts} in a request"
+        message = f"prompt holds {counted(len(items), 'text')}; this server takes at most {served.texts} in a request"
         raise RequestError(400, message, "prompt")
     return [_tokens("prompt" if single else f"prompt[{place}]", item, served, encode) for place, item in enumerate(items)]
 
@@ -165,8 +166,8 @@ def _limits(content: Mapping[str, Any], prompts: list[list[int]], served: Served
     if longest + least > served.longest:
         raise RequestError(
             400,
-            f"prompt has {longest} tokens and max_tokens={least} may follow, {longest + least} in all; this server takes at most "
-            f"{served.longest}",
+            f"prompt has {counted(longest, 'token')} and max_tokens={least} may follow, {longest + least} in all; this server "
+            f"takes at most {served.longest}",
             "prompt",
             "context_length_exceeded",
         )

@@ -33,12 +33,13 @@ def _draw_part(row: Any, part: dict[str, Any], title: str) -> None:
     ):
         shares = [float("nan") if share is None else share for share in fast[name]]
         left.plot(depths, shares, marker="o", color=color, label=label)
-    left.set(title=f"{title}drafts accepted", xlabel="depth", ylim=(0, 1.02))
+    left.set(title=f"{title}drafts accepted", xlabel="depth", ylabel="share of drafts", ylim=(0, 1.02))
     left.legend(frameon=False)
     counts = fast["histogram"][1:]
     middle.bar(range(1, len(counts) + 1), counts, color=DEPTH_COLORS[2])
-    middle.set(title="tokens of a forward", xlabel="tokens", ylabel="forwards")
+    middle.set(title="tokens of a forward", xlabel="tokens of a forward", ylabel="forwards")
     right.plot(range(1, len(curve) + 1), curve, marker="o", color=MAIN_COLOR)
-    right.set(title=f"cost of a pass, v(n); a draft: {part['draft_cost']:.2f}", xlabel="n, tokens", ylim=(0, 1.1 * max(curve)))
+    title = f"cost of a pass, v(n); a draft: {part['draft_cost']:.2f}"
+    right.set(title=title, xlabel="n, tokens", ylabel="cost (a pass over one token: 1)", ylim=(0, 1.1 * max(curve)))
     for axes in row:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_dist.json_document import parsed, typed
+from mtp_dist.quantity import counted
 from mtp_dist.regular_file import open_regular
 
 METRICS_FILE = "metrics.jsonl"
@@ -110,7 +111,7 @@ def _cut(path: Path, resume_step: int) -> int:
     if not whole:
         _replace(path, b"".join(kept))
     if lost:
-        log.warning("%s: %d unfinished line(s) of an interrupted run were removed", path, lost)
+        log.warning("%s: removed %s of an interrupted run", path, counted(lost, "unfinished line"))
     return last
 
 

@@ -36,6 +36,10 @@ EPOCH = "data/epoch"
 TOKENS_PER_SECOND = "speed/tokens_per_second"
 STEP_TIME = "time/step"
 DATA_WAIT = "time/data_wait"
+FORWARD_BACKWARD_TIME = "time/forward_backward"
+OPTIMIZER_TIME = "time/optimizer"
+VALIDATION_TIME = "time/validation"
+SAVE_TIME = "time/save"
 PIPELINE_BUBBLE = "pipeline/bubble"
 MEMORY_RSS = "memory/rss_gib"
 MEMORY_DEVICE_PEAK = "memory/device_peak_gib"
@@ -70,6 +74,10 @@ MEANING = {
     TOKENS_PER_SECOND: "Trained positions a second over all replicas.",
     STEP_TIME: "Seconds of a step, data included.",
     DATA_WAIT: "Seconds of a step spent waiting for data.",
+    FORWARD_BACKWARD_TIME: "Seconds of a step from its rows to the gradients, waits of the pipeline included (rank 0).",
+    OPTIMIZER_TIME: "Seconds of a step for reducing gradients, clipping and AdamW (rank 0).",
+    VALIDATION_TIME: "Seconds of the validation after this step.",
+    SAVE_TIME: "Seconds that training waited for saves since the record before; a save after the last step is in no record.",
     PIPELINE_BUBBLE: "Share of the recorded step's schedule (train.trace) in which a rank computes nothing, mean over ranks.",
     MEMORY_RSS: "Resident memory of rank 0, GiB (CPU runs).",
     MEMORY_DEVICE_PEAK: "Peak allocated device memory of rank 0, GiB (CUDA runs).",

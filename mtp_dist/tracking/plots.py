@@ -1,7 +1,8 @@
 """The plots of a run's report, drawn from the records of metrics.jsonl alone.
 
 Each function takes a ``Series`` view of the records and returns a matplotlib figure, or None where the run has nothing for it.
-One colour stands for one depth in every plot; training is a line, validation its markers.
+One colour stands for one depth in every plot; training is a line (pale, with its running mean over it, where it has many points),
+validation its markers, a dotted vertical line a step from which the run was resumed.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,20 +19,25 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator
 
 from mtp_dist.tracking import names
+from mtp_dist.tracking.phases import OF_A_STEP
 
 MAIN_COLOR = "#1b1b1b"
 TOTAL_COLOR = "#9a9a9a"
 DEPTH_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 UNITS = ((1e9, " (billion)"), (1e6, " (million)"), (1e3, " (thousand)"))
-# Above so many points the raw curve turns into a pale band and its running mean is drawn over it.
-SMOOTH_FROM = 80
+# From so many points on the raw curve is pale and its running mean is drawn over it.
+SMOOTH_FROM = 20
+START_COLOR = "#7a5195"
 
 
 class Series:
     """The records of a run as curves over tokens trained (over steps, where the run did not log tokens)."""
 
-    def __init__(self, records: Sequence[dict[str, Any]]) -> None:
-        self.records = records
+    def __init__(
+        self, records: Sequence[dict[str, Any]], resumed: Sequence[int] = (), stopped: int | None = None
+    ) -> None:
+        """``resumed``: steps from which the run went on after a stop or a kill. ``stopped``: the step at which it rests now."""
+        self.records, self.resumed, self.stopped = records, resumed, stopped
         known = [(record["step"], record[names.TOKENS_SEEN]) for record in records if names.TOKENS_SEEN in record]
         self.over_tokens = bool(known)
         steps, tokens = zip(*known, strict=True) if known else ((0,), (0,))
@@ -46,8 +52,14 @@ class Series:
         if not points:
             return np.empty(0), np.empty(0)
         steps, values = (np.array(column, float) for column in zip(*points, strict=True))
-        x = np.interp(steps, self._steps, self._tokens) / self._unit if self.over_tokens else steps
-        return x, np.where(np.isfinite(values), values, np.nan)
+        return self.position(steps), np.where(np.isfinite(values), values, np.nan)
+
+    def position(self, steps: np.ndarray) -> np.ndarray:
+        """Where steps [n] lie on the x axis."""
+        if not self.over_tokens:
+            return steps
+        # The run begins with step 0 and no tokens, which no record says.
+        return np.interp(steps, np.append(0.0, self._steps), np.append(0.0, self._tokens)) / self._unit
 
     def depths(self, prefix: str) -> list[int]:
         """Depths of which the run has this metric, ascending."""
@@ -147,8 +159,11 @@ def draw_speed(series: Series) -> Figure | None:
     _line(axes[0], series, names.TOKENS_PER_SECOND, "all replicas", MAIN_COLOR)
     axes[0].set_ylabel("tokens per second")
     _line(axes[1], series, names.STEP_TIME, "whole step", MAIN_COLOR)
-    _line(axes[1], series, names.DATA_WAIT, "waiting for data", DEPTH_COLORS[1])
-    axes[1].set_ylabel("seconds per step")
+    for (name, phase), color in zip(OF_A_STEP.items(), (DEPTH_COLORS[1], DEPTH_COLORS[0], DEPTH_COLORS[2]), strict=True):
+        _line(axes[1], series, name, phase, color)
+    _markers(axes[1], series, names.VALIDATION_TIME, "a validation", DEPTH_COLORS[3])
+    _markers(axes[1], series, names.SAVE_TIME, "waiting for saves", DEPTH_COLORS[4])
+    axes[1].set_ylabel("seconds")
     for name in memory:
         _line(axes[2], series, name, "resident, rank 0" if name == names.MEMORY_RSS else "peak on device, rank 0", MAIN_COLOR)
         axes[2].set_ylabel("memory (GiB)")
@@ -174,7 +189,8 @@ def _line(ax: Axes, series: Series, name: str, label: str, color: str, *, dashed
     style = "--" if dashed else "-"
     if smooth and len(x) >= SMOOTH_FROM:
         ax.plot(x, y, style, color=color, alpha=0.18, linewidth=0.8)
-        y = running_mean(y, max(2, len(x) // 40))
+        width = max(5, len(x) // 40)
+        y = running_mean(y, width)
     # One point makes no line: show it as a dot.
     ax.plot(x, y, style, color=color, label=label, linewidth=1.6, marker="." if len(x) == 1 else None)
 
@@ -196,7 +212,18 @@ def _finished(figure: Figure, axes: Iterable[Axes], series: Series, *, legend: b
     for ax in axes:
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
-        if legend and ax.get_legend_handles_labels()[0]:
+        ax.set_xlabel(series.label)
+        ax.tick_params(labelbottom=True)
+        _mark_starts(ax, series)
+        if (legend or series.resumed or series.stopped) and ax.get_legend_handles_labels()[0]:
             ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    axes[-1].set_xlabel(series.label)
     return figure
+
+
+def _mark_starts(ax: Axes, series: Series) -> None:
+    """Vertical lines where the run was resumed, and where it rests."""
+    for number, place in enumerate(series.position(np.array(sorted(set(series.resumed)), float))):
+        ax.axvline(place, color=START_COLOR, linestyle=":", linewidth=1.4, label="stopped and resumed" if not number else None)
+    if series.stopped is not None:
+        place = series.position(np.array([series.stopped], float))[0]
+        ax.axvline(place, color=START_COLOR, linestyle="-", linewidth=1.4, label="stopped here")

@@ -14,6 +14,7 @@ from mtp_dist.config.schema import TrackerConfig
 from mtp_dist.errors import UserError
 from mtp_dist.tracking.guard import Guarded
 from mtp_dist.tracking.jsonl import METRICS_FILE, MetricsFile, read_records
+from mtp_dist.tracking.starts import record_start
 from mtp_dist.tracking.tensorboard_events import TensorBoardEvents
 from mtp_dist.tracking.wandb_run import WandbRun
 
@@ -54,6 +55,7 @@ class Tracker:
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
         self._file = MetricsFile(path, resume_step)
+        record_start(run_dir, resume_step)
         if config.wandb != "disabled":
             backlog = read_records(path)
             self._backends.append(Guarded("wandb", lambda: WandbRun(run_dir, config, settings, self.run_id, backlog)))

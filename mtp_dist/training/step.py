@@ -1,7 +1,7 @@
 """One optimizer step under any layout: prologue (rows, counts) -> pipeline schedule -> epilogue (sums, reduce, norm, AdamW)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from mtp_dist.parallel.timeline import Timeline, span
 from mtp_dist.training.exchange import global_counts, share
 from mtp_dist.training.objective import target_scale
 from mtp_dist.training.own_tokens import Draws, own_tokens
+from mtp_dist.training.phase_clock import PhaseClock
 from mtp_dist.training.statistics import Totals, gather
 
 
@@ -64,6 +65,10 @@ class Workload(ForwardOnly):
     """The model of one rank, ready to train: its chunks in a pipeline, and its optimizer."""
 
     engine: Engine
+    clock: PhaseClock = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.clock = PhaseClock(self.mesh.device)
 
     def record(self, timeline: Timeline | None) -> None:
         """From now on steps are recorded there; None: no longer."""
@@ -99,8 +104,11 @@ class Workload(ForwardOnly):
         self, batch: Batch | None, parts: list[float], lr: float, draws: Draws | None = None
     ) -> tuple[Totals, StepOutcome]:
         """A whole optimizer step. Collective. The statistics are read last: reading them waits for the device."""
+        self.clock.restart()
         result, counts = self.gradients(batch, parts, draws)
+        self.clock.mark()
         outcome = self.engine.step(lr)
+        self.clock.mark()
         return gather(result, counts, self.mesh), outcome
 
 

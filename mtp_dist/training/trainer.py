@@ -81,6 +81,7 @@ class Trainer:
         self.progress = Progress()
         self.data_state: State | None = None
         self.saved_step = -1
+        self.saving = 0.0  # seconds that no record has yet
         self.dataset = Dataset.open(config.data.path)
         self.draft_tokens = together(mesh, lambda: drafted(config))
         self.workload: Workload = build(config, mesh, self.draft_tokens)
@@ -320,15 +321,19 @@ class Trainer:
             names.TOKENS_PER_SECOND: self.step_tokens / elapsed,
             names.STEP_TIME: elapsed,
             names.DATA_WAIT: waited,
+            **dict(zip((names.FORWARD_BACKWARD_TIME, names.OPTIMIZER_TIME), self.workload.clock.seconds(), strict=True)),
             names.MEMORY_RSS: psutil.Process().memory_info().rss / 2**30,
         }
         if self.mesh.device.type == "cuda":
             metrics[names.MEMORY_DEVICE_PEAK] = torch.cuda.max_memory_allocated() / 2**30
+        if self.saving:
+            metrics[names.SAVE_TIME], self.saving = self.saving, 0.0
         return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
     def validate(self) -> dict[str, float]:
         """Metrics of the held-out rows, and of a text that the model continues."""
         assert self.held_out is not None
+        began = time.perf_counter()
         totals = self.held_out.run(self.config.train.micro_batch, micro_batches(self.config))
         metrics = totals.validation_metrics(coefficients(self.config.mtp, self.progress.tokens_trained))
         self.console.validation(self.progress.step, metrics)
@@ -336,10 +341,11 @@ class Trainer:
             text, found = self.sample.write(self.progress.step)
             self.console.say(f"sample at step {self.progress.step}: {shown(self.sample.prompt, text)}")
             metrics |= found
-        return metrics
+        return metrics | {names.VALIDATION_TIME: time.perf_counter() - began}
 
     def save(self) -> None:
         """Begin a checkpoint of the step that was last applied."""
+        began = time.perf_counter()
         drift = self.workload.engine.replica_drift()
         raise_together(self.mesh, f"the copies of the embedding differ by {drift}; nothing was saved" if drift else None)
         states: list[Any] = [None] * dist.get_world_size()
@@ -351,6 +357,7 @@ class Trainer:
             tracker={"run_id": self.tracker.run_id},
         )
         self.saved_step = self.progress.step
+        self.saving += time.perf_counter() - began
 
     def _saved(self, folder: Path) -> None:
         self.console.say(f"saved {folder}")

@@ -113,7 +113,7 @@ BROKEN = [
     ("mtp.depth=0", ["mtp.depth=0", "mtp.kind=sequential", "mtp=none"]),
     ("train.sequence_length=2", ["mtp.depth=2", "train.sequence_length=2"]),
     ("mtp.loss_weight=-1", ["mtp.loss_weight"]),
-    ("mtp.depth_weights=[1]", ["mtp.depth_weights", "1 entries", "mtp.depth=2"]),
+    ("mtp.depth_weights=[1]", ["mtp.depth_weights", "1 entry", "mtp.depth=2"]),
     ("mtp.depth_weights=[1,-1]", ["mtp.depth_weights"]),
     ("mtp.loss_weight_points=[[10.0,0.1],[10.0,0.2]]", ["mtp.loss_weight_points", "ascend"]),
     ("mtp.loss_weight_points=[[0.0,0.1]]", ["mtp.loss_weight_points", "ascend"]),

@@ -93,8 +93,8 @@ def test_wrong_commands_change_nothing(talk: Talk, solo: Callable[..., str]) -> 
     assert notes[:6] == [
         "[hot is no number]",
         "[nothing is no whole number]",
-        "[decode.max_new_tokens=0 must be at least 1]",
-        "[decode.temperature=-1.0 must be at least 0]",
+        "[decode.max_new_tokens=0 must be a whole number from 1 to 1000000]",
+        "[decode.temperature=-1.0 must be 0, or a number from 0.0001 to 100]",
         "[/lenght is no command; /help lists them (a space before the slash makes it text)]",
         "[Ctrl-D or /quit leaves]",
     ]

@@ -200,8 +200,8 @@ def test_shapes_that_are_no_trees(shape: list[list[int]], wrong: str) -> None:
     ("wrong", "message"),
     [
         ({"tree": "bush"}, "one of none, static or dynamic"),
-        ({"tree": "dynamic", "tree_nodes": 0}, r"decode\.tree_nodes=0 must be at least 1"),
-        ({"tree": "dynamic", "tree_width": 0}, r"decode\.tree_width=0 must be at least 1"),
+        ({"tree": "dynamic", "tree_nodes": 0}, r"decode\.tree_nodes=0 must be a whole number from 1"),
+        ({"tree": "dynamic", "tree_width": 0}, r"decode\.tree_width=0 must be a whole number from 1"),
         ({"tree": "dynamic", "drafter": "ngram"}, r"choose decode\.tree=none"),
         ({"tree": "dynamic", "tree_shape": [[0]]}, r"choose decode\.tree=static"),
         ({"tree": "static", "tree_shape": [[0]], "draft": 2}, "leave one out"),

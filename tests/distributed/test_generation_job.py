@@ -132,4 +132,4 @@ def test_command_line(trained: Path, tmp_path: Path) -> None:
         for mode in ("plain", "speculative"):
             assert [item[mode]["tokens"] for item in found] == [item[mode]["tokens"] for item in expected]
     assert done["wrong"].returncode != 0
-    assert done["wrong"].stderr.count("error: decode.draft=0 must be at least 1") == 1
+    assert done["wrong"].stderr.count("error: decode.draft=0 must be a whole number from 1") == 1

@@ -26,6 +26,23 @@ def test_what_is_in_it(checkpoints: dict[str, Path], capsys: pytest.CaptureFixtu
     assert "head.weight" in text and "[265, 32] in 2 fragments" in text
 
 
+def test_a_path_with_an_equals_sign(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(checkpoints["tied"], tmp_path / "sweeps" / "lr=0.1")
+    monkeypatch.chdir(tmp_path / "sweeps")
+    for path in ("lr=0.1", "./lr=0.1", str(tmp_path / "sweeps" / "lr=0.1"), "../sweeps/lr=0.1"):
+        status, text = said(capsys, path, "verify=false")
+        assert status == 0, text
+        assert f"checkpoint   {path}" in text
+        status, text = said(capsys, f"checkpoint={path}", f"other={path}", "verify=false")
+        assert status == 0 and "the same bits" in text
+    status, text = said(capsys, "lr=0.2")
+    assert status == 2 and "lr is not a setting of Inspection" in text
+    status, text = said(capsys, "no/such=place")
+    assert status == 2 and "no/such=place" in text
+
+
 def test_a_damaged_one(checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(checkpoints["tied"], tmp_path / "copy")
     path = tmp_path / "copy" / "rank_00001.safetensors"

@@ -10,11 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mtp_dist.config.schema import TrackerConfig
 from mtp_dist.errors import UserError
 from mtp_dist.report import last_values, page_text, write_report
 from mtp_dist.tracking import names
 from mtp_dist.tracking.jsonl import MetricsFile
-from mtp_dist.tracking.plots import Series, draw_accuracy, draw_loss, running_mean
+from mtp_dist.tracking.plots import DRAWINGS, MAIN_COLOR, START_COLOR, Series, draw_accuracy, draw_loss, running_mean
+from mtp_dist.tracking.starts import read_starts
+from mtp_dist.tracking.tracker import Tracker
+from mtp_dist.training.status import write_status
 
 
 def train_record(step: int) -> dict[str, float]:
@@ -69,6 +73,60 @@ def test_curves_hold_the_logged_values(tmp_path: Path) -> None:
     assert lines["validation main"].get_xdata().tolist() == [5.0]
     assert figure.axes[0].get_xlabel() == "tokens trained (thousand)"
     assert "nats" in figure.axes[0].get_ylabel()
+
+
+def test_every_axis_has_its_labels_and_many_points_their_running_mean() -> None:
+    records = [{"step": step} | train_record(step) | {names.MEMORY_RSS: 1.0} for step in range(1, 31)]
+    for name, draw in DRAWINGS.items():
+        figure = draw(Series(records))
+        assert figure is not None
+        for ax in figure.axes:
+            assert ax.get_xlabel() == "tokens trained (thousand)", name
+            assert ax.get_ylabel(), name
+            assert any(label.get_visible() for label in ax.get_xticklabels()), name
+    figure = draw_loss(Series(records))
+    assert figure is not None
+    raw, smooth = (line for line in figure.axes[0].lines if line.get_color() == MAIN_COLOR)
+    assert raw.get_ydata().tolist() == [3.0 / step for step in range(1, 31)]
+    assert smooth.get_ydata().tolist() == running_mean(np.array(raw.get_ydata()), 5).tolist()
+    assert (raw.get_alpha(), smooth.get_alpha()) == (0.18, None)
+
+
+def test_resumes_and_the_stop_are_marked_in_every_plot() -> None:
+    records = [{"step": step} | train_record(step) for step in range(1, 6)]
+    for name, draw in DRAWINGS.items():
+        figure = draw(Series(records, resumed=[2, 2, 4], stopped=5))
+        assert figure is not None
+        for ax in figure.axes:
+            marks = [line.get_xdata()[0] for line in ax.lines if line.get_color() == START_COLOR]
+            assert marks == [2.0, 4.0, 5.0], name
+            labels = [text.get_text() for text in ax.get_legend().get_texts()]
+            assert labels.count("stopped and resumed") == labels.count("stopped here") == 1, name
+
+
+def test_the_report_says_when_the_run_was_started_and_where_its_time_went(tmp_path: Path) -> None:
+    phases = {names.STEP_TIME: 2.0, names.DATA_WAIT: 0.25, names.FORWARD_BACKWARD_TIME: 1.0, names.OPTIMIZER_TIME: 0.5}
+    for resume_step, steps in ((0, (2, 4)), (4, (6,))):
+        tracker = Tracker(tmp_path, TrackerConfig(wandb="disabled"), settings={}, run_id="a", resume_step=resume_step)
+        for step in steps:
+            tracker.log(step, train_record(step) | phases | {names.VALIDATION_TIME: 3.0, names.SAVE_TIME: 1.0})
+        tracker.close()
+    write_status(tmp_path, "stopped", 6)
+    assert [start["step"] for start in read_starts(tmp_path)] == [0, 4]
+    page = write_report(tmp_path)[-1].read_text()
+    # Every second step is logged, so each stands for two.
+    for line in ("| waiting for data | 1.5 | 6.2% |", "| forward and backward | 6.0 | 25.0% |", "| optimizer | 3.0 | 12.5% |",
+                 "| agreement and the rest | 1.5 | 6.2% |", "| validation | 9.0 | 37.5% |", "| saving | 3.0 | 12.5% |",
+                 "| 1 | 0 | 20", "| 2 | 4 | 20", "3 records."):  # fmt: skip
+        assert line in page, line
+
+
+def test_a_run_of_an_earlier_version_has_neither(tmp_path: Path) -> None:
+    page = write_report(write_run(tmp_path, 3))[-1].read_text()
+    assert "Where the time went" not in page
+    assert "## Starts" not in page
+    (tmp_path / "starts.jsonl").write_text('{"step": 0, "time": "x"}\nhalf a li')
+    assert read_starts(tmp_path) == [{"step": 0, "time": "x"}]
 
 
 def test_a_run_without_depths_has_one_accuracy_panel() -> None:

@@ -183,7 +183,7 @@ def test_disabled_wandb_is_not_started(tmp_path: Path) -> None:
     tracker.log(1, full_metrics(1))
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
     tracker.close()
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "starts.jsonl"]
     assert len(tracker.run_id) == 8
 
 

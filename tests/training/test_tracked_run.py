@@ -20,6 +20,7 @@ import pytest
 from mtp_dist.config.schema import ShardBuild, TokenizerConfig
 from mtp_dist.data.building import build
 from mtp_dist.exit_codes import STOPPED
+from mtp_dist.tracking.starts import read_starts
 
 STEPS, ROWS, LENGTH = 150, 4, 16
 VALIDATE_EVERY = 50
@@ -43,6 +44,8 @@ EACH_STEP = (
     "speed/tokens_per_second",
     "time/step",
     "time/data_wait",
+    "time/forward_backward",
+    "time/optimizer",
     "memory/rss_gib",
 )
 VALIDATION = (
@@ -55,6 +58,7 @@ VALIDATION = (
     "validation/accuracy_depth_2",
     "validation/accuracy_conditional_depth_1",
     "validation/accuracy_conditional_depth_2",
+    "time/validation",
 )
 
 
@@ -133,6 +137,10 @@ def test_the_same_command_went_on_and_finished(stopped: Stopped) -> None:
     assert not list(stopped.run.glob("resolved.*.yaml")), "the same settings were frozen twice"
 
 
+def test_each_start_is_on_record(stopped: Stopped) -> None:
+    assert [start["step"] for start in read_starts(stopped.run)] == [0, stopped.first_steps[-1]]
+
+
 def test_metrics_file_holds_every_number_of_every_step(stopped: Stopped) -> None:
     found = records(stopped.run)
     assert [record["step"] for record in found] == list(range(1, STEPS + 1))
@@ -156,7 +164,9 @@ def test_the_numbers_mean_what_they_say(stopped: Stopped) -> None:
         assert record["optim/lr"] <= 1e-3
         assert step > 8 or record["optim/lr"] == pytest.approx(1e-3 * step / 8)
         assert record["speed/tokens_per_second"] * record["time/step"] == pytest.approx(tokens)
-        assert 0 <= record["time/data_wait"] <= record["time/step"]
+        parts = [record[f"time/{name}"] for name in ("data_wait", "forward_backward", "optimizer")]
+        assert min(parts) >= 0 and 0 < sum(parts) <= record["time/step"]
+        assert record.get("time/validation", 1) > 0
         assert 0 < record["memory/rss_gib"] < 64
         assert record["optim/gradient_norm"] > 0
         assert record["optim/skipped_steps"] == 0
@@ -194,4 +204,4 @@ def test_nothing_lies_outside_the_run_folder(stopped: Stopped) -> None:
     assert sorted(path.name for path in stopped.base.iterdir()) == ["data", "home", "runs", "texts"]
     assert [path.name for path in (stopped.base / "runs").iterdir()] == ["one"]
     found = sorted(path.name for path in stopped.run.iterdir())
-    assert found == [".lock", "checkpoints", "metrics.jsonl", "resolved.yaml", "status.json", "wandb"]
+    assert found == [".lock", "checkpoints", "metrics.jsonl", "resolved.yaml", "starts.jsonl", "status.json", "wandb"]
