@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+
 class Late(BaseException):
     """Of its own kind, so that nothing under test takes it for an error of its input."""
 
