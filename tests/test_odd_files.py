@@ -97,7 +97,8 @@ def test_problems_of_another_form(tmp_path: Path, line: str) -> None:
 
 def test_metrics_of_another_form_are_no_records(tmp_path: Path) -> None:
     path = tmp_path / METRICS_FILE
-    odd = ["[" * 50_000, '{"step": 2, "loss": [1]}', '{"step": true}', '{"step": 2, "loss": "much"}', '{"step": ' + "9" * 5000 + "}"]
+    deep, digits = "[" * 50_000, '{"step": ' + "9" * 5000 + "}"
+    odd = [deep, digits, '{"step": 2, "loss": [1]}', '{"step": true}', '{"step": 2, "loss": "much"}']
     lines = ['{"step": 1, "loss": "NaN"}', *odd, "x" * (2 * LONGEST), '{"step": 3, "loss": 2.5}']
     path.write_text("".join(line + "\n" for line in lines))
     assert [record["step"] for record in read_records(path)] == [1, 3]
