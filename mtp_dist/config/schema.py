@@ -387,11 +387,11 @@ class Export:
 
 @dataclass
 class Inspection:
-    """`python -m mtp_dist.inspect`: what a checkpoint holds, whether it is sound, and how two of them differ."""
+    """`python -m mtp_dist.inspect`: what a checkpoint or a dataset holds, whether it is sound, and how two checkpoints differ."""
 
-    checkpoint: str = setting("", "A checkpoint folder, or a run folder (its newest checkpoint). `checkpoint=` may be left out.")
+    checkpoint: str = setting("", "A checkpoint folder, a run folder (its newest checkpoint), or a dataset. `checkpoint=` may be left out.")
     other: str = setting("", "A second one to compare with. `other=` may be left out.")
-    verify: bool = setting(True, "Read every file and check its SHA-256; exit status 1 where one is damaged.")
+    verify: bool = setting(True, "Read every file and check its SHA-256, of a dataset every document; exit status 1 where one is damaged.")
     parameters: bool = setting(False, "List every parameter; when comparing, every one that differs (else the ten that differ most).")
 
 

@@ -26,8 +26,8 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar and its index, in the dataset's `folder`; sizes in bytes, sums in hexadecimal SHA-256. `first`: its first document's
-    number in `split`."""
+    """One tar and its index, in the dataset's `folder`; sizes in bytes, sums in hexadecimal SHA-256. `first`: number of its
+    first document in `split`."""
 
     folder: Path
     record: ShardRecord

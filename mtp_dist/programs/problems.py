@@ -14,7 +14,7 @@ from mtp_dist.errors import UserError
 from mtp_dist.json_document import FormError, parsed
 from mtp_dist.regular_file import MIB, open_regular
 
-LARGEST = 256 * MIB
+LARGEST = 128 * MIB
 """Of a file, unpacked: HumanEval has 0.2 MiB."""
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mtp_dist.errors import UserError
 from mtp_dist.json_document import parsed, typed
 from mtp_dist.quantity import counted
 from mtp_dist.regular_file import open_regular
@@ -46,10 +47,14 @@ def _decode(line: bytes) -> dict[str, Any] | None:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """Of a regular file; what follows the first ``LONGEST`` bytes of a line is a line of its own, and no record."""
-    with open_regular(path) as stream:
-        while line := stream.readline(LONGEST):
-            yield line
+    """Of a regular file; what follows the first ``LONGEST`` bytes of a line is a line of its own, and no record. Raises
+    UserError where it cannot be read."""
+    try:
+        with open_regular(path) as stream:
+            while line := stream.readline(LONGEST):
+                yield line
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

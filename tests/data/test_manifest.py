@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 
 from benchmarks.bit_flips import flip
+from mtp_dist.config.command import application
+from mtp_dist.config.schema import Inspection
 from mtp_dist.data import token_counts
 from mtp_dist.data.dataset import Dataset, file_sha256
 from mtp_dist.data.manifest import MANIFEST, MANIFEST_SUM, UNSUMMED
 from mtp_dist.data.reading import SampleReader, ShardError
 from mtp_dist.data.shards import SplitWriter
 from mtp_dist.errors import UserError
+from mtp_dist.inspect import named, run
 from tests.hostile import KINDS, no_hang, put
 
 Content = dict[str, Any]
@@ -311,3 +314,26 @@ def test_counts_that_cannot_be_those_of_the_split(own: Path, counts: np.ndarray)
     np.save(own / token_counts.FILE, counts)
     reseal(own, lambda content: content["token_counts"].update(sha256=file_sha256(own / token_counts.FILE)))
     refused(own, token_counts.FILE)
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as ended:
+        application("inspect", Inspection, run, argv=named(words))
+    captured = capsys.readouterr()
+    return int(ended.value.code or 0), captured.out + captured.err  # type: ignore[arg-type]
+
+
+def test_inspect_says_what_is_in_a_dataset(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = said(capsys, str(own))
+    assert status == 0
+    train = Dataset.open(own).split("train")
+    for part in (f"{train.documents} documents, {train.tokens:,} tokens", train.fingerprint, "257 tokens", "sound: every shard"):
+        assert part in text
+    with flip(own / "train/train-000001.tar", 8 * 1536 + 3):
+        status, text = said(capsys, str(own))
+        assert (status, "damaged: train/train-000001.tar" in text) == (1, True)
+        assert said(capsys, str(own), "verify=false")[0] == 0
+    with flip(own / MANIFEST, 999):
+        status, text = said(capsys, str(own))
+        assert (status, text.startswith("error: "), text.count("\n")) == (2, True, 1)
+    assert said(capsys, str(own), str(own))[0] == 2
