@@ -280,11 +280,11 @@ def run_child(
     asked, hung_up = 0, False
 
     def pass_on() -> None:
-        if torchrun is None:
-            return  # seen below
+        if torchrun is None or asked + hung_up > 1:
+            return  # seen below, or passed on before
         if not torchrun.signal_ranks(signal.SIGTERM):
             torchrun.stop()
-        elif asked + hung_up == 1:
+        else:
             what = "the processes save and stop" if saves else "the processes end"
             say(f"stopping: {what}; once more to end them at once")
 
