@@ -278,26 +278,31 @@ def run_child(
     """
     survive_closing()
     torchrun: _Torchrun | None = None
-    asked = 0
+    asked, hung_up = 0, False
+
+    def pass_on() -> None:
+        if torchrun is None or asked + hung_up > 1:
+            return  # seen below, or passed on before
+        if not torchrun.signal_ranks(signal.SIGTERM):
+            torchrun.stop()
+        else:
+            what = "the processes save and stop" if saves else "the processes end"
+            say(f"stopping: {what}; once more to end them at once")
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         asked += 1
-        if torchrun is None:
-            return  # seen below
-        if asked > 1:
-            if kill_on_second:
-                torchrun.kill()
-        elif torchrun.signal_ranks(signal.SIGTERM):
-            what = "the processes save and stop" if saves else "the processes end"
-            say(f"stopping: {what}; once more to end them at once")
-        else:
-            torchrun.stop()
+        if asked == 1:
+            pass_on()
+        elif kill_on_second and torchrun is not None:
+            torchrun.kill()
 
     def hang_up(number: int, frame: FrameType | None) -> None:
-        # The kernel and the shell may each send one when a terminal closes; neither means: at once.
-        if not asked:
-            stop(number, frame)
+        # The kernel, the shell and the session's manager may each send one when a terminal closes; none means: at once.
+        nonlocal hung_up
+        if not hung_up and not asked:
+            hung_up = True
+            pass_on()
 
     def notify(number: int, frame: FrameType | None) -> None:
         if torchrun is not None:
@@ -309,7 +314,7 @@ def run_child(
     ended = threading.Event()
     try:
         torchrun = _Torchrun(command, environment)
-        if asked:
+        if asked or hung_up:
             torchrun.stop()
         if waiting:
             threading.Thread(target=_say_who_is_missing, args=(torchrun, waiting, ended), daemon=True).start()

@@ -13,7 +13,8 @@ import pytest
 from mtp_dist.config.schema import LaunchConfig, ParallelConfig, TrainingRun
 from mtp_dist.errors import UserError
 from mtp_dist.exit_codes import STOPPED
-from mtp_dist.launching import process_environment, torchrun_command
+from mtp_dist.launching import process_environment, stand_alone, torchrun_command
+from mtp_dist.rank_environment import is_torch_rank
 from mtp_dist.run_lock import held
 from mtp_dist.training.status import read_status
 
@@ -79,6 +80,17 @@ def test_the_accelerator_is_the_gpu_only_where_there_is_one_for_each_process() -
         process_environment(run(device="cuda"), 8, 0, {})
     with pytest.raises(UserError, match=r"4 processes .* 2 GPU"):
         process_environment(run(data=4), 8, 2, {})
+
+
+def test_a_process_that_is_a_world_of_its_own_leaves_the_outer_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation in one process, in a container that an operator made for one rank of many."""
+    environment = {"PATH": os.environ["PATH"], **OUTER}
+    monkeypatch.setattr(os, "environ", environment)
+    stand_alone(run(device="cpu", threads=3))
+    assert (environment["RANK"], environment["WORLD_SIZE"], environment["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
+    assert environment["OMP_NUM_THREADS"] == "3"
+    assert not [name for name in environment if name.startswith(("TORCHELASTIC", "PET_"))]
+    assert is_torch_rank(environment)
 
 
 # Hears no signal but SIGKILL, and has a process of its own that hears none either.

@@ -1,11 +1,13 @@
 """Promise: every command answers help and bad input alike, at once, and without loading torch."""
 
+import errno
+import os
 import subprocess
 import sys
 
 import pytest
 
-from mtp_dist.config.command import application
+from mtp_dist.config.command import application, guarded
 from mtp_dist.config.compose import settings
 from mtp_dist.config.documentation import ROOTS
 from mtp_dist.config.folder import groups
@@ -117,3 +119,14 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     shell = f'set -o pipefail; "{sys.executable}" -c "{code}" | head -c 1 > /dev/null'
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_disk_that_refuses_is_said_in_one_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def write() -> None:
+        raise OSError(number, os.strerror(number), "runs/a/file")
+
+    assert guarded(write) == 2
+    assert capsys.readouterr().err == f"error: runs/a/file: {os.strerror(number)}\n"
+    with pytest.raises(FileNotFoundError):  # may be a mistake of ours, which needs its traceback
+        guarded(lambda: print(os.stat("does/not/exist")))
