@@ -12,7 +12,9 @@ from mtp_dist.errors import UserError
 
 _SIMPLE = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
 _ESCAPE = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.?))", re.DOTALL)
-_PART = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'|((?:[^,"'\\\]]|\\.)(?:[^,\\\]]|\\.)*))\s*(,|\]$)""", re.DOTALL)
+_PART = re.compile(
+    r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'|((?:[^,"'\\\]]|\\.)(?:[^,\\\]]|\\.)*))\s*(,|\]$)""", re.DOTALL
+)
 
 
 def unescaped(key: str, text: str) -> str:

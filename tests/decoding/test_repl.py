@@ -183,9 +183,10 @@ def test_settings_that_do_not_fit(settings: dict, says: str) -> None:
 
 def test_a_line_that_is_no_text_is_named_and_the_next_one_counts(checkpoint: Path, solo: Callable[..., str]) -> None:
     """From a pipe: bytes that are not UTF-8, read together with good lines; also where Python would read ASCII."""
+    settings = [f"checkpoint={checkpoint}", "interactive=true", "decode.max_new_tokens=5"]
     for encoding in ("utf-8", "ascii"):
         done = subprocess.run(
-            [sys.executable, "-m", "mtp_dist.generate", f"checkpoint={checkpoint}", "interactive=true", "decode.max_new_tokens=5"],
+            [sys.executable, "-m", "mtp_dist.generate", *settings],
             input=b"abc\xff\n\xc3\nfox\n", env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, timeout=300,
         )  # fmt: skip
         assert (done.returncode, done.stdout.decode()) == (0, f"fox{solo('fox', 5)}\n")

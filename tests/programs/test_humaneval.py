@@ -127,7 +127,6 @@ def test_a_completion_ends_where_it_leaves_the_function() -> None:
         (["temperatures=[1]"], "has no effect with task=humaneval; leave it out, or choose task=decode"),
         (["split=train"], "split=train has no effect with task=humaneval; leave it out, or choose task=held_out"),
         (["task=held_out", "programs.completions="], "has no effect with task=held_out; leave it out, or choose task=humaneval or"),
-        (["task=held_out", "file=", "programs.completions=", "decode=sampling"], "decode.temperature=0.8 has no effect with"),
     ],
 )
 def test_wrong_settings_are_named(files: Path, settings: list[str], words: str) -> None:
