@@ -18,8 +18,8 @@ _PART = re.compile(
 
 
 def unescaped(key: str, text: str) -> str:
-    r"""The text that ``\n``, ``\t``, ``\r``, ``\\``, ``\'``, ``\"``, ``\uXXXX`` and ``\UXXXXXXXX`` in it stand for. Raises UserError
-    for another backslash, naming ``key``."""
+    r"""The text that ``\n``, ``\t``, ``\r``, ``\\``, ``\'``, ``\"``, ``\uXXXX`` and ``\UXXXXXXXX`` in it stand for. Raises
+    UserError for another backslash, naming ``key``."""
 
     def meaning(match: re.Match[str]) -> str:
         short, long, other = match.groups()

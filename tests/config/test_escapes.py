@@ -1,4 +1,4 @@
-r"""Promise: what is typed for a setting that is compared with text has its usual escapes, or is an error; elsewhere text is literal."""
+"""Promise: what is typed for a setting that is compared with text has its usual escapes, or is an error; else text is literal."""
 
 from pathlib import Path
 

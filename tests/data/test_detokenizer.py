@@ -1,5 +1,5 @@
-"""Tokens become the same text however they are dealt out, one bad byte costs one character, and for every kind of tokenizer a text
-survives its tokens."""
+"""Tokens become the same text however they are dealt out, one bad byte costs one character, and for every kind of tokenizer a
+text survives its tokens."""
 
 import random
 from collections.abc import Callable
