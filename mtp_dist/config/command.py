@@ -83,7 +83,7 @@ def _output_fails() -> bool:
 
 
 class LastingOutput(io.TextIOBase):
-    """The standard output of a process that others wait for: once it cannot be written it takes everything, so all end together."""
+    """The standard output of a process that others wait for: once it fails it takes everything, so that all end together."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream

@@ -62,8 +62,8 @@ def compose(config_name: str, schema: type[T], overrides: list[str]) -> T:
         else:
             rest.append(override)
     config = _composed(config_name, schema, rest, kinds)
-    for key, value in texts.items():
-        OmegaConf.update(config, key, _escape_all(value))
+    for key, text in texts.items():
+        OmegaConf.update(config, key, _escape_all(text))
     return _typed(config, schema, f"conf/{config_name}.yaml")
 
 
@@ -176,7 +176,6 @@ def suggestion(word: str, known: list[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-@cache
 def _escaping(schema: type, prefix: str = "") -> frozenset[str]:
     """Settings in whose text escapes have a meaning."""
     found: set[str] = set()

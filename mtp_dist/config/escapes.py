@@ -37,7 +37,7 @@ def unescaped(key: str, text: str) -> str:
 
 
 def unescaped_list(key: str, text: str) -> list[str]:
-    r"""``[one, 'two, too', "\n"]`` as texts. Commas, brackets at the end and spaces around a text need quotes. Raises UserError."""
+    r"""``[one, 'two, too', "\n"]`` as texts. Commas, brackets and spaces around a text need quotes. Raises UserError."""
     listed = text.strip()
     found: list[str] = []
     if not listed.startswith("[") or not listed.endswith("]"):
