@@ -23,7 +23,7 @@ from mtp_dist.checkpoint import folder
 from mtp_dist.checkpoint.manifest import TOKENIZER
 from mtp_dist.checkpoint.settings import load_settings
 from mtp_dist.config import versions
-from mtp_dist.config.command import application, open_output
+from mtp_dist.config.command import application, open_output, shown
 from mtp_dist.config.compose import differences, load, save
 from mtp_dist.config.heads import lookahead
 from mtp_dist.config.layout import fewest_micro_batches, world_size
@@ -165,7 +165,7 @@ def _refuse_unread(config: Evaluation) -> None:
     for key, given_, _ in differences(config, Evaluation()):
         if (name := key.partition(".")[0]) in some:
             readers = alternatives(f"task={task}" for task, names in READ_BY.items() if name in names)
-            raise UserError(f"{key}={given_} has no effect with task={config.task}; leave it out, or choose {readers}")
+            raise UserError(f"{key}={shown(given_)} has no effect with task={config.task}; leave it out, or choose {readers}")
 
 
 def frozen(argv: list[str]) -> Evaluation:

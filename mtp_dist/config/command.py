@@ -88,8 +88,8 @@ def guarded(action: Callable[[], int | None]) -> int:
 
 
 def open_output() -> None:
-    """Called once, first. Characters that the standard output's encoding lacks are then written as escapes (``\\u03bb``) where they
-    would raise; an output that is closed takes everything."""
+    """Called once, first. Characters that the standard output's encoding lacks are then written as escapes (``\\u03bb``) where
+    they would raise; an output that is closed takes everything."""
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
     elif isinstance(sys.stdout, io.TextIOWrapper):
@@ -107,7 +107,7 @@ def _output_fails() -> bool:
 
 
 class LastingOutput(io.TextIOBase):
-    """The standard output of a process that others wait for: once it cannot be written it takes everything, and all end together."""
+    """The standard output of a process that others wait for: once it fails it takes everything, so that all end together."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -134,7 +134,7 @@ class LastingOutput(io.TextIOBase):
 
 
 def _lost_output(error: OSError) -> int:
-    """The exit status of a process whose standard output cannot be written. A reader that has left (`| head`) has what it wants."""
+    """The exit status of a process whose standard output cannot be written. A reader that left (`| head`) has what it wants."""
     status = 0 if isinstance(error, BrokenPipeError) else 2
     if status:
         print(f"error: the standard output cannot be written: {error.strerror}", file=sys.stderr, flush=True)

@@ -2,7 +2,8 @@
 
 Contract: what comes out is an instance of the schema dataclass, with no key that the schema lacks and no value of another type.
 Whatever a user can get wrong here is one UserError of one line. Text settings are taken as they were typed:
-``prompt=a, b: ${c}`` needs no quotes beyond the shell's; escapes have a meaning in those of ``escapes.py`` alone. Composition itself is Hydra's compose API (https://hydra.cc/docs/advanced/compose_api/).
+``prompt=a, b: ${c}`` needs no quotes beyond the shell's; escapes have a meaning in those of ``escapes.py`` alone.
+Composition itself is Hydra's compose API (https://hydra.cc/docs/advanced/compose_api/).
 """
 
 import copy

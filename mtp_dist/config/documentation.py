@@ -37,7 +37,7 @@ Generated from `mtp_dist/config/schema.py` and `conf/` by `python -m mtp_dist.co
 Every command takes `key=value` settings and `group=option` choices. `--help` lists them, `--cfg` prints the composed result.
 A setting's value comes from, later over earlier: the default below, the options chosen in `conf/<command>.yaml`,
 `experiment=NAME`, the command line. A list is written `key=[1,2]`, no value is `key=null`, and text is taken as typed: a `\\n` in
-`prompt` is a backslash and an n. In `decode.stop` and `separator`, which are compared with text, escapes have their meaning: `\\n`, `\\t`,
+`prompt` is a backslash and an n. In `decode.stop` and `separator` escapes have their meaning: `\\n`, `\\t`,
 `\\r`, `\\\\`, `\\'`, `\\"`, `\\uXXXX` and `\\UXXXXXXXX`; another backslash there is an error.
 Unknown keys and wrong types are errors, and a setting cannot be added with `+`.
 

@@ -12,12 +12,14 @@ from mtp_dist.errors import UserError
 
 _SIMPLE = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
 _ESCAPE = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.?))", re.DOTALL)
-_PART = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'|((?:[^,"'\\\]]|\\.)(?:[^,\\\]]|\\.)*))\s*(,|\]$)""", re.DOTALL)
+_PART = re.compile(
+    r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'|((?:[^,"'\\\]]|\\.)(?:[^,\\\]]|\\.)*))\s*(,|\]$)""", re.DOTALL
+)
 
 
 def unescaped(key: str, text: str) -> str:
-    r"""The text that ``\n``, ``\t``, ``\r``, ``\\``, ``\'``, ``\"``, ``\uXXXX`` and ``\UXXXXXXXX`` in it stand for. Raises UserError
-    for another backslash, naming ``key``."""
+    r"""The text that ``\n``, ``\t``, ``\r``, ``\\``, ``\'``, ``\"``, ``\uXXXX`` and ``\UXXXXXXXX`` in it stand for. Raises
+    UserError for another backslash, naming ``key``."""
 
     def meaning(match: re.Match[str]) -> str:
         short, long, other = match.groups()
@@ -35,7 +37,7 @@ def unescaped(key: str, text: str) -> str:
 
 
 def unescaped_list(key: str, text: str) -> list[str]:
-    r"""``[one, 'two, too', "\n"]`` as texts. Commas, brackets at the end and spaces around a text need quotes. Raises UserError."""
+    r"""``[one, 'two, too', "\n"]`` as texts. Commas, brackets and spaces around a text need quotes. Raises UserError."""
     listed = text.strip()
     found: list[str] = []
     if not listed.startswith("[") or not listed.endswith("]"):

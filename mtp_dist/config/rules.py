@@ -44,8 +44,8 @@ def given(key: str, value: str, example: str) -> None:
 
 
 def whole_text(key: str, text: str) -> None:
-    """Raise UserError for a text that UTF-8 cannot hold: half a character, as JSON may spell one, or a byte that was no UTF-8 where
-    the text came from (Python keeps such a byte as one of U+DC80 to U+DCFF)."""
+    """Raise UserError for a text that UTF-8 cannot hold: half a character, as JSON may spell one, or a byte that was no UTF-8
+    where the text came from (Python keeps such a byte as one of U+DC80 to U+DCFF)."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,8 +1,8 @@
 """Texts that end at a string, and texts shown while they grow.
 
-Both look at characters, since a string may be cut into tokens in many ways, and both read each token once: what a token costs does
-not depend on how long the text, or the longest string, is. A text ends before the string that is complete first; of several that
-are complete with the same character, before the longest.
+Both look at characters, since a string may be cut into tokens in many ways, and both read each token once: what a token
+costs does not depend on how long the text, or the longest string, is. A text ends before the string that is complete first; of
+several that are complete with the same character, before the longest.
 """
 
 from collections.abc import Sequence

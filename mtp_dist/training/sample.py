@@ -19,8 +19,8 @@ from mtp_dist.tracking import names
 
 
 def shown(prompt: str, text: str) -> str:
-    """A prompt and its continuation for a console: runs of empty lines are counted instead of printed, and so is a continuation of
-    white space alone, which models write at first. The file has the exact text."""
+    """A prompt and its continuation for a console: runs of empty lines are counted instead of printed, and so is a continuation
+    of white space alone, which models write at first. The file has the exact text."""
     if not text.strip():
         return f"{prompt.strip()} [white space alone: {len(text)} characters, {text.count(chr(10))} line breaks]"
     folded = re.sub(r"\n(?:[^\S\n]*\n){2,}", lambda run: f"\n[{run[0].count(chr(10)) - 1} empty lines]\n", prompt + text)

@@ -1,4 +1,4 @@
-r"""Promise: what is typed for a setting that is compared with text has its usual escapes, or is an error; elsewhere text is literal."""
+"""Promise: what is typed for a setting that is compared with text has its usual escapes, or is an error; else text is literal."""
 
 from pathlib import Path
 
@@ -62,10 +62,13 @@ def test_what_is_no_list_of_texts_is_an_error(typed: str, says: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "text"), [(r"\n--\t\n", "\n--\t\n"), ("'END'", "END"), (r"'\\n'", "\\n"), ("\n", "\n"), (r"a, ${b}: [\"]", 'a, ${b}: ["]')]
+    ("typed", "text"),
+    [(r"\n--\t\n", "\n--\t\n"), ("'END'", "END"), (r"'\\n'", "\\n"), ("\n", "\n"), (r"a, ${b}: [\"]", 'a, ${b}: ["]')],
 )
 def test_a_separator(typed: str, text: str) -> None:
-    assert compose("build_shards", ShardBuild, [f"separator={typed}"]).separator == text == unescaped("separator", typed.strip("'"))
+    assert (
+        compose("build_shards", ShardBuild, [f"separator={typed}"]).separator == text == unescaped("separator", typed.strip("'"))
+    )
 
 
 @pytest.mark.parametrize("typed", ["\\", r"a\ b", r"\8"])

@@ -1,5 +1,5 @@
-"""Tokens become the same text however they are dealt out, one bad byte costs one character, and for every kind of tokenizer a text
-survives its tokens."""
+"""Tokens become the same text however they are dealt out, one bad byte costs one character, and for every kind of tokenizer a
+text survives its tokens."""
 
 import random
 from collections.abc import Callable
@@ -50,7 +50,9 @@ def test_random_bytes(make: Callable[[], Tokenizer]) -> None:
     for _ in range(3000):
         values = [value for _ in range(chance.randint(0, 6)) for value in chance.choice([good, good[: chance.randint(0, 10)]])]
         for _ in range(chance.randint(0, 3)):
-            values.insert(chance.randint(0, len(values)), chance.choice([0xC3, 0xE6, 0xF0, 0x80, 0xFF, 256, chance.randrange(256)]))
+            values.insert(
+                chance.randint(0, len(values)), chance.choice([0xC3, 0xE6, 0xF0, 0x80, 0xFF, 256, chance.randrange(256)])
+            )
         tokens, text = [number[value] for value in values], expected(values)
         stream, pieces, start = TextDecoder(tokenizer), [], 0
         while start < len(tokens):

@@ -1,7 +1,9 @@
 """The command: bad input is one line within moments; a checkpoint in, texts, a true table and JSON out."""
 
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict
@@ -18,6 +20,7 @@ from mtp_dist.config import compose
 from mtp_dist.config.command import application
 from mtp_dist.config.schema import Generation, MTPConfig, TrainingRun
 from mtp_dist.data.tokenizer import byte_tokenizer
+from mtp_dist.decoding.request import read_prompts
 from mtp_dist.generate import run
 from mtp_dist.model.chunk import Chunk
 from tests.decoding.models import random_model, taught
@@ -184,6 +187,21 @@ def test_a_text_can_be_watched_while_it_grows(checkpoint: Path, capsys: pytest.C
         (["checkpoint={run}", "prompt=a", "decode.drafter=model"], "decode.draft_model is empty"),
         (["checkpoint={run}", "prompt=a", "decode.draft_model={run}"], "is not read by decode.drafter=heads"),
         (["checkpoint={run}", "prompt=a", "decode.drafter=model", "decode.draft_model={other}"], "has another tokenizer"),
+        (["checkpoint={run}", "prompt=a", "prompt_file={lines}"], "prompt is not read beside prompt_file="),
+        (["checkpoint={run}", "prompt_file={half}"], "line 2 has half a character (\\ud800) at place 1"),
+        (["checkpoint={run}", "prompt_file={deep}"], "line 1 is not a JSON string"),
+        (["checkpoint={run}", "prompt_file=/dev/zero"], "prompt_file=/dev/zero is not a regular file"),
+        (["checkpoint={run}", "prompt=a\udcff"], "prompt=a\\xff is not UTF-8"),
+        (["checkpoint={run}", "prompt=a", "decode.mode=plain", "decode.tree=static"], "decode.tree=static has no effect"),
+        (["checkpoint={run}", "prompt=a", "decode.mode=plain", "decode.draft=2"], "decode.draft=2 has no effect"),
+        (["checkpoint={run}", "prompt=a", "decode.mode=plain", "decode.auto=true"], "decode.auto=true has no effect"),
+        (["checkpoint={run}", "prompt=a", "decode.mode=plain", "decode.drafter=ngram"], "decode.drafter=ngram has no effect"),
+        (["checkpoint={run}", "prompt=a", "decode.tree_nodes=5"], "decode.tree_nodes=5 has no effect: decode.tree=none"),
+        (["checkpoint={run}", "prompt=a", "decode=sampling", "decode.tree=static", "decode.tree_width=0"], "must be at least 1"),
+        (["checkpoint={run}", "prompt=a", "decode.tree_nodes=3", "decode.tree=static", "decode.tree_shape=[[0]]"], "names every"),
+        (["checkpoint={run}", "prompt=a", "decode.ngram=5"], "decode.ngram=5 has no effect: decode.drafter=heads"),
+        (["checkpoint={run}", "prompt=a", "decode.top_k=5"], "decode.top_k=5 has no effect: decode.temperature=0"),
+        (["checkpoint={run}", "prompt=a", "decode=sampling", "decode.typical_delta=0.5"], "verify=lossless has no such rule"),
         (["checkpoint={headless}", "prompt=a", "decode.mode=both"], "this model has none; choose decode.mode=plain"),
     ],
 )
@@ -203,6 +221,9 @@ def test_bad_input_is_one_line_before_any_weight_is_read(
     places = {"run": checkpoint, "tmp": tmp_path, "headless": headless, "empty": tmp_path / "empty.txt"}
     places["other"] = strange
     places["lines"] = tmp_path / "lines.jsonl"
+    for name, content in (("half", '"ok"\n"a\\ud800b"\n'), ("deep", "[" * 100_000)):
+        places[name] = tmp_path / f"{name}.jsonl"
+        places[name].write_text(content)
     assert command(*(argument.format(**places) for argument in arguments)) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -232,3 +253,28 @@ def test_a_model_without_heads_is_helped_by_others(
 def test_settings_are_checked_without_loading_torch() -> None:
     code = "import sys, mtp_dist.generate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_prompt_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    for name, content in (("a.txt", "fox\n---\né\n"), ("a.jsonl", '"fox"\n"é"\n')):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert read_prompts(Generation(prompt_file=str(tmp_path / name))) == ["fox", "é"]
+
+
+def test_what_the_output_cannot_hold_or_take(checkpoint: Path) -> None:
+    """ASCII alone, a full disk, a reader that leaves, an output that is closed: each in one process."""
+    command = [sys.executable, "-m", "mtp_dist.generate", f"checkpoint={checkpoint}", "decode.max_new_tokens=3", "prompt=λ"]
+
+    def shell(redirection: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        line = f"{shlex.join(command)} {redirection}; echo status $? >&2"
+        done = subprocess.run(["bash", "-c", line], env=os.environ | environment, capture_output=True, text=True, timeout=300)
+        assert "Traceback" not in done.stderr
+        return done
+
+    ascii_only = shell("", PYTHONIOENCODING="ascii")
+    assert ascii_only.stdout.startswith("--- prompt 1 of 1\n\\u03bb") and "status 0" in ascii_only.stderr
+    for buffered in ("", "1"):
+        full = shell("> /dev/full", PYTHONUNBUFFERED=buffered)
+        assert full.stderr == "error: the standard output cannot be written: No space left on device\nstatus 2\n"
+    assert "error" not in shell("| true").stderr
+    assert "status 0" in shell(">&-").stderr

@@ -179,3 +179,18 @@ def test_a_terminal(checkpoint: Path, solo: Callable[..., str]) -> None:
 def test_settings_that_do_not_fit(settings: dict, says: str) -> None:
     with pytest.raises(UserError, match=says):
         validate(Generation(checkpoint="somewhere", interactive=True, **settings))
+
+
+def test_a_line_that_is_no_text_is_named_and_the_next_one_counts(checkpoint: Path, solo: Callable[..., str]) -> None:
+    """From a pipe: bytes that are not UTF-8, read together with good lines; also where Python would read ASCII."""
+    settings = [f"checkpoint={checkpoint}", "interactive=true", "decode.max_new_tokens=5"]
+    for encoding in ("utf-8", "ascii"):
+        done = subprocess.run(
+            [sys.executable, "-m", "mtp_dist.generate", *settings],
+            input=b"abc\xff\n\xc3\nfox\n", env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, timeout=300,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout.decode()) == (0, f"fox{solo('fox', 5)}\n")
+        assert done.stderr.decode().splitlines() == [
+            "[the line is not UTF-8: byte 0xff at place 3, counted from 0; give it as UTF-8]",
+            "[the line is not UTF-8: byte 0xc3 at place 0, counted from 0; give it as UTF-8]",
+        ]

@@ -127,6 +127,8 @@ def test_costs_by_a_clock_that_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
         (["checkpoint={run}", "file=nowhere.jsonl"], "prompt_file=nowhere.jsonl cannot be read"),
         (["checkpoint={run}", "file={run}/prompts.jsonl", "output={run}/prompts.jsonl"], "is a file; with task=decode"),
         (["checkpoint={run}", "file={run}/prompts.jsonl", "decode.draft=0"], "decode.draft=0 must be a whole number from 1"),
+        (["checkpoint={run}", "file={run}/prompts.jsonl", "decode.mode=plain"], "decode.mode=plain has no effect with"),
+        (["checkpoint={run}", "file={run}/prompts.jsonl", "sequences=8"], "sequences=8 has no effect with task=decode"),
         (["checkpoint=nowhere", "file={run}/prompts.jsonl"], "checkpoint=nowhere does not exist"),
     ],
 )

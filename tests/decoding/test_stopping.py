@@ -1,5 +1,5 @@
-"""A text ends before its first stop string however that is cut into tokens; what is shown while it grows adds up to it; each token
-is read once."""
+"""A text ends before its first stop string however that is cut into tokens; what is shown while it grows adds up to it; each
+token is read once."""
 
 import random
 from typing import Any

@@ -122,6 +122,11 @@ def test_a_completion_ends_where_it_leaves_the_function() -> None:
         (["programs.k=[4]"], "programs.k=4 must be from 1 to the 3 programs"),
         (["programs.completions=", "programs.samples=5", "checkpoint=nowhere"], "checkpoint=nowhere"),
         (["programs.seconds=0"], "programs.seconds=0"),
+        (["programs.samples=3"], "programs.samples=3 has no effect beside programs.completions="),
+        (["decode.max_new_tokens=9"], "decode.max_new_tokens=9 has no effect beside programs.completions="),
+        (["temperatures=[1]"], "has no effect with task=humaneval; leave it out, or choose task=decode"),
+        (["split=train"], "split=train has no effect with task=humaneval; leave it out, or choose task=held_out"),
+        (["task=held_out", "programs.completions="], "has no effect with task=held_out; leave it out"),
     ],
 )
 def test_wrong_settings_are_named(files: Path, settings: list[str], words: str) -> None:
@@ -135,6 +140,8 @@ def test_wrong_settings_are_named(files: Path, settings: list[str], words: str) 
         ("no json", "line 3 is not JSON"),
         ('{"task_id": "a"}', "line 3 must have the texts"),
         (json.dumps(PROBLEMS[0]), "two problems"),
+        ("[" * 100_000, "line 3 is not JSON"),
+        (json.dumps({**PROBLEMS[0], "test": "a\ud800"}), r"line 3, test, has half a character \(\\ud800\) at place 1"),
     ],
 )
 def test_damaged_problems_are_named(files: Path, line: str, words: str) -> None:

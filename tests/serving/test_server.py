@@ -185,6 +185,17 @@ def test_several_texts_of_a_request(patient: Running, solo: Solo) -> None:
     assert choice["text"] == "fox jump" + solo("fox jump", 5)[0]
 
 
+def test_half_a_character_at_the_end_of_a_prompt_of_tokens(patient: Running, solo: Solo) -> None:
+    """What follows it tells whether it becomes a whole one; whole answer and stream agree."""
+    for prompt in ([*b"fox", 0xC3], [*b"fox", 0xE6, 0x97], [0xFF, *b"fox"]):
+        for echo in (False, True):
+            fields = {"prompt": prompt, "max_tokens": 9, "echo": echo}
+            (choice,) = patient.complete(**fields)["choices"]
+            assert "".join(event["choices"][0]["text"] for event in patient.stream(**fields)) == choice["text"]
+            assert "fox\ufffd" in choice["text"] or prompt[0] == 0xFF or not echo
+            assert choice["text"].count("\ufffd") <= 1
+
+
 def test_a_seed_is_a_text(patient: Running, solo: Solo) -> None:
     settings = {"temperature": 2.0, "top_p": 0.99, "top_k": 8}
     texts = [patient.complete(prompt="fox", max_tokens=30, seed=seed, **settings)["choices"][0]["text"] for seed in (1, 2, 1)]
@@ -255,6 +266,9 @@ def test_many_at_once(patient: Running, solo: Solo) -> None:
         ({"prompt": "a", "n": 2}, 400, "n", "n=2 is not served here; leave it out, or give null or 1"),
         ({"prompt": "a", "n": True}, 400, "n", "n=true is not served here"),
         ({"prompt": "a", "logprobs": 5}, 400, "logprobs", "logprobs=5 is not served here"),
+        ({"prompt": "a", "a\ud800": 1}, 400, '"a\\ud800"', "is no field of this request"),
+        ({"prompt": ["a", "\udcff"]}, 400, "prompt[1]", "half a character (\\udcff) at place 0"),
+        (b'{"prompt": "a", "stop": "\xed\xa0\x80"}', 400, "stop", "half a character (\\ud800) at place 0"),
         ({"prompt": "a", "temprature": 1}, 400, "temprature", "temprature is no field of this request"),
         ({"prompt": "a", "model": "gpt"}, 404, "model", "model=gpt is not served here; there is fox"),
         ({"prompt": "a" * BODY_KIB * 1024}, 413, None, f"this server takes at most {BODY_KIB * 1024}"),
