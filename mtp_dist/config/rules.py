@@ -31,12 +31,6 @@ def between(key: str, value: float, least: float, most: float) -> None:
         raise UserError(f"{key}={value} must be from {least} to {most}")
 
 
-def finite(key: str, value: float) -> None:
-    """Raise UserError for nan and the infinities."""
-    if not math.isfinite(value):
-        raise UserError(f"{key}={value} must be a finite number")
-
-
 def given(key: str, value: str, example: str) -> None:
     """Raise UserError for an empty text that has no sensible default."""
     if not value:

@@ -34,7 +34,7 @@ def test_a_path_with_an_equals_sign(
     for path in ("lr=0.1", "./lr=0.1", str(tmp_path / "sweeps" / "lr=0.1"), "../sweeps/lr=0.1"):
         status, text = said(capsys, path, "verify=false")
         assert status == 0, text
-        assert f"checkpoint   {path}" in text
+        assert f"checkpoint   {Path(path)}" in text
         status, text = said(capsys, f"checkpoint={path}", f"other={path}", "verify=false")
         assert status == 0 and "the same bits" in text
     status, text = said(capsys, "lr=0.2")
