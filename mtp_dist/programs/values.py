@@ -181,7 +181,9 @@ def _node(value: Any, index: dict[int, int], classes: Classes, foreign: Foreign)
 
 
 def _decode(graph: dict, classes: Classes, foreign: Foreign, known: Sequence[object]) -> tuple[list[Any], list[Any]]:
-    nodes, built, mutable = graph["nodes"], [], []
+    nodes: list[Any] = graph["nodes"]
+    built: list[Any] = []
+    mutable: list[Any] = []
     if len(nodes) > MOST_NODES:
         raise ValueError("too many parts")
     # Mutable values first, empty: anything may refer to them.
