@@ -37,7 +37,9 @@ EACH_STEP = (
     "optim/lr",
     "optim/gradient_norm",
     "optim/skipped_steps",
+    "mtp/main_loss_weight",
     "mtp/loss_weight",
+    "mtp/scheduled_sampling",
     "mtp/depth",
     "data/tokens_seen",
     "data/epoch",
@@ -104,6 +106,8 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
         *(f"train.steps={STEPS}", f"train.global_batch={ROWS}", "train.micro_batch=2", f"train.sequence_length={LENGTH}"),
         *("data.lanes=4", "data.block_samples=8", f"validation.every_steps={VALIDATE_EVERY}", "validation.sequences=6"),
         *(f"schedule.warmup_tokens={8 * ROWS * LENGTH}", f"mtp.loss_weight_points=[[{100 * ROWS * LENGTH},0.1]]"),
+        f"mtp.main_loss_weight_points=[[{120 * ROWS * LENGTH},0.5]]",
+        f"mtp.scheduled_sampling_points=[[{60 * ROWS * LENGTH},0.75]]",
         *("launch.device=cpu", "launch.threads=1"),
     ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "XDG"))}
@@ -157,9 +161,12 @@ def test_the_numbers_mean_what_they_say(stopped: Stopped) -> None:
         step = record["step"]
         weight = 0.3 if (step - 1) * tokens < 100 * tokens else 0.1
         assert record["mtp/loss_weight"] == weight
+        main = 1.0 if step <= 120 else 0.5
+        assert record["mtp/main_loss_weight"] == main
+        assert record["mtp/scheduled_sampling"] == (0.0 if step <= 60 else 0.75)
         assert record["mtp/depth"] == 2
         depths = (record["loss/depth_1"] + record["loss/depth_2"]) / 2
-        assert record["loss/total"] == pytest.approx(record["loss/main"] + weight * depths, rel=1e-5)
+        assert record["loss/total"] == pytest.approx(main * record["loss/main"] + weight * depths, rel=1e-5)
         assert record["data/tokens_seen"] == step * tokens
         assert record["optim/lr"] <= 1e-3
         assert step > 8 or record["optim/lr"] == pytest.approx(1e-3 * step / 8)
