@@ -37,7 +37,6 @@ def require_usable(folder: Path, setting: str, tokenizer: Path) -> None:
         rows = content.get("vocab_size")
     except (OSError, FormError) as error:
         raise UserError(f"{setting}={folder}: {CONFIG} cannot be read ({error})") from None
-    stored_tensors(folder, setting)
     if not (folder / TOKENIZER).is_file():
         raise UserError(f"{setting}={folder} has no {TOKENIZER} to compare with the checkpoint's; save the tokenizer there")
     ours, theirs = load_tokenizer(tokenizer), load_tokenizer(folder / TOKENIZER)
@@ -50,6 +49,7 @@ def require_usable(folder: Path, setting: str, tokenizer: Path) -> None:
         )
     if isinstance(rows, int) and rows < vocabulary_size(ours):
         raise UserError(f"{setting}={folder} has {rows} rows for {vocabulary_size(ours)} tokens; choose one that has them all")
+    stored_tensors(folder, setting)
 
 
 def load_causal_model(folder: Path, setting: str, dtype: "torch.dtype") -> "torch.nn.Module":
@@ -105,7 +105,7 @@ def stored_tensors(folder: Path, setting: str) -> dict[str, StoredTensor]:
                 except FormError as error:
                     raise ValueError(f"{file}: {error}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{setting}={folder} cannot be read: {str(error)[:300]}") from None
+        raise UserError(f"{setting}={folder} cannot be read as a causal model: {str(error)[:300]}") from None
     return found
 
 
