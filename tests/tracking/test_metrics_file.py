@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtp_dist.tracking.jsonl import MetricsFile, read_records
@@ -28,6 +28,7 @@ def test_resume_cuts_the_steps_that_are_trained_again(tmp_path: Path) -> None:
     assert all(next(iter(json.loads(line))) == "step" for line in path.read_text().splitlines())
 
 
+@settings(deadline=None)
 @given(segments=st.lists(st.tuples(st.integers(1, 12), st.integers(0, 12), st.integers(0, 40)), min_size=1, max_size=6))
 def test_any_sequence_of_kills_leaves_each_step_once(
     tmp_path_factory: pytest.TempPathFactory, segments: list[tuple[int, int, int]]
