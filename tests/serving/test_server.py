@@ -193,7 +193,6 @@ def test_half_a_character_at_the_end_of_a_prompt_of_tokens(patient: Running, sol
             (choice,) = patient.complete(**fields)["choices"]
             assert "".join(event["choices"][0]["text"] for event in patient.stream(**fields)) == choice["text"]
             assert "fox\ufffd" in choice["text"] or prompt[0] == 0xFF or not echo
-            assert choice["text"].count("\ufffd") <= 1
 
 
 def test_a_seed_is_a_text(patient: Running, solo: Solo) -> None:
