@@ -21,7 +21,7 @@ from mtp_dist.data.manifest import MANIFEST, MANIFEST_SUM, UNSUMMED
 from mtp_dist.data.reading import SampleReader, ShardError
 from mtp_dist.data.shards import SplitWriter
 from mtp_dist.errors import UserError
-from mtp_dist.inspect import named, run
+from mtp_dist.inspect import run
 from tests.hostile import KINDS, no_hang, put
 
 Content = dict[str, Any]
@@ -318,7 +318,7 @@ def test_counts_that_cannot_be_those_of_the_split(own: Path, counts: np.ndarray)
 
 def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
     with pytest.raises(SystemExit) as ended:
-        application("inspect", Inspection, run, argv=named(words))
+        application("inspect", Inspection, run, argv=words, paths=("checkpoint", "other"))
     captured = capsys.readouterr()
     return int(ended.value.code or 0), captured.out + captured.err  # type: ignore[arg-type]
 
