@@ -333,7 +333,7 @@ def test_too_few_layers_speak_of_blocks_taken_out_only_where_some_are() -> None:
     split = ("parallel.pipeline=8", "parallel.schedule=1f1b")
     with pytest.raises(UserError, match=r"^model\.layers=5 \(what mtp\.match_parameters=true leaves of 8\) is too few"):
         validate(composed("mtp=gloeckle_n4", *split), VOCABULARY)
-    with pytest.raises(UserError, match=r"^model\.layers=5 is too few for the 8 chunks of [^()]*: they need 7; choose"):
+    with pytest.raises(UserError, match=r"^model\.layers=5 is too few for 8 chunks of [^()]*: they need 7; choose"):
         validate(composed("model.layers=5", *split), VOCABULARY)
 
 
