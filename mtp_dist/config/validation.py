@@ -127,7 +127,7 @@ def _validate_tensor(tensor: int, model: ModelConfig, vocabulary: int | None) ->
     def shares_keys(ranks: int) -> bool:
         return model.kv_heads % ranks == 0 or ranks % model.kv_heads == 0
 
-    choices = alternatives(filter(shares_keys, divisors(math.gcd(model.heads, model.mlp))))
+    choices = alternatives(ranks for ranks in divisors(math.gcd(model.heads, model.mlp)) if shares_keys(ranks))
     for name in ("heads", "mlp"):
         size = getattr(model, name)
         if size % tensor:
