@@ -25,6 +25,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "pipeline": (1, 2, 4),
     "schedule": ("none", *SCHEDULES),
     "tensor": (1, 2),
+    "kv_heads": (2, 1),  # of four query heads; tensor ranks beyond them hold the same one
     "data": (1, 2, 4),
     "stage": (1, 0, 2, 3),
     "depth": (1, 0, 3),
@@ -105,7 +106,7 @@ def name_of(cell: Cell) -> str:
     """What tests call a cell: its layout, and what differs from the first values of ``AXES``."""
     short = {"pipeline": "pp", "tensor": "tp", "data": "dp", "stage": "zero", "depth": "depth", "vocabulary": "v"}
     short |= {"recompute": "recompute_", "head_lr_ratio": "rate", "blocks": "blocks", "stride": "stride"}
-    short |= {"adversarial": "adversary", "draft_vocabulary": "draft"}
+    short |= {"adversarial": "adversary", "draft_vocabulary": "draft", "kv_heads": "kv"}
     words = []
     for axis, value in cell.items():
         if axis not in LAYOUT and value == AXES[axis][0]:
