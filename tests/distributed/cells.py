@@ -25,6 +25,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "pipeline": (1, 2, 4),
     "schedule": ("none", *SCHEDULES),
     "tensor": (1, 2),
+    "kv_heads": (2, 1),  # of four query heads; tensor ranks beyond them hold the same one
     "data": (1, 2, 4),
     "stage": (1, 0, 2, 3),
     "depth": (1, 0, 3),
@@ -109,6 +110,7 @@ def name_of(cell: Cell) -> str:
     short = {"pipeline": "pp", "tensor": "tp", "data": "dp", "stage": "zero", "depth": "depth", "vocabulary": "v"}
     short |= {"recompute": "recompute_", "head_lr_ratio": "rate", "blocks": "blocks", "stride": "stride"}
     short |= {"adversarial": "adversary", "draft_vocabulary": "draft", "projection": "projection_", "embedding": "embedding_"}
+    short |= {"kv_heads": "kv"}
     short |= {"scheduled_sampling": "sampled", "main_loss_weight": "main"}
     words = []
     for axis, value in cell.items():

@@ -75,7 +75,7 @@ def test_the_grid_holds_every_pair_once_it_can() -> None:
         configuration(settings_of(cell))  # raises where a rule is broken
         assert processes(cell) <= MOST
         assert name_of(cell) in CELLS
-    assert len(array.cells) <= 60
+    assert len(array.cells) <= 64
     small = {pair for cell in array.cells if processes(cell) <= ORDINARY for pair in pairs_of(cell)}
     for cell in array.cells:
         if processes(cell) > ORDINARY:
