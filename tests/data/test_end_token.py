@@ -11,8 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from mtp_dist.config.schema import TokenizerConfig
 from mtp_dist.data.building import build
 from mtp_dist.data.dataset import Dataset
-from mtp_dist.data.manifest import SPLITS
 from mtp_dist.data.encoder import TextEncoder
+from mtp_dist.data.manifest import SPLITS
 from mtp_dist.data.reading import SampleReader
 from mtp_dist.data.tokenizer import byte_tokenizer, choose_end, end_of_document, load_tokenizer, train_bpe, with_end
 from mtp_dist.errors import UserError
