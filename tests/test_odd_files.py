@@ -18,7 +18,7 @@ from mtp_dist.json_document import FormError, parsed, typed
 from mtp_dist.programs.problems import read_problems
 from mtp_dist.run_lock import held
 from mtp_dist.tracking.jsonl import LONGEST, METRICS_FILE, MetricsFile, read_records
-from mtp_dist.training.status import STATUS, was_stopped
+from mtp_dist.training.status import STATUS, read_status
 from tests.hostile import KINDS, no_hang, put
 
 
@@ -54,15 +54,16 @@ def test_what_is_no_file(tmp_path: Path, reader: str, kind: str) -> None:
 def test_a_status_that_is_no_file_says_nothing(tmp_path: Path, kind: str) -> None:
     put(kind, tmp_path / STATUS)
     with no_hang():
-        assert not was_stopped(tmp_path)
+        assert read_status(tmp_path) is None
 
 
 @pytest.mark.parametrize("content", ["[]", "1", "[" * 50_000, '{"state": [1]}', '{"state": ' + "9" * 5000 + "}", "\udcff"])
 def test_a_status_of_another_form_says_nothing(tmp_path: Path, content: str) -> None:
     (tmp_path / STATUS).write_bytes(content.encode(errors="surrogateescape"))
-    assert not was_stopped(tmp_path)
+    assert read_status(tmp_path) is None
     (tmp_path / STATUS).write_text('{"state": "stopped", "step": 3}')
-    assert was_stopped(tmp_path)
+    found = read_status(tmp_path)
+    assert found is not None and found.state == "stopped"
 
 
 @pytest.mark.parametrize("reader", ["settings", "prompts", "problems", "tokenizer"])

@@ -17,8 +17,8 @@ class ParameterSpec:
     """`shape`: of the whole parameter; `split`: the dimension that `group` divides, None if each rank holds all of it;
     `std`: standard deviation of the initial normal draw, None for ones; `copy_of`: name of the parameter of the same shape whose
     initial value it shares, whatever draws or reads that; `sharers`: how many neighbours in `group` hold the same slice, a
-    divisor of its size (key/value heads where there are more ranks than heads); `stands_for`: name of the one whose value it takes
-    where a run starts from a checkpoint that lacks it.
+    divisor of its size (key/value heads where there are more ranks than heads); `stands_for`: name of the one whose value it
+    takes where a run starts from a checkpoint that lacks it.
 
     Slice s of S = R / sharers is s n/S .. (s+1) n/S - 1, rounded down, of a dimension of n >= S: shares of a vocabulary may
     differ by one. Rank r of R holds slice r / sharers, rounded down.
