@@ -258,25 +258,27 @@ def continue_prompts(config: Generation, writer: Writer, prompts: "list[Prompt]"
     writer.warm_up([prompt.tokens for prompt in prompts[: config.decode.batch]])
     streamed = config.stream and show
     items: list[Continuation] = []
-    for prompt, item in zip(prompts, writer.write(prompts, _streaming(writer, prompts) if streamed else None), strict=True):
+    for prompt, item in zip(prompts, writer.write(prompts, _streaming(config, writer, prompts) if streamed else None), strict=True):
         items.append(item)
         if show and not streamed:
-            print_text(item, prompt.number, len(prompts))
+            print_text(config, writer, item, prompt.number, len(prompts))
     return items
 
 
-def _streaming(writer: Writer, prompts: "list[Prompt]") -> "Callable[[Growing], None]":
+def _streaming(config: Generation, writer: Writer, prompts: "list[Prompt]") -> "Callable[[Growing], None]":
     """Prints texts that come one after the other, piece by piece."""
+    from mtp_dist.decoding.marked_text import marked, wants_color
     from mtp_dist.decoding.stopping import TextStream
 
-    stream = TextStream(writer.tokenizer, writer.stops)
+    stream, color = TextStream(writer.tokenizer, writer.stops), wants_color(config.color, sys.stdout)
 
     def show(text: "Growing") -> None:
         nonlocal stream
         if len(text.tokens) == text.new:  # its first
             stream = TextStream(writer.tokenizer, writer.stops, text.text.prompt)
             print(f"--- {_title(text.number, len(prompts))}\n{prompts[text.number].text}", end="")
-        print(stream.feed(text.latest), end="", flush=True)
+        drafts = text.drafts[len(text.drafts) - text.new :]
+        print(marked(stream, text.latest, drafts) if color else stream.feed(text.latest), end="", flush=True)
         if text.ending:
             print(stream.finish(), flush=True)
 
@@ -285,8 +287,11 @@ def _streaming(writer: Writer, prompts: "list[Prompt]") -> "Callable[[Growing], 
 
 def finish(config: Generation, checkpoint: "Checkpoint", items: "Sequence[Continuation]") -> None:
     """The numbers of all texts, printed, and written where the settings say."""
+    from mtp_dist.decoding.marked_text import LEGEND, wants_color
     from mtp_dist.decoding.comparison import summary
 
+    if wants_color(config.color, sys.stdout) and config.decode.mode != "plain":
+        print(LEGEND)
     print(f"--- {_description(request.fitted(config.decode, checkpoint.config.mtp), checkpoint)}")
     print(summary(items, config.decode), flush=True)
     if blank := sum(not text.strip() for item in items for text in item.texts.values()):
@@ -351,13 +356,20 @@ def _title(number: int, total: int) -> str:
     return f"prompt {number + 1} of {total}"
 
 
-def print_text(item: "Continuation", number: int, total: int) -> None:
-    """A prompt with its continuation; one for each mode only where they differ."""
-    title = _title(number, total)
-    results = dict(list(item.results.items())[:1]) if item.identical else item.results
-    for mode in results:
+def print_text(config: Generation, writer: Writer, item: "Continuation", number: int, total: int) -> None:
+    """A prompt with its continuation; one for each mode only where they differ. Accepted drafts are marked, where they may be."""
+    from mtp_dist.decoding.marked_text import marked, wants_color
+    from mtp_dist.decoding.stopping import TextStream
+
+    title, color = _title(number, total), wants_color(config.color, sys.stdout)
+    results = dict(list(item.results.items())[-1:]) if item.identical else item.results
+    for mode, result in results.items():
         print(f"--- {title}" + (f", {mode}" if len(results) > 1 else ""))
-        print(item.prompt + item.texts[mode], flush=True)
+        text = item.texts[mode]
+        if color:
+            stream = TextStream(writer.tokenizer, writer.stops, item.prompt_tokens)
+            text = marked(stream, result.tokens, result.drafts) + stream.finish()
+        print(item.prompt + text, flush=True)
 
 
 def _description(decode: DecodeConfig, checkpoint: "Checkpoint") -> str:

@@ -186,5 +186,5 @@ def write(
     waiting = [iter(part) for part in parts if part is not None]  # in the order of the replicas
     items = [next(waiting[number % replicas]) for number in range(len(prompts))]
     for number, item in enumerate(items if speaks else []):
-        print_text(item, number, len(prompts))
+        print_text(config, writer, item, number, len(prompts))
     return items

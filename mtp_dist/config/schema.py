@@ -321,6 +321,7 @@ class Generation:
     prompt_file: str = setting("", "A text file of prompts separated by lines of three dashes, or a .jsonl file with a JSON string a line; in place of `prompt`.")
     interactive: bool = setting(False, "Read lines from the terminal, or a pipe: each goes behind the text so far, and the model goes on from there. It continues text, it does not chat. `prompt` is the first line; /help lists commands.")
     stream: bool = setting(False, "Show each text while it grows. One prompt at a time, so not with decode.batch > 1 or decode.mode=both.")
+    color: str = setting("auto", "Drafts that were accepted are green: always | never | auto (on a terminal, unless NO_COLOR is set).")
     seed: int = setting(0, "Seed of sampling.")
     output: str = setting("", "Also write the results as JSON to this file.")
     decode: DecodeConfig = group(DecodeConfig, "Decoding.")

@@ -42,12 +42,13 @@ Failed = Callable[[Sequence[NewText], Exception], object]
 
 @dataclass(frozen=True)
 class Generated:
-    """tokens: the continuation, without the prompt. ending: "length", "end_of_document" (its token is the last one) or
+    """tokens: the continuation, without the prompt. drafts: which of them were accepted drafts. ending: "length", "end_of_document" (its token is the last one) or
     "stop_string" (the last token completes it)."""
 
     tokens: list[int]
     statistics: Statistics
     ending: str
+    drafts: list[bool] = field(default_factory=list)
 
     @property
     def ended(self) -> bool:
@@ -67,6 +68,8 @@ class Growing:
     text: NewText
     statistics: Statistics
     tokens: list[int] = field(default_factory=list)
+    drafts: list[bool] = field(default_factory=list)
+    """Which of the tokens were accepted drafts; the others are the trunk's own."""
     new: int = 0
     ending: str = ""
     watch: StopWatch | None = field(default=None, init=False)
@@ -158,7 +161,7 @@ def continued(
             if progress is not None:
                 progress(text)
             if text.ending:
-                ended[text.number] = Generated(text.tokens, text.statistics, text.ending)
+                ended[text.number] = Generated(text.tokens, text.statistics, text.ending, text.drafts)
         while next_ in ended:
             yield ended.pop(next_)
             next_ += 1
@@ -311,6 +314,8 @@ def _take(text: Growing, new: Round, stop: int | None) -> None:
     if cut is not None:
         tokens, text.ending = tokens[:cut], "stop_string"
     text.tokens, text.new = text.tokens + tokens, len(tokens)
+    accepted = len(new.tokens) - 1
+    text.drafts = text.drafts + [place < accepted for place in range(len(tokens))]
 
 
 def _count(statistics: Statistics, new: Round, kept: int, seconds: float) -> None:

@@ -42,6 +42,7 @@ def validate(config: Generation) -> None:
     elif config.prompt and config.prompt_file:
         raise UserError(f"prompt is not read beside prompt_file={config.prompt_file}; leave one of them out")
     whole_text("prompt", config.prompt)
+    one_of("color", config.color, ("auto", "always", "never"))
     between("seed", config.seed, 0, 2**63 - 1)
     if config.output and not _writable(Path(config.output)):
         raise UserError(f"output={config.output} cannot be written; name a file in a folder that exists")
@@ -58,6 +59,8 @@ def _validate_interactive(config: Generation) -> None:
     for key, taken in (("prompt_file", config.prompt_file), ("output", config.output)):
         if taken:
             raise UserError(f"{key}={taken} is not read with interactive=true; leave it out, or interactive=false")
+    if config.color == "always":
+        raise UserError("color=always marks drafts in the texts of prompts; leave it out, or interactive=false")
     if config.decode.mode == "both":
         raise UserError("interactive=true shows one text; choose decode.mode=plain or speculative")
     if config.decode.batch > 1:

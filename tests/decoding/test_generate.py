@@ -20,6 +20,7 @@ from mtp_dist.config import compose
 from mtp_dist.config.command import application
 from mtp_dist.config.schema import Generation, MTPConfig, TrainingRun
 from mtp_dist.data.tokenizer import byte_tokenizer
+from mtp_dist.decoding.marked_text import DRAFT, END, LEGEND
 from mtp_dist.decoding.request import read_prompts
 from mtp_dist.generate import run
 from mtp_dist.model.chunk import Chunk
@@ -99,6 +100,27 @@ def test_both_modes_side_by_side(checkpoint: Path, tmp_path: Path, capsys: pytes
     assert len(speculative["acceptance"]) == 3
     assert f"accepted at depth 3 - {speculative['acceptance'][2]:.2f}" in shown
     assert content["speedup"] == speculative["tokens_per_second"] / plain["tokens_per_second"]
+
+
+@pytest.mark.parametrize("more", [[], ["stream=true"]])
+def test_accepted_drafts_have_a_color(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    """The colour changes nothing else, and what has it is what the statistics call accepted."""
+    arguments = [f"checkpoint={checkpoint}", "prompt=fox jump", "decode.max_new_tokens=40", *more]
+    assert command(*arguments) == 0
+    plain = capsys.readouterr().out
+    assert DRAFT not in plain
+    output = tmp_path / "out.json"
+    assert command(*arguments, "color=always", f"output={output}") == 0
+    shown = capsys.readouterr().out.replace(f"{LEGEND}\n", "")
+    text = shown.partition("\n---")[0]
+    (prompt,) = json.loads(output.read_text())["prompts"]
+    found = prompt["speculative"]
+    assert sum(found["drafts"]) == sum(found["statistics"]["accepted"]) > 0
+    colored = "".join(re.findall(f"{re.escape(DRAFT)}(.*?){re.escape(END)}", text, re.DOTALL))
+    assert colored == "".join(chr(t) for t, draft in zip(found["tokens"], found["drafts"], strict=True) if draft)
+    assert text.replace(DRAFT, "").replace(END, "") == plain.partition("\n---")[0]
 
 
 def test_prompts_of_a_file_sampled_with_a_seed(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
