@@ -258,7 +258,8 @@ def continue_prompts(config: Generation, writer: Writer, prompts: "list[Prompt]"
     writer.warm_up([prompt.tokens for prompt in prompts[: config.decode.batch]])
     streamed = config.stream and show
     items: list[Continuation] = []
-    for prompt, item in zip(prompts, writer.write(prompts, _streaming(config, writer, prompts) if streamed else None), strict=True):
+    heard = _streaming(config, writer, prompts) if streamed else None
+    for prompt, item in zip(prompts, writer.write(prompts, heard), strict=True):
         items.append(item)
         if show and not streamed:
             print_text(config, writer, item, prompt.number, len(prompts))
@@ -287,8 +288,8 @@ def _streaming(config: Generation, writer: Writer, prompts: "list[Prompt]") -> "
 
 def finish(config: Generation, checkpoint: "Checkpoint", items: "Sequence[Continuation]") -> None:
     """The numbers of all texts, printed, and written where the settings say."""
-    from mtp_dist.decoding.marked_text import LEGEND, wants_color
     from mtp_dist.decoding.comparison import summary
+    from mtp_dist.decoding.marked_text import LEGEND, wants_color
 
     if wants_color(config.color, sys.stdout) and config.decode.mode != "plain":
         print(LEGEND)

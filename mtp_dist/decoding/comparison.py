@@ -28,7 +28,13 @@ class Continuation:
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         modes = {
-            mode: {"text": self.texts[mode], "tokens": r.tokens, "drafts": r.drafts, "ending": r.ending, "statistics": r.statistics.as_dict()}
+            mode: {
+                "text": self.texts[mode],
+                "tokens": r.tokens,
+                "drafts": r.drafts,
+                "ending": r.ending,
+                "statistics": r.statistics.as_dict(),
+            }
             for mode, r in self.results.items()
         }
         return {"prompt": self.prompt, "prompt_tokens": self.prompt_tokens, **modes, "identical": self.identical}

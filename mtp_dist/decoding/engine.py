@@ -42,8 +42,8 @@ Failed = Callable[[Sequence[NewText], Exception], object]
 
 @dataclass(frozen=True)
 class Generated:
-    """tokens: the continuation, without the prompt. drafts: which of them were accepted drafts. ending: "length", "end_of_document" (its token is the last one) or
-    "stop_string" (the last token completes it)."""
+    """tokens: the continuation, without the prompt. drafts: which of them were accepted drafts. ending: "length",
+    "end_of_document" (its token is the last one) or "stop_string" (the last token completes it)."""
 
     tokens: list[int]
     statistics: Statistics
