@@ -129,6 +129,7 @@ def load(path: str | os.PathLike[str], schema: type[T]) -> T:
     _drop_removed(content)
     _refuse_unknown(content, schema, str(path))
     _fill_absent(content, schema)
+    _read_numbers(content, settings(schema), str(path))
     try:
         config = OmegaConf.merge(OmegaConf.structured(schema), content)
     except OmegaConfBaseException as error:

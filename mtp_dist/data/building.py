@@ -193,7 +193,7 @@ def _write_shards(source: Source, config: ShardBuild, folder: Path, eos_id: int)
     training split, int64 [V]."""
     encoder = TextEncoder(folder / TOKENIZER, eos_id)
     vocabulary = vocabulary_size(load_tokenizer(folder / TOKENIZER))
-    dtype, counts = token_dtype(vocabulary), np.zeros(vocabulary, dtype=np.int64)
+    dtype, counts = np.dtype(token_dtype(vocabulary)), np.zeros(vocabulary, dtype=np.int64)
     shard_bytes = int(config.shard_mb * MIB)
     writers = {split: SplitWriter(folder, split, shard_bytes, dtype) for split in SPLITS}
     written = 0
@@ -235,7 +235,7 @@ def _write_manifest(
     manifest = Manifest(
         format=FORMAT,
         tokenizer=TokenizerRecord(TOKENIZER, file_sha256(folder / TOKENIZER), vocab_size, eos_id, eos_token),
-        dtype=token_dtype(vocab_size).name,
+        dtype=token_dtype(vocab_size),
         splits=splits,
         token_counts=counts,
         settings=settings,

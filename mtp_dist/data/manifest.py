@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mtp_dist.errors import UserError
 from mtp_dist.json_document import FormError, parsed, typed
 from mtp_dist.member_file import check_name, check_sha256
@@ -105,7 +103,7 @@ class Manifest:
     token_counts: CountsRecord | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype != token_dtype(self.tokenizer.vocab_size).name:
+        if self.dtype != token_dtype(self.tokenizer.vocab_size):
             raise ValueError(f"dtype is {self.dtype!r}, but {self.tokenizer.vocab_size} tokens are stored otherwise")
         if sorted(self.splits) != sorted(SPLITS):
             raise ValueError(f"splits are {sorted(self.splits)}, not {sorted(SPLITS)}")
@@ -137,9 +135,9 @@ def sample_key(split: str, number: int) -> str:
     return f"{split}-{number:09d}"
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The narrowest unsigned type that holds every token number."""
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+def token_dtype(vocab_size: int) -> str:
+    """numpy's name of the narrowest unsigned type that holds every token number. (No numpy here: a launcher reads manifests.)"""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def settings_hash(settings: dict[str, Any]) -> str:
