@@ -214,3 +214,13 @@ def test_whole_numbers_in_a_list_of_lists_are_read_as_written(tmp_path: Path) ->
     (tmp_path / "run.yaml").write_text("mtp: {loss_weight_points: [7]}\n")
     with pytest.raises(UserError, match=r"mtp\.loss_weight_points"):
         load(tmp_path / "run.yaml", TrainingRun)
+
+
+def test_a_run_saved_before_rows_were_mixed_keeps_its_order(tmp_path: Path) -> None:
+    """The default of data.mix_tokens is for new runs; a file that lacks it is of an earlier version, whose order is 0's."""
+    path = tmp_path / "resolved.yaml"
+    save(TrainingRun(), path)
+    text = path.read_text()
+    assert load(path, TrainingRun).data.mix_tokens == TrainingRun().data.mix_tokens > 0
+    path.write_text("".join(line for line in text.splitlines(keepends=True) if "mix_tokens" not in line))
+    assert load(path, TrainingRun).data.mix_tokens == 0
