@@ -26,4 +26,4 @@ def test_wheel_carries_and_finds_conf(tmp_path: Path) -> None:
         [sys.executable, "-I", "-c", program, str(ROOT), str(site)], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["192"]  # the experiment's own width wins over the group's
+    assert done.stdout.split() == ["128"]  # the experiment's own width wins over the group's

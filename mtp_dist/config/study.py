@@ -18,8 +18,8 @@ OPERATORS = 4
 
 _READ_BY = {
     **{f"{name}.": (name,) for name in ("choice_points", "path_star", "induction", "polynomials")},
-    **{f"text.{name}": ("heads",) for name in ("prompts", "prompt_tokens", "new_tokens", "temperature")},
-    "text.": ("heads", "schedules"),
+    **{f"text.{name}": ("heads", "chaining") for name in ("prompts", "prompt_tokens", "new_tokens", "temperature")},
+    "text.": ("heads", "schedules", "chaining"),
     "validation.": (),
 }
 """Settings, by how their names begin (the first that fits) -> the experiments that read them."""

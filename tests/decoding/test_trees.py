@@ -186,7 +186,7 @@ def test_default_shapes() -> None:
     [
         ([[0], [0]], "twice"),
         ([[0], []], "empty path"),
-        ([[-1]], "below 0"),
+        ([[-1]], "-1 must be a whole number from 0"),
         ([[0], [1, 0]], r"lacks \[1\], the parent of \[1, 0\]"),
         ([[0], [0, 1]], r"lacks \[0, 0\], the choice before \[0, 1\]"),
     ],

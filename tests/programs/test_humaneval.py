@@ -137,11 +137,11 @@ def test_wrong_settings_are_named(files: Path, settings: list[str], words: str) 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("no json", "line 3 is not JSON"),
+        ("no json", r"line 3 cannot be read \(not JSON"),
         ('{"task_id": "a"}', "line 3 must have the texts"),
         (json.dumps(PROBLEMS[0]), "two problems"),
-        ("[" * 100_000, "line 3 is not JSON"),
-        (json.dumps({**PROBLEMS[0], "test": "a\ud800"}), r"line 3, test, has half a character \(\\ud800\) at place 1"),
+        ("[" * 100_000, "line 3 cannot be read .*nested too deeply"),
+        (json.dumps({**PROBLEMS[0], "test": "a\ud800"}), "line 3.*half a character"),
     ],
 )
 def test_damaged_problems_are_named(files: Path, line: str, words: str) -> None:

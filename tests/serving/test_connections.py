@@ -464,7 +464,7 @@ def test_an_old_client_gets_its_stream(server: Running) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (["connections=0"], "connections=0 must be at least 1"),
+        (["connections=0"], "connections=0 must be a whole number from 1"),
         (["header_seconds=0"], "header_seconds=0"),
         (["idle_seconds=nan"], "idle_seconds=nan"),
         (["hosts=[http://here]"], "hosts=http://here is no name or address"),
