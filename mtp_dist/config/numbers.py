@@ -113,7 +113,7 @@ def takes_number(kind: Any) -> bool:
 
 def numbers_in(value: Any) -> list[Any]:
     """The single values of a setting, out of whatever lists it has."""
-    return [number for item in value for number in numbers_in(item)] if isinstance(value, list) else [value]
+    return [number for item in value for number in numbers_in(item)] if isinstance(value, list | tuple) else [value]
 
 
 def shown(value: object) -> str:

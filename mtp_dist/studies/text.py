@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from mtp_dist.config.heads import lookahead
-from mtp_dist.config.schema import ShardBuild, Study
+from mtp_dist.config.schema import ShardBuild, Study, TokenizerConfig
 from mtp_dist.data.building import build
 from mtp_dist.data.dataset import Dataset
 from mtp_dist.data.detokenizer import decoded
@@ -30,12 +30,14 @@ def dataset(config: Study) -> Dataset:
     if config.data.path:
         return Dataset.open(config.data.path)
     kind = config.tokenizer.kind
+    # A study's vocabulary size is for its trained tokenizers; a variant of bytes has no use for it.
+    tokenizer = config.tokenizer if kind == "bpe" else TokenizerConfig(kind=kind, path=config.tokenizer.path)
     name = f"bpe{config.tokenizer.vocab_size}" if kind == "bpe" else kind
     wanted = ShardBuild(
         source="python_stdlib",
         out=str(Path(config.run_dir) / "data" / name),
         limit_mb=config.text.limit_mb,
-        tokenizer=config.tokenizer,
+        tokenizer=tokenizer,
     )
     return build(wanted)[0]
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from mtp_dist import evaluate
-from mtp_dist.config.compose import load
+from mtp_dist.checkpoint.settings import load_settings
 from mtp_dist.config.schema import Evaluation, ParallelConfig, ShardBuild, TrainingRun
 from mtp_dist.data.building import build
 from mtp_dist.errors import UserError
@@ -176,12 +176,12 @@ def test_what_cannot_be_evaluated_is_told_before_any_process_starts(trained: Pat
 
 
 def test_positions_that_cannot_be_shared_are_told_before_any_start(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def odd(path: Path, schema: type[TrainingRun]) -> TrainingRun:
-        run = load(path, schema)
+    def odd(checkpoint: Path) -> TrainingRun:
+        run = load_settings(checkpoint)
         run.train.sequence_length = 15
         return run
 
-    monkeypatch.setattr(evaluate, "load", odd)
+    monkeypatch.setattr(evaluate, "load_settings", odd)
     layout = ParallelConfig(tensor=2, sequence_parallel=True)
     assert "parallel.tensor=2 does not divide train.sequence_length=15" in refusal(
         Evaluation(checkpoint=str(trained), parallel=layout)

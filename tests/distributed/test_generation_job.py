@@ -84,8 +84,8 @@ def test_what_one_rank_finds_wrong_all_are_told(trained: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("parallel", "others", "message"),
     [
-        ({"tensor": 3}, {}, "parallel.tensor=3 does not divide model.heads=4; choose 1 or 2"),
-        ({"pipeline": 6, "schedule": "1f1b"}, {}, "model.layers=4 is too few for the 6 chunks"),
+        ({"tensor": 3}, {}, "parallel.tensor=3 does not divide model.heads=4; choose 1, 2 or 4"),
+        ({"pipeline": 6, "schedule": "1f1b"}, {}, "model.layers=4 is too few for 6 chunks"),
         ({"tensor": 2, "sequence_parallel": True}, {}, "choose parallel.sequence_parallel=false"),
         ({"data": 2}, {"stream": True, "decode": {"batch": 1, "mode": "plain"}}, "choose parallel.data=1, not 2"),
         (V, {"decode": {"int8": True}}, "decode.int8=true is for a model in one process"),

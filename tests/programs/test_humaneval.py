@@ -141,7 +141,7 @@ def test_wrong_settings_are_named(files: Path, settings: list[str], words: str) 
         ('{"task_id": "a"}', "line 3 must have the texts"),
         (json.dumps(PROBLEMS[0]), "two problems"),
         ("[" * 100_000, "line 3 cannot be read .*nested too deeply"),
-        (json.dumps({**PROBLEMS[0], "test": "a\ud800"}), "line 3.*half a character"),
+        (json.dumps({**PROBLEMS[0], "test": "a\ud800"}), "line 3.*half of a surrogate pair"),
     ],
 )
 def test_damaged_problems_are_named(files: Path, line: str, words: str) -> None:

@@ -8,8 +8,8 @@ from mtp_dist.training.step import Workload
 def _double_a_gradient(workload: Workload) -> None:
     compute, victim = workload.gradients, next(iter(workload.engine.parameters.values()))
 
-    def gradients(batch: Any, parts: list[float]) -> Any:
-        totals = compute(batch, parts)
+    def gradients(*arguments: Any) -> Any:
+        totals = compute(*arguments)
         if victim.grad is not None:
             victim.grad *= 2
         return totals

@@ -24,9 +24,9 @@ def nonfinite(
     seen: list[dict[str, Any]] = []
     step_once = trainer.workload.step
 
-    def step(batch: Any, parts: list[float], lr: float) -> Any:
+    def step(batch: Any, parts: list[float], lr: float, *more: Any) -> Any:
         before = _state(trainer)
-        totals, outcome = step_once(batch, parts, lr)
+        totals, outcome = step_once(batch, parts, lr, *more)
         unchanged = all(value.equal(before[name]) for name, value in _state(trainer).items())
         seen.append({"lr": lr, "applied": outcome.applied, "unchanged": unchanged, "loss": totals.loss})
         return totals, outcome
@@ -49,12 +49,12 @@ def _poison(trainer: Any, at: list[int], kind: str) -> None:
     engine = workload.engine
     victim = storage(next(p for name, p in engine.parameters.items() if name.endswith("mlp.down.weight")), engine)
 
-    def gradients(batch: Any, parts: list[float]) -> Any:
+    def gradients(*arguments: Any) -> Any:
         now = trainer.progress.step + 1 in at
         sound = victim.detach().clone()
         if now and kind == "loss":
             victim.data.view(-1)[0] = torch.inf
-        totals = compute(batch, parts)
+        totals = compute(*arguments)
         victim.data.copy_(sound)
         if now and kind == "gradient" and dist.get_rank() == dist.get_world_size() - 1:
             # Sharded gradients are out of the parameters already.
