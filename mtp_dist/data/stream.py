@@ -103,8 +103,8 @@ class Stream:
         state: Mapping[str, Any] | None = None,
     ) -> None:
         """`rows`: of the global batch; this replica's batches hold rows / replicas. `mix_tokens`: tokens that all lanes together
-        keep open for mixing rows; 0: rows in the order of the documents. Raises UserError where things do not fit, StateError where
-        a stream cannot have had the state."""
+        keep open for mixing rows; 0: rows in the order of the documents. Raises UserError where things do not fit,
+        StateError where a stream cannot have had the state."""
         check_layout(rows, lanes, replicas)
         source = dataset.split(split)
         order = Order.of(

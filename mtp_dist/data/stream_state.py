@@ -49,8 +49,8 @@ class MixedState:
 
 
 def form(state: Mapping[str, Any], place: str = "") -> DocumentState | MixedState:
-    """The state with its types. `place`: what the document calls it. Raises FormError where a field is missing, unknown, of another
-    type or negative, or a lane is none of the order's."""
+    """The state with its types. `place`: what the document calls it. Raises FormError where a field is missing, unknown, of
+    another type or negative, or a lane is none of the order's."""
     order = state.get("order")
     mixed = isinstance(order, dict) and "window_blocks" in order
     found: DocumentState | MixedState = typed(state, MixedState, place) if mixed else typed(state, DocumentState, place)

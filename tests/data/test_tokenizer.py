@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models
 
-from mtp_dist.data.manifest import token_dtype
 from mtp_dist.data.encoder import TextEncoder
+from mtp_dist.data.manifest import token_dtype
 from mtp_dist.data.tokenizer import (
     END_OF_DOCUMENT,
     byte_tokenizer,
