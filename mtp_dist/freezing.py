@@ -261,7 +261,7 @@ def _dataset(config: TrainingRun) -> Dataset:
         path = Path(config.tokenizer.path)
         if not path.is_file():
             raise UserError(f"tokenizer.path={path} does not exist; leave it empty to take the dataset's own")
-        if (found := file_sha256(path)) != dataset.tokenizer_sha256:
+        if (found := file_sha256(path)) not in (dataset.tokenizer_sha256, dataset.given_tokenizer_sha256):
             raise UserError(
                 f"tokenizer.path={path} (sha256 {found[:12]}) is not the tokenizer that made data.path={config.data.path} "
                 f"(sha256 {dataset.tokenizer_sha256[:12]}); leave tokenizer.path empty to take the dataset's own"

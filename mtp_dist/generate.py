@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # torch takes seconds to load: wrong settings are answered be
     from torch import device, dtype, nn
 
     from mtp_dist.checkpoint.reader import Checkpoint
+    from mtp_dist.data.encoder import TextEncoder
     from mtp_dist.decoding.comparison import Continuation
     from mtp_dist.decoding.draft_lengths import DraftLengths
     from mtp_dist.decoding.engine import Generated, Growing, NewText
@@ -70,25 +71,26 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Writer:
-    """A loaded model, what turns its tokens into text, and how to decode. ``quiet``: without a bar of the progress."""
+    """A loaded model, what turns its tokens into text and text into tokens, and how to decode. ``quiet``: without a bar of the
+    progress."""
 
     model: "Chunk | ModelPart"
     draft_model: "nn.Module | None"
     lengths: "DraftLengths | None"
     tokenizer: "Tokenizer"
+    encoder: "TextEncoder"
     stops: "StopStrings"
     decode: DecodeConfig
     seed: int
     quiet: bool = False
-    eos_token: str = ""  # as the run names it
 
     @property
     def told(self) -> dict[str, Any]:
         """What the engine is told with every text: the end-of-document token, the tokenizer's size, who else drafts."""
-        from mtp_dist.data.tokenizer import end_of_document, vocabulary_size
+        from mtp_dist.data.tokenizer import vocabulary_size
 
-        end, entries = end_of_document(self.tokenizer, self.eos_token)[1], vocabulary_size(self.tokenizer)
-        return {"end": end, "vocabulary": entries, "draft_model": self.draft_model}
+        entries = vocabulary_size(self.tokenizer)
+        return {"end": self.encoder.end_id, "vocabulary": entries, "draft_model": self.draft_model}
 
     def warm_up(self, prompts: "list[list[int]]") -> None:
         """Threads and kernels start here, so that the first mode is not the one that pays for them."""
@@ -179,19 +181,17 @@ class Writer:
 def open_writer(config: Generation, prompts: list[str]) -> "tuple[Checkpoint, Writer, list[list[int]]]":
     """The checkpoint, its model ready to write, and the prompts as tokens. Raises UserError before any weight is read."""
     checkpoint, writer = load_writer(config.checkpoint, config.decode, config.seed, device=config.launch.device)
-    encoded = encode_prompts(writer.tokenizer, prompts)
+    encoded = encode_prompts(writer.encoder, prompts)
     note_length(encoded, config.decode, checkpoint.config.train.sequence_length)
     return checkpoint, writer, encoded
 
 
-def encode_prompts(tokenizer: "Tokenizer", prompts: "Sequence[str]") -> "list[list[int]]":
+def encode_prompts(encoder: "TextEncoder", prompts: "Sequence[str]") -> "list[list[int]]":
     """The tokens of each prompt. Raises UserError for one that has none, as a tokenizer may drop spaces."""
-    encoded = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
-    for number, tokens in enumerate(encoded, start=1):
-        if not tokens:
-            shown = textwrap.shorten(repr(prompts[number - 1]), 60)
-            raise UserError(f"prompt {number} of {len(prompts)} ({shown}) has no token in this tokenizer; give a longer text")
-    return encoded
+    names = [
+        f"prompt {number} of {len(prompts)} ({textwrap.shorten(repr(prompt), 60)})" for number, prompt in enumerate(prompts, 1)
+    ]
+    return [encoder.encode(prompt, name) for prompt, name in zip(prompts, names, strict=True)]
 
 
 def load_writer(path: str, decode: DecodeConfig, seed: int, *, device: str = "auto") -> "tuple[Checkpoint, Writer]":
@@ -204,14 +204,16 @@ def load_writer(path: str, decode: DecodeConfig, seed: int, *, device: str = "au
     import torch
 
     from mtp_dist.checkpoint.reader import Checkpoint
-    from mtp_dist.data.tokenizer import text_tokenizer
+    from mtp_dist.data.encoder import TextEncoder
+    from mtp_dist.data.tokenizer import load_tokenizer
     from mtp_dist.decoding.draft_lengths import DraftLengths
     from mtp_dist.decoding.drafters import draft_length
     from mtp_dist.decoding.preparation import prepare, require_tools
     from mtp_dist.decoding.stopping import StopStrings
 
     checkpoint = Checkpoint(found)
-    tokenizer = text_tokenizer(checkpoint.tokenizer_path)
+    tokenizer = load_tokenizer(checkpoint.tokenizer_path)
+    encoder = TextEncoder.of_run(checkpoint.tokenizer_path, checkpoint.config.tokenizer.eos_token)
     if decode.threads:
         torch.set_num_threads(decode.threads)
     if device == "cuda" and not torch.cuda.is_available():
@@ -223,8 +225,7 @@ def load_writer(path: str, decode: DecodeConfig, seed: int, *, device: str = "au
     most = draft_length(replace(decode, mode="speculative"), model.depth)
     lengths = DraftLengths(most) if decode.auto and decode.mode != "plain" else None
     stops = StopStrings(tokenizer, decode.stop)
-    eos_token = checkpoint.config.tokenizer.eos_token
-    return checkpoint, Writer(model, draft_model, lengths, tokenizer, stops, decode, seed, eos_token=eos_token)
+    return checkpoint, Writer(model, draft_model, lengths, tokenizer, encoder, stops, decode, seed)
 
 
 def run(config: Generation) -> int:

@@ -142,7 +142,8 @@ def open_part(config: Generation, mesh: "Mesh") -> "tuple[Checkpoint, Writer]":
     import torch
 
     from mtp_dist.checkpoint.reader import Checkpoint
-    from mtp_dist.data.tokenizer import text_tokenizer
+    from mtp_dist.data.encoder import TextEncoder
+    from mtp_dist.data.tokenizer import load_tokenizer
     from mtp_dist.decoding.draft_lengths import DraftLengths
     from mtp_dist.decoding.drafters import draft_length
     from mtp_dist.decoding.layout import ModelPart
@@ -156,10 +157,10 @@ def open_part(config: Generation, mesh: "Mesh") -> "tuple[Checkpoint, Writer]":
         drafting = load_draft_model(Path(decode.draft_model), decode, dtype, mesh.device)
     most = draft_length(replace(decode, mode="speculative"), part.depth)
     lengths = DraftLengths(most) if decode.auto and decode.mode != "plain" else None
-    tokenizer = text_tokenizer(checkpoint.tokenizer_path)
+    tokenizer = load_tokenizer(checkpoint.tokenizer_path)
+    encoder = TextEncoder.of_run(checkpoint.tokenizer_path, checkpoint.config.tokenizer.eos_token)
     stops = StopStrings(tokenizer, decode.stop)
-    eos_token = checkpoint.config.tokenizer.eos_token
-    return checkpoint, Writer(part, drafting, lengths, tokenizer, stops, decode, config.seed, mesh.rank > 0, eos_token)
+    return checkpoint, Writer(part, drafting, lengths, tokenizer, encoder, stops, decode, config.seed, mesh.rank > 0)
 
 
 def write(
@@ -170,7 +171,7 @@ def write(
     import torch.distributed as dist
 
     try:
-        encoded = encode_prompts(writer.tokenizer, prompts)
+        encoded = encode_prompts(writer.encoder, prompts)
     except UserError as error:  # every rank finds the same
         raise AgreedError(str(error)) from None
     replicas, speaks = config.parallel.data, mesh.rank == 0

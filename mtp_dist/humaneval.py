@@ -102,7 +102,7 @@ def write(config: Evaluation, problems: list[Problem]) -> Iterator[tuple[str, li
         # Without heads that can draft, one token a forward pass: the programs are the same.
         decode = replace(decode, mode="plain")
     _, writer = load_writer(config.checkpoint, decode, config.seed, device=config.launch.device)
-    prompts = encode_prompts(writer.tokenizer, [problem.prompt for problem in problems])
+    prompts = encode_prompts(writer.encoder, [problem.prompt for problem in problems])
 
     def new(number: int) -> NewText:
         generator = torch.Generator(writer.model.device).manual_seed(config.seed + number)

@@ -59,6 +59,12 @@ USUAL_BATCHES = (
 )
 """Models of at least so many parameters: about 4 and 0.5 million tokens a step."""
 LARGEST_WORLD = 4096
+REMEDIES: tuple[dict[str, object], ...] = (
+    {"parallel.sequence_parallel": True},
+    {"parallel.sequence_parallel": True, "train.recompute": "full"},
+    {"parallel.sequence_parallel": True, "train.recompute": "full", "parallel.schedule": "1f1b"},
+)
+"""What saves memory at the least cost of time, in this order."""
 # Tensor ranks beyond one node's eight devices talk over the slow network in every layer.
 LARGEST_TENSOR = 8
 
@@ -292,9 +298,12 @@ def smallest_layout(config: Plan) -> Plan | None:
 
     Sizes are powers of two; batches, model and schedule stay. None: no valid layout fits.
     """
-    world = 1
+    world, limit = 1, config.world_memory_gib * GIB
+    least = _least_bytes(config)
     while world <= LARGEST_WORLD:
         for pipeline, tensor, data in _factors(world):
+            if least / (pipeline * tensor) > limit:
+                continue
             candidate = copy.deepcopy(config)
             parallel = candidate.parallel
             parallel.pipeline, parallel.tensor, parallel.data, parallel.placement = pipeline, tensor, data, "balanced"
@@ -305,9 +314,31 @@ def smallest_layout(config: Plan) -> Plan | None:
                 validate_training(candidate, None)
             except UserError:
                 continue
-            if largest_rank(candidate) <= config.world_memory_gib * GIB:
+            if all(budget.rank_memory(candidate, rank).total <= limit for rank in range(pipeline)):
                 return candidate
         world *= 2
+    return None
+
+
+def _least_bytes(config: Plan) -> int:
+    """Weights and gradients that the ranks of a replica hold together, whatever the layout: the fullest rank holds the mean of it
+    at least. Most layouts of a large model need not be looked at further."""
+    if config.zero.stage > 1:
+        return 0  # shared by replicas, too
+    whole = budget.chunk_parameters(config.model, config.mtp, config.model.layers)
+    trained = whole.heads if config.mtp.freeze_trunk else whole.total
+    return whole.total * budget.dtype_bytes(config) + trained * budget.GRADIENT_BYTES
+
+
+def _with_less_memory(config: Plan) -> tuple[str, Plan] | None:
+    """Settings under which a layout fits that has none, and the layout. None: not these either."""
+    for settings in REMEDIES:
+        candidate = copy.deepcopy(config)
+        for key, text in settings.items():
+            group, name = key.split(".")
+            setattr(getattr(candidate, group), name, text)
+        if (found := smallest_layout(candidate)) is not None:
+            return " ".join(f"{key}={str(text).lower()}" for key, text in settings.items()), found
     return None
 
 
@@ -328,11 +359,20 @@ def _fit(config: Plan) -> str:
     line = f"{verdict}: the fullest rank needs about {largest / GIB:.3f} of world_memory_gib={limit:g}"
     smallest = smallest_layout(config)
     if smallest is None:
-        return f"{line}\nno layout of up to {LARGEST_WORLD} processes fits with these batches; choose a smaller train.micro_batch"
+        none = f"{line}\nno layout of up to {LARGEST_WORLD} processes fits with these batches"
+        less = _with_less_memory(config)
+        if less is None:
+            way_out = "a smaller train.micro_batch" if config.train.micro_batch > 1 else "a shorter train.sequence_length"
+            return f"{none}; choose {way_out}, or give devices more memory (world_memory_gib)"
+        return f"{none}; with {less[0]} this one does: {_chosen(less[1])}"
+    return f"{line}\nsmallest layout that fits: {_chosen(smallest)}"
+
+
+def _chosen(smallest: Plan) -> str:
     parallel = smallest.parallel
     chosen = f"parallel.pipeline={parallel.pipeline} parallel.tensor={parallel.tensor} parallel.data={parallel.data}"
     size = f"world size {world_size(parallel)}, about {largest_rank(smallest) / GIB:.3f} GiB"
-    return f"{line}\nsmallest layout that fits: {chosen} ({size})"
+    return f"{chosen} ({size})"
 
 
 def _table(rows: list[list[str]]) -> str:

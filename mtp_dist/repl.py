@@ -38,10 +38,10 @@ class Sheet:
 
     def go_on(self, line: str) -> None:
         """Put the line behind the text, show it and what the model adds."""
-        tokens = self.writer.tokenizer.encode(self.text + line, add_special_tokens=False).ids
-        if not tokens:
+        if not self.text + line:
             _note("the text is empty; type its beginning, or /help")
             return
+        tokens = self.writer.encoder.encode(self.text + line, "the text")
         if not self.warned and len(tokens) + self.decode.max_new_tokens > self.longest:
             _note(f"the text passes {self.longest} tokens, what the model was trained on; /reset begins another")
             self.warned = True

@@ -79,7 +79,7 @@ def run(config: Serving) -> int:
         worker = _worker(writer, config.waiting, served.longest)
         access = Access(names([config.host, *config.hosts]), names(config.origins))
         body = config.body_kib * 1024
-        service = Service(served, writer.tokenizer, worker, config.seconds, body, config.body_seconds, access)
+        service = Service(served, writer.tokenizer, writer.encoder, worker, config.seconds, body, config.body_seconds, access)
         times = Times(config.header_seconds, config.idle_seconds, config.write_seconds)
         ready = f"serving {served.name} (step {checkpoint.step}, {config.decode.dtype}) at {address(listening)}/v1"
         server = Server(http(service), worker, config.patience, config.connections, times, lambda: print(ready, flush=True))

@@ -154,6 +154,20 @@ def test_a_missing_dataset_and_a_wrong_tokenizer_are_named(composed: Composer, d
     prepare(composed(f"tokenizer.path={next(dataset.glob('*tokenizer*.json'))}"))
 
 
+def test_the_file_that_a_dataset_was_built_with_is_its_tokenizer(composed: Composer, tmp_path: Path, dataset: Path) -> None:
+    """The dataset keeps it in the library's own format; the file that was named keeps its."""
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps(json.loads(next(dataset.glob("*tokenizer*.json")).read_text()), indent=7))
+    tokenizer = TokenizerConfig("file", str(mine))
+    out = tmp_path / "set"
+    build(ShardBuild(source="text", input=[str(dataset.parent / "*.txt")], out=str(out), tokenizer=tokenizer, workers=1))
+    assert (out / "tokenizer.json").read_bytes() != mine.read_bytes()
+    typed = ("tokenizer.kind=file", f"tokenizer.path={mine}")
+    prepare(composed(f"data.path={out}", *typed))
+    mine.write_text(mine.read_text().replace("7", "8"))
+    assert "is not the tokenizer that made" in refusal(composed(f"data.path={out}", *typed))
+
+
 def test_a_run_names_the_end_of_a_document_that_its_dataset_has(composed: Composer) -> None:
     assert prepare(composed()).tokenizer.eos_token == "<|endoftext|>"
     prepare(composed("tokenizer.eos_token='<|endoftext|>'"))

@@ -300,3 +300,13 @@ def test_measured_times_replace_operations(capsys: pytest.CaptureFixture[str]) -
     assert "(times of parallel.costs)" in shown
     again = compose("plan", Plan, ["parallel=v2", "train.steps=1", "model.vocab_size=64", line.replace('"', "")])
     assert prepare(again)[0].parallel.costs == costs
+
+
+def test_a_model_that_no_layout_holds_gets_the_settings_that_save_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    config, assumed = with_assumptions(["model=llama3_405b"])
+    assert run(config, assumed) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert "with parallel.sequence_parallel=true this one does: parallel.pipeline=16 parallel.tensor=8" in told
+    typed = ["parallel.sequence_parallel=true", "parallel.pipeline=16", "parallel.tensor=8", "parallel.data=8"]
+    full = prepare(plan.with_assumptions(["model=llama3_405b", *typed])[0])[0]
+    assert largest_rank(full) <= full.world_memory_gib * 2**30

@@ -119,6 +119,12 @@ class Dataset:
                 _check_shard(shard)
         return dataset
 
+    @property
+    def given_tokenizer_sha256(self) -> str | None:
+        """Of the file that `tokenizer.path` named when the shards were built; the copy kept here may be formatted differently."""
+        given = self.manifest.settings.get("tokenizer")
+        return given.get("sha256") if isinstance(given, dict) else None
+
     def split(self, name: str) -> Split:
         """The named split; raises UserError where there is none or it is empty."""
         split = self.splits.get(name)

@@ -1,4 +1,4 @@
-"""Text that is data to tokens: whatever it spells, no end of a document and no other control token comes out.
+"""Text, of documents and prompts, to tokens: whatever it spells, no end of a document and no other control token comes out.
 
 A tokenizer.json can make a control token from text in three ways: as an added token that is looked for in the text, as an entry
 of the model's own vocabulary (a WordLevel word, a Unigram piece, a product of BPE merges), and as the unknown token. So the
@@ -14,16 +14,34 @@ from typing import Any
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from mtp_dist.data.tokenizer import is_byte, load_tokenizer
+from mtp_dist.data.tokenizer import end_of_document, is_byte, load_tokenizer
 from mtp_dist.errors import UserError
 
 
 class TextEncoder:
-    """Encodes documents with the tokenizer at `path`, such that no text yields `end_id`."""
+    """Encodes documents and prompts with the tokenizer at `path`, such that no text yields `end_id`."""
 
     def __init__(self, path: str | Path, end_id: int) -> None:
         self.end_id = end_id
         self._tokenizer = _without_control_tokens(load_tokenizer(path), end_id)
+
+    @classmethod
+    def of_run(cls, path: str | Path, eos_token: str) -> "TextEncoder":
+        """For prompts, with the end as a run's settings name it. Raises UserError where the tokenizer does not have it."""
+        return cls(path, end_of_document(load_tokenizer(path), eos_token)[1])
+
+    def encode(self, text: str, name: str) -> list[int]:
+        """The tokens of a prompt; `name` says which it is. Raises UserError where it has none, or where a character that the
+        tokenizer does not have becomes the end token."""
+        tokens: list[int] = self._encoded(text, name, "leave out what it does not have").ids
+        if not tokens:
+            raise UserError(f"{name} has no token in this tokenizer; give a longer text")
+        if self.end_id in tokens:
+            raise UserError(
+                f"{name}: {self._culprit(text)} is not in the tokenizer, whose unknown token is the end-of-document token; "
+                "leave it out"
+            )
+        return tokens
 
     def encode_batch(self, texts: Sequence[str], names: Sequence[str]) -> list[np.ndarray]:
         """The tokens of each text, int64, without an end. `names` says where each is from.
@@ -33,7 +51,8 @@ class TextEncoder:
         try:
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception:  # the library raises bare Exception, and does not say for which text
-            encodings = [self._encoded(text, name) for text, name in zip(texts, names, strict=True)]
+            way_out = "use one that has all characters"
+            encodings = [self._encoded(text, f"document {name}", way_out) for text, name in zip(texts, names, strict=True)]
         found = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
         for name, text, tokens in zip(names, texts, found, strict=True):
             if (tokens == self.end_id).any():
@@ -43,14 +62,12 @@ class TextEncoder:
                 )
         return found
 
-    def _encoded(self, text: str, name: str) -> Encoding:
+    def _encoded(self, text: str, name: str, way_out: str) -> Encoding:
         try:
             return self._tokenizer.encode(text, add_special_tokens=False)
         except Exception as error:
             said = " ".join(str(error).split())
-            raise UserError(
-                f"document {name} has no tokens in this tokenizer ({said}); use one that has all characters"
-            ) from error
+            raise UserError(f"{name} has no tokens in this tokenizer ({said}); {way_out}") from error
 
     def _culprit(self, text: str) -> str:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)

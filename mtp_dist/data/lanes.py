@@ -15,7 +15,6 @@ Pure. Permutations are the ranks of raw Philox words, whose stream numpy keeps f
 generators, not for `Generator.permutation`).
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
@@ -37,10 +36,6 @@ class Position:
     def to_json(self) -> dict[str, int]:
         return asdict(self)
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, int]) -> "Position":
-        return cls(**value)
-
 
 @dataclass(frozen=True)
 class MixedPosition:
@@ -54,10 +49,6 @@ class MixedPosition:
 
     def to_json(self) -> dict[str, int]:
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, int]) -> "MixedPosition":
-        return cls(**value)
 
 
 def _random_words(size: int, seed: tuple[int | str, ...]) -> np.ndarray:

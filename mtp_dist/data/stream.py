@@ -17,9 +17,19 @@ from mtp_dist.data.lanes import MixedPosition, Order, Position, check_layout, la
 from mtp_dist.data.mixing import MixedLane
 from mtp_dist.data.packing import Row, Sample, pack, row_length
 from mtp_dist.data.reading import SampleReader
+from mtp_dist.data.stream_state import form, require_reached
 from mtp_dist.errors import UserError
+from mtp_dist.json_document import FormError
 
 State = dict[str, Any]
+
+
+class StateError(UserError):
+    """The state to resume from is none that a stream has been in. `what`: the field and its value."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"the data state to resume from is damaged ({what}); use another checkpoint")
+        self.what = what
 
 
 class Lane:
@@ -93,7 +103,8 @@ class Stream:
         state: Mapping[str, Any] | None = None,
     ) -> None:
         """`rows`: of the global batch; this replica's batches hold rows / replicas. `mix_tokens`: tokens that all lanes together
-        keep open for mixing rows; 0: rows in the order of the documents. Raises UserError where things do not fit."""
+        keep open for mixing rows; 0: rows in the order of the documents. Raises UserError where things do not fit,
+        StateError where a stream cannot have had the state."""
         check_layout(rows, lanes, replicas)
         source = dataset.split(split)
         order = Order.of(
@@ -111,15 +122,19 @@ class Stream:
         places = {} if state is None else _places(state, self._identity)
         mine = lanes_of_replica(lanes, replica, replicas)
         if state is not None and (missing := [lane for lane in mine if lane not in places]):
-            raise UserError(f"the data state to resume from lacks lanes {missing}; it must hold all replicas' states, merged")
+            raise StateError(f"lanes lack {', '.join(map(str, missing[:8]))}; a state holds all replicas' lanes")
         reader, cut = SampleReader(source), (sequence_length, row_length(sequence_length, ahead))
         self._lanes: dict[int, Lane | MixedLane] = {}
         for lane in mine:
-            place = places.get(lane, {})
-            if mix_tokens:
-                self._lanes[lane] = MixedLane(reader, order, lane, MixedPosition.from_json(place), *cut)
+            place = places.get(lane) or (MixedPosition() if mix_tokens else Position())
+            try:
+                require_reached(place, lane, order, reader, sequence_length)
+            except FormError as error:
+                raise StateError(str(error)) from None
+            if isinstance(place, MixedPosition):
+                self._lanes[lane] = MixedLane(reader, order, lane, place, *cut)
             else:
-                self._lanes[lane] = Lane(reader, order, lane, Position.from_json(place), *cut)
+                self._lanes[lane] = Lane(reader, order, lane, place, *cut)
         self._rows_per_lane = rows // lanes
 
     @property
@@ -149,8 +164,12 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> State:
     return {"order": dict(states[0]["order"]), "lanes": {lane: lanes[lane] for lane in sorted(lanes, key=int)}}
 
 
-def _places(state: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[int, Mapping[str, int]]:
+def _places(state: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[int, Position | MixedPosition]:
     """Where each lane stands; raises UserError where the state belongs to another order than this stream's."""
+    try:
+        found = form(state)
+    except FormError as error:
+        raise StateError(str(error)) from None
     settings = {
         "fingerprint": "the dataset's content",
         "lanes": "data.lanes",
@@ -165,7 +184,7 @@ def _places(state: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[int, 
                 f"{settings.get(name, name)}={identity.get(name, 0)} differs from {before.get(name, 0)} of the run to resume, "
                 "so its data order is lost; restore the setting, or start a new run"
             )
-    return {int(lane): place for lane, place in state["lanes"].items()}
+    return {int(lane): place for lane, place in found.lanes.items()}
 
 
 def training_stream(

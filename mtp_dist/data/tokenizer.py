@@ -85,13 +85,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def text_tokenizer(path: str | Path) -> Tokenizer:
-    """As `load_tokenizer`, for text that is data: names of special tokens in it are encoded as ordinary text."""
-    tokenizer = load_tokenizer(path)
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """Rows that an embedding needs: the largest token number plus one (vocabularies may have holes)."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1

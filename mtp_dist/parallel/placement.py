@@ -11,6 +11,8 @@ as much as many layers: the balanced placement counts them. (Moving layers furth
 shortest, was tried: it gains less than 1 % with the V schedules, and splits a rank's layers unevenly.)
 """
 
+from functools import lru_cache
+
 from mtp_dist.config.layout import chunks, chunks_of_rank, placement_by_hand
 from mtp_dist.config.schema import ParallelConfig, TrainingRun
 from mtp_dist.parallel.cost import costs
@@ -43,9 +45,15 @@ def balanced(parallel: ParallelConfig, layers: int, tail: float) -> list[int]:
     `tail`: cost of what follows the last layer, in layers. All layers cost the same, so giving each next layer to the rank that
     is least busy with it is optimal. Every chunk has a layer, but the last one, which may be the heads alone.
     """
-    count = chunks(parallel)
+    ranks = tuple(tuple(chunks_of_rank(parallel, rank)) for rank in range(parallel.pipeline))
+    return list(_balanced(ranks, chunks(parallel), layers, tail))
+
+
+@lru_cache(maxsize=256)
+def _balanced(ranks: tuple[tuple[int, ...], ...], count: int, layers: int, tail: float) -> tuple[int, ...]:
+    """`ranks`: chunks of each. Kept, since a plan asks for the same ones for every rank and every number of replicas."""
     if count == 1:
-        return [layers]
+        return (layers,)
     sizes = [1] * (count - 1) + [0]
     extra = [0.0] * (count - 1) + [tail]
 
@@ -53,14 +61,14 @@ def balanced(parallel: ParallelConfig, layers: int, tail: float) -> list[int]:
         return sizes[number] + extra[number]
 
     def rank_cost(rank: int) -> float:
-        return sum(chunk_cost(number) for number in chunks_of_rank(parallel, rank))
+        return sum(chunk_cost(number) for number in ranks[rank])
 
     for _ in range(layers - sum(sizes)):
         # Of equal ranks the later one: it is farther from the heads, and has less in flight.
-        rank = min(range(parallel.pipeline), key=lambda r: (rank_cost(r), -r))
-        number = min(chunks_of_rank(parallel, rank), key=chunk_cost)
+        rank = min(range(len(ranks)), key=lambda r: (rank_cost(r), -r))
+        number = min(ranks[rank], key=chunk_cost)
         sizes[number] += 1
-    return sizes
+    return tuple(sizes)
 
 
 def rank_costs(config: TrainingRun) -> list[float]:

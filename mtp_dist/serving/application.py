@@ -20,8 +20,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from tokenizers import Tokenizer
 
+from mtp_dist.data.encoder import TextEncoder
 from mtp_dist.decoding.statistics import Statistics
 from mtp_dist.decoding.stopping import StopStrings, TextStream
+from mtp_dist.errors import UserError
 from mtp_dist.quantity import counted
 from mtp_dist.serving import answer
 from mtp_dist.serving.access import Access, Gate, check_json
@@ -39,6 +41,7 @@ class Service:
 
     served: Served
     tokenizer: Tokenizer
+    encoder: TextEncoder
     worker: Worker
     seconds: float
     body: int
@@ -224,8 +227,10 @@ class Completions:
         return RequestError(504, message, code="timeout")
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.service.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        try:
+            return self.service.encoder.encode(text, "prompt") if text else []
+        except UserError as error:
+            raise RequestError(400, str(error), "prompt") from None
 
 
 async def _attended(work: Coroutine[Any, Any, None], receive: Receive) -> None:

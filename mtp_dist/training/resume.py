@@ -9,15 +9,18 @@ import torch.distributed as dist
 
 from mtp_dist.checkpoint import folder as folders
 from mtp_dist.checkpoint.compatibility import kept_heads, require_start
-from mtp_dist.checkpoint.manifest import DamagedError
+from mtp_dist.checkpoint.manifest import DamagedError, OptimizerRecord, TrackerRecord, damaged
 from mtp_dist.checkpoint.reader import Checkpoint
 from mtp_dist.config.heads import modules
 from mtp_dist.config.schema import TrainingRun
+from mtp_dist.data.stream_state import form
 from mtp_dist.errors import AgreedError, UserError
+from mtp_dist.json_document import FormError
 from mtp_dist.parallel.engine import Engine
 from mtp_dist.parallel.mesh import Mesh
 from mtp_dist.parallel.parameter_groups import HEADS, TRUNK, role_of
 from mtp_dist.training.agreement import together
+from mtp_dist.training.progress import Progress
 
 
 def newest_sound(root: Path, mesh: Mesh) -> Checkpoint | None:
@@ -33,6 +36,7 @@ def newest_sound(root: Path, mesh: Mesh) -> Checkpoint | None:
         checkpoint, problem, hindrance = None, None, None
         try:
             checkpoint = Checkpoint(root / name)
+            _require_state(checkpoint)
             problems = checkpoint.damages(mesh.rank, dist.get_world_size())
             problem = problems[0] if problems else None
         except DamagedError as error:
@@ -55,6 +59,18 @@ def newest_sound(root: Path, mesh: Mesh) -> Checkpoint | None:
             f"no checkpoint in {root} is sound ({', '.join(names[0])}); remove them to start over, or choose a new run_dir"
         )
     return None
+
+
+def _require_state(checkpoint: Checkpoint) -> None:
+    """Raise DamagedError where a section that a resume reads is not of its form. A place that no lane of the dataset has shows
+    only where the stream is opened."""
+    checkpoint.section("progress", Progress)
+    checkpoint.section("optimizer", OptimizerRecord)
+    checkpoint.section("tracker", TrackerRecord)
+    try:
+        form(checkpoint.manifest.data, "data")
+    except FormError as error:
+        raise damaged(checkpoint.path, str(error)) from None
 
 
 def warm_start(config: TrainingRun, mesh: Mesh, engine: Engine) -> str:

@@ -9,11 +9,11 @@ from torch import nn
 
 from mtp_dist.config.schema import DecodeConfig, TrainingRun
 from mtp_dist.data.detokenizer import decoded
-from mtp_dist.data.tokenizer import end_of_document, text_tokenizer, vocabulary_size
+from mtp_dist.data.encoder import TextEncoder
+from mtp_dist.data.tokenizer import load_tokenizer, vocabulary_size
 from mtp_dist.decoding.engine import generate
 from mtp_dist.decoding.layout import ModelPart
 from mtp_dist.decoding.request import DRAFTING
-from mtp_dist.errors import UserError
 from mtp_dist.parallel.mesh import Mesh
 from mtp_dist.tracking import names
 
@@ -33,11 +33,9 @@ class Sample:
     def __init__(self, config: TrainingRun, mesh: Mesh, chunks: nn.ModuleList, tokenizer: Path) -> None:
         """Raises UserError, the same on every rank, where the prompt has no token."""
         self.prompt, self.mesh, self.part = config.validation.prompt, mesh, ModelPart.of(chunks, mesh)
-        self.tokenizer = text_tokenizer(tokenizer)
-        self.tokens = self.tokenizer.encode(self.prompt, add_special_tokens=False).ids
-        if not self.tokens:
-            raise UserError(f"validation.prompt={self.prompt!r} has no token; give a text, or leave it empty")
-        self.end = end_of_document(self.tokenizer, config.tokenizer.eos_token)[1]
+        self.tokenizer = load_tokenizer(tokenizer)
+        encoder = TextEncoder.of_run(tokenizer, config.tokenizer.eos_token)
+        self.tokens, self.end = encoder.encode(self.prompt, f"validation.prompt={self.prompt!r}"), encoder.end_id
         drafts = config.mtp.kind in DRAFTING and config.mtp.stride == 1
         mode = "speculative" if drafts else "plain"
         self.decode = DecodeConfig(mode=mode, max_new_tokens=config.validation.prompt_tokens)

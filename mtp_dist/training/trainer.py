@@ -14,15 +14,16 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from mtp_dist.checkpoint import folder
 from mtp_dist.checkpoint.draft_tokens import drafted
-from mtp_dist.checkpoint.manifest import DRAFT_TOKENS, TrackerRecord
+from mtp_dist.checkpoint.manifest import DRAFT_TOKENS, TrackerRecord, damaged
 from mtp_dist.checkpoint.writer import Saver
 from mtp_dist.config.layout import micro_batches, tokens_per_step
 from mtp_dist.config.schema import TrainingRun
 from mtp_dist.data.batch import Batch
 from mtp_dist.data.dataset import Dataset
 from mtp_dist.data.prefetch import Batches, Prefetch
-from mtp_dist.data.stream import State, merge_states, training_stream
+from mtp_dist.data.stream import State, StateError, merge_states, training_stream
 from mtp_dist.errors import AgreedError, UserError
 from mtp_dist.parallel.drawing import placement_drawing
 from mtp_dist.parallel.engine import StepOutcome
@@ -139,7 +140,10 @@ class Trainer:
         if not self.mesh.is_reader:
             return None
         config = self.config
-        stream = training_stream(self.dataset, config, self.mesh.data_rank, config.parallel.data, self.data_state)
+        try:
+            stream = training_stream(self.dataset, config, self.mesh.data_rank, config.parallel.data, self.data_state)
+        except StateError as error:
+            raise damaged(self.checkpoints / folder.name_of(self.saved_step), f"data.{error.what}") from None
         self.data_end = stream.state
         return Prefetch(stream, config.data.prefetch) if config.data.prefetch else stream
 

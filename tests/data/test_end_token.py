@@ -254,10 +254,13 @@ def test_token_numbers_without_end_are_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "mine.json")
 
 
-def test_a_writer_ends_at_the_token_that_its_run_names() -> None:
+def test_a_writer_ends_at_the_token_that_its_run_names(tmp_path: Path) -> None:
+    tokenizer = plain("<|endoftext|>", special=("<END>",))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+
     def writer(eos_token: str) -> Writer:
-        tokenizer = plain("<|endoftext|>", special=("<END>",))
-        return Writer(None, None, None, tokenizer, None, None, 0, eos_token=eos_token)  # type: ignore[arg-type]
+        encoder = TextEncoder.of_run(tmp_path / "tokenizer.json", eos_token)
+        return Writer(None, None, None, tokenizer, encoder, None, None, 0)  # type: ignore[arg-type]
 
     assert writer("<END>").told["end"] == 2
     assert writer("").told["end"] == 1  # a run of an earlier version

@@ -23,7 +23,8 @@ from transformers.modeling_layers import MtpModel
 
 from mtp_dist.checkpoint.reader import Checkpoint
 from mtp_dist.config.schema import DecodeConfig, Export
-from mtp_dist.data.tokenizer import end_of_document, text_tokenizer
+from mtp_dist.data.encoder import TextEncoder
+from mtp_dist.data.tokenizer import END_OF_DOCUMENT
 from mtp_dist.decoding.cache import KeyValues
 from mtp_dist.decoding.engine import generate
 from mtp_dist.decoding.model import DecodingModel
@@ -122,14 +123,13 @@ def test_greedy_text(checkpoints: dict[str, Path], exported: Exporter, kind: str
 
 def test_tokenizer(checkpoints: dict[str, Path], exported: Exporter, tmp_path: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(exported("tied"))
-    ours = text_tokenizer(Checkpoint(checkpoints["tied"]).tokenizer_path)
-    end = end_of_document(ours)[0]
+    ours, end = TextEncoder.of_run(Checkpoint(checkpoints["tied"]).tokenizer_path, ""), END_OF_DOCUMENT
     # Text that spells the end token is text, as generate and training read it; so it is after saving the tokenizer once more.
     theirs.save_pretrained(tmp_path / "again")
     for reader in (theirs, AutoTokenizer.from_pretrained(tmp_path / "again")):
         for text in ("def main():\n\treturn 'λ'", f"a{end}b", end, f" {end} ", "<s>[INST]<pad>"):
             ids = reader(text)["input_ids"]
-            assert ids == ours.encode(text, add_special_tokens=False).ids == reader([text, "longer"])["input_ids"][0]
+            assert ids == ours.encode(text, "a text") == reader([text, "longer"])["input_ids"][0]
             assert 256 not in ids
             assert reader.decode(ids) == text
         assert reader.decode([*b"deja vu", 0xC3]) == "deja vu\ufffd"
