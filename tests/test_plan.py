@@ -308,5 +308,5 @@ def test_a_model_that_no_layout_holds_gets_the_settings_that_save_memory(capsys:
     told = capsys.readouterr().out.splitlines()[-1]
     assert "with parallel.sequence_parallel=true this one does: parallel.pipeline=16 parallel.tensor=8" in told
     typed = ["parallel.sequence_parallel=true", "parallel.pipeline=16", "parallel.tensor=8", "parallel.data=8"]
-    full = prepare(plan.with_assumptions(["model=llama3_405b", *typed])[0])[0]
+    full = prepare(with_assumptions(["model=llama3_405b", *typed])[0])[0]
     assert largest_rank(full) <= full.world_memory_gib * 2**30

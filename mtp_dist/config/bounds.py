@@ -4,6 +4,7 @@ They are wide: a bound refuses what no machine can do (10^9 layers) or what no a
 0 in float32), not what is unusual. Each number of a list is held to them. Rules between settings are in ``validation.py``.
 """
 
+from functools import cache
 from typing import Any, get_args
 
 from mtp_dist.config.numbers import Bounds, fault, numbers_in, shown, takes_number
@@ -169,6 +170,7 @@ BOUNDS: dict[str, Bounds] = {
 }
 
 
+@cache
 def bounds_of(key: str, kind: Any) -> Bounds | None:
     """The bounds of a setting of that type; None for one that is no number. KeyError for a number that ``BOUNDS`` lacks."""
     return BOUNDS[key] if takes_number(kind) and not _is_flag(kind) else None
@@ -190,5 +192,6 @@ def _is_flag(kind: Any) -> bool:
     return kind is bool or any(_is_flag(item) for item in get_args(kind))
 
 
+@cache
 def _is_whole(kind: Any) -> bool:
     return kind is int or any(_is_whole(item) for item in get_args(kind))

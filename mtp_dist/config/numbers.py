@@ -51,13 +51,13 @@ class NotANumberError(ValueError):
 
 def fault(number: object, bounds: Bounds, *, whole: bool) -> str | None:
     """What a number must be, where it is not: "must be a whole number from 1 to 100". None where it is."""
+    if not isinstance(number, bool) and isinstance(number, int if whole else int | float):
+        # An int may be too large for a float, so it is compared as it is.
+        finite = isinstance(number, int) or math.isfinite(number)
+        if finite and bounds.hold(number):
+            return None
     kind = "a whole number" if whole else "a number"
-    rule = f"must be 0, or {kind} from {str(bounds).removeprefix('0, or ')}" if bounds.zero else f"must be {kind} from {bounds}"
-    if isinstance(number, bool) or not isinstance(number, int if whole else int | float):
-        return rule
-    # An int may be too large for a float, so it is compared as it is.
-    finite = isinstance(number, int) or math.isfinite(number)
-    return None if finite and bounds.hold(number) else rule
+    return f"must be 0, or {kind} from {str(bounds).removeprefix('0, or ')}" if bounds.zero else f"must be {kind} from {bounds}"
 
 
 def parsed(text: str, kind: Any) -> Any:

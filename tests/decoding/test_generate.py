@@ -219,7 +219,7 @@ def test_a_text_can_be_watched_while_it_grows(checkpoint: Path, capsys: pytest.C
         (["checkpoint={run}", "prompt=a", "decode.mode=plain", "decode.auto=true"], "decode.auto=true has no effect"),
         (["checkpoint={run}", "prompt=a", "decode.mode=plain", "decode.drafter=ngram"], "decode.drafter=ngram has no effect"),
         (["checkpoint={run}", "prompt=a", "decode.tree_nodes=5"], "decode.tree_nodes=5 has no effect: decode.tree=none"),
-        (["checkpoint={run}", "prompt=a", "decode=sampling", "decode.tree=static", "decode.tree_width=0"], "a whole number from 1"),
+        (["checkpoint={run}", "prompt=a", "decode.tree=static", "decode.tree_width=0"], "a whole number from 1"),
         (["checkpoint={run}", "prompt=a", "decode.tree_nodes=3", "decode.tree=static", "decode.tree_shape=[[0]]"], "names every"),
         (["checkpoint={run}", "prompt=a", "decode.ngram=5"], "decode.ngram=5 has no effect: decode.drafter=heads"),
         (["checkpoint={run}", "prompt=a", "decode.top_k=5"], "decode.top_k=5 has no effect: decode.temperature=0"),

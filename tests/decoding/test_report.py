@@ -123,7 +123,7 @@ def test_costs_by_a_clock_that_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["checkpoint={run}"], "file is empty; give it: file=PROMPTS.jsonl"),
         (["checkpoint={run}", "file=a", "files=[b]"], "both name prompts; choose one of them"),
-        (["checkpoint={run}", "file={run}/prompts.jsonl", "temperatures=[0,-1]"], "temperatures=[0,-1]: -1.0 must be 0, or a number from"),
+        (["checkpoint={run}", "file={run}/prompts.jsonl", "temperatures=[0,-1]"], "-1.0 must be 0, or a number from"),
         (["checkpoint={run}", "file=nowhere.jsonl"], "prompt_file=nowhere.jsonl cannot be read"),
         (["checkpoint={run}", "file={run}/prompts.jsonl", "output={run}/prompts.jsonl"], "is a file; with task=decode"),
         (["checkpoint={run}", "file={run}/prompts.jsonl", "decode.draft=0"], "decode.draft=0 must be a whole number from 1"),
