@@ -112,7 +112,7 @@ def check(config: TrainingRun, cores: int | None = None) -> TrainingRun:
     full.tokenizer.eos_token = _eos_token(full, dataset, old)
     if full.mtp.freeze_trunk and not full.init.checkpoint and not folder.complete(Path(full.run_dir) / "checkpoints"):
         raise UserError(
-            "mtp.freeze_trunk=true would keep a trunk of random weights for ever; give a trained one by "
+            "mtp.freeze_trunk=true would keep a trunk of random weights; give a trained one by "
             "init.checkpoint=RUN_FOLDER, or set mtp.freeze_trunk=false"
         )
     if full.train.deterministic:

@@ -27,7 +27,7 @@ def require_same_model(checkpoint: Path, config: TrainingRun) -> None:
     for key, here, wanted in compose.differences(saved, config):
         if (key.startswith("model.") and key not in _NOT_THE_MODEL) or key in _HEADS:
             raise UserError(
-                f"checkpoint {checkpoint} is of another model: its {key} is {here}, this run's is {wanted}; "
+                f"checkpoint {checkpoint} belongs to a different model: its {key} is {here}, this run's is {wanted}; "
                 f"set {key}={here}, or choose a new run_dir (init.checkpoint={checkpoint} starts it from these weights)"
             )
 
@@ -39,7 +39,7 @@ def require_start(checkpoint: Path, config: TrainingRun) -> None:
     for key, there, here in compose.differences(saved, config):
         name = f"init.checkpoint={checkpoint}"
         if key.startswith("model.") and key not in _POLICY:
-            raise UserError(f"{name} is of another model: its {key} is {there}, this run's is {here}; set {key}={there}")
+            raise UserError(f"{name} belongs to a different model: its {key} is {there}, this run's is {here}; set {key}={there}")
         if key in _CONTRACT and kept_heads(saved, config):
             raise UserError(f"{name} has heads of {key}={there}, this run's are {here}; set {key}={there}, or init.heads=fresh")
 

@@ -120,9 +120,9 @@ class Checkpoint:
         parameter that was saved frozen has zero moments."""
         record = self.manifest.parameters.get(name)
         if record is None:
-            raise UserError(f"checkpoint {self.path} has no parameter {name}: it is of another model")
+            raise UserError(f"checkpoint {self.path} has no parameter {name}: it belongs to a different model")
         if shape is not None and any(a + n > whole for a, n, whole in zip(start or (), shape, record.shape, strict=True)):
-            raise UserError(f"checkpoint {self.path} has {name} of shape {record.shape}: it is of another model")
+            raise UserError(f"checkpoint {self.path} has {name} of shape {record.shape}: it belongs to a different model")
         shape = tuple(record.shape) if shape is None else shape
         start = (0,) * len(shape) if start is None else start
         if part != PARTS[0] and not record.moments:

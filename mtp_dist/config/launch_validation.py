@@ -44,7 +44,7 @@ def validate_formats(launch: LaunchConfig) -> None:
     seconds = time_limit(launch.time)
     if seconds is None:
         raise UserError(
-            f"launch.time={launch.time} is no time limit of Slurm; write hours:minutes:seconds (24:00:00), "
+            f"launch.time={launch.time} is not a time limit Slurm accepts; write hours:minutes:seconds (24:00:00), "
             "days-hours:minutes:seconds (2-00:00:00), or minutes (90)"
         )
     if seconds == 0:
@@ -55,13 +55,13 @@ def validate_formats(launch: LaunchConfig) -> None:
             "stop as it starts; choose fewer seconds, or a longer limit"
         )
     if launch.mem is not None and not re.fullmatch(r"\d{1,12}[KMGT]?", launch.mem, re.IGNORECASE | re.ASCII):
-        raise UserError(f"launch.mem={launch.mem} is no amount of memory for Slurm; write 64G, 64000M, or 0 for all of a node")
+        raise UserError(f"launch.mem={launch.mem} is not an amount of memory; write 64G, 64000M, or 0 for all of a node")
     for name in ("partition", "account", "qos"):
         word = getattr(launch, name)
         if word is not None and not re.fullmatch(r"[\w.@+-]+(,[\w.@+-]+)*", word, re.ASCII):
-            raise UserError(f"launch.{name}={word!r} is no name in Slurm; write letters, digits and _ . @ + -, without spaces")
+            raise UserError(f"launch.{name}={word!r} is not a Slurm name; write letters, digits and _ . @ + -, without spaces")
     if launch.job_name is not None and not (launch.job_name.strip() and launch.job_name.isprintable()):
-        raise UserError(f"launch.job_name={launch.job_name!r} is no name; write one line of printable text, or null")
+        raise UserError(f"launch.job_name={launch.job_name!r} is not a job name; write one line of printable text, or null")
     if not re.fullmatch(r"[A-Za-z0-9_.:%-]{1,253}", launch.master_addr):
         raise UserError(f"launch.master_addr={launch.master_addr!r} is neither a host name nor an address, such as 10.0.0.1")
     for directive in launch.directives:
@@ -106,7 +106,7 @@ def validate_tracker(tracker: TrackerConfig) -> None:
         if word is not None:
             _require_text(f"tracker.{name}", word)
     if tracker.entity is not None and not re.fullmatch(r"[\w-]+", tracker.entity, re.ASCII):
-        raise UserError(f"tracker.entity={tracker.entity} is no user or team of wandb; write letters, digits, - and _")
+        raise UserError(f"tracker.entity={tracker.entity} is not a wandb user or team; write letters, digits, - and _")
     if tracker.name is not None and len(tracker.name) > WANDB_PROJECT:
         raise UserError(f"tracker.name has {len(tracker.name)} characters; wandb takes at most {WANDB_PROJECT}")
     for tag in tracker.tags:

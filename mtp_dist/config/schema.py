@@ -206,7 +206,7 @@ class CheckpointConfig:
     every_minutes: float = setting(0.0, "Also after so many minutes. 0: never.")
     asynchronous: bool = setting(True, "Training waits only for a copy of each rank's part in host memory (12 bytes an element of the optimizer's shard); a thread writes it. false: it waits for the disk, and no copy is made.")
     keep_last: int = setting(2, "Newest checkpoints kept. 0: all.")
-    keep_every_steps: int = setting(0, "Checkpoints whose step is a multiple of this are kept for ever. 0: none.")
+    keep_every_steps: int = setting(0, "Checkpoints whose step is a multiple of this are never deleted. 0: none.")
 
 
 @dataclass

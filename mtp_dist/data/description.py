@@ -5,6 +5,7 @@ from pathlib import Path
 from mtp_dist.data.dataset import Dataset
 from mtp_dist.errors import UserError
 from mtp_dist.member_file import member_sha256
+from mtp_dist.quantity import counted
 
 DOCUMENTS = 1024
 """Read together."""
@@ -22,7 +23,11 @@ def describe(path: Path) -> str:
     ]
     for name, split in dataset.splits.items():
         size = sum(shard.bytes for shard in split.shards)
-        rows.append((name, f"{split.documents:,} documents, {split.tokens:,} tokens, {len(split.shards)} shards, {size:,} bytes"))
+        counts = ", ".join(
+            counted(number, noun, commas=True)
+            for number, noun in ((split.documents, "document"), (split.tokens, "token"), (len(split.shards), "shard"))
+        )
+        rows.append((name, f"{counts}, {size:,} bytes"))
         rows.append(("", f"fingerprint {split.fingerprint}"))
     rows.append(("built from", ", ".join(f"{key} {value}" for key, value in manifest.settings.items())))
     width = max(len(name) for name, _ in rows)

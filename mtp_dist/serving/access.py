@@ -39,7 +39,7 @@ class Access:
             return
         match = AUTHORITY.fullmatch(host.lower())
         if match is None or int(match[2] or 0) > 65535:
-            raise RequestError(400, f"the header host={shown(host)} is no name and port")
+            raise RequestError(400, f"the header host={shown(host)} is not a host name with an optional port")
         name = match[1].strip("[]").removesuffix(".")
         if not self._ours(name, local):
             message = f"host={shown(host)} is not served here; start the server with 'hosts=[{shown(name)}]' if it should be"

@@ -26,7 +26,7 @@ LEAST_BYTES = 1 << 14
 """That a client has to take in its time for taking any."""
 PIECE = 4096
 REASONS = {
-    400: "this is no HTTP request",
+    400: "this is not an HTTP request",
     431: "the header is longer than this server takes",
     501: "this transfer encoding is not served; send a body with a length, or chunked",
 }

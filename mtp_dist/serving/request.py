@@ -88,7 +88,7 @@ def read(body: bytes, served: Served, encode: Callable[[str], list[int]]) -> Ask
             raise wrong(name, value, f"is not served here; leave it out, or give {allowed}")
     for name in content:
         if name not in READ and name not in SILENT and name not in UNUSED:
-            raise RequestError(400, f"{_shown(name)} is no field of this request; there are {', '.join(READ)}", _shown(name))
+            raise RequestError(400, f"unknown field {_shown(name)}; a request takes {', '.join(READ)}", _shown(name))
     if (model := _text(content, "model", served.name)) != served.name:
         raise RequestError(404, f"model={_shown(model)} is not served here; there is {served.name}", "model", "model_not_found")
     prompts = _prompts(content.get("prompt"), served, encode)

@@ -4,18 +4,24 @@
 stopped, so this is what shows where. Reports need it, training never reads it.
 """
 
+import contextlib
 import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mtp_dist.regular_file import require_regular
+
 STARTS_FILE = "starts.jsonl"
 
 
 def record_start(run_dir: Path, step: int) -> None:
-    """Append this start."""
+    """Append this start. Raises UserError where something else than a file lies there: opening a FIFO would wait indefinitely."""
+    path = run_dir / STARTS_FILE
+    with contextlib.suppress(FileNotFoundError):
+        require_regular(path)
     line = json.dumps({"step": step, "time": datetime.now(UTC).isoformat(timespec="seconds")})
-    with (run_dir / STARTS_FILE).open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 

@@ -35,7 +35,7 @@ def test_time_limits_are_those_of_sbatch(text: str, seconds: float) -> None:
 @pytest.mark.parametrize("text", ["banana", "", "1:99:00", "1:2:3:4", "1h", "-1", "1.5", "24:00:00 ", "1-2-3", "9" * 5000, "٣"])
 def test_what_is_no_time_limit(text: str) -> None:
     assert time_limit(text) is None
-    with pytest.raises(UserError, match="is no time limit of Slurm; write hours:minutes:seconds"):
+    with pytest.raises(UserError, match="is not a time limit Slurm accepts; write hours:minutes:seconds"):
         validate_formats(LaunchConfig(time=text))
 
 

@@ -329,6 +329,8 @@ def test_inspect_says_what_is_in_a_dataset(own: Path, capsys: pytest.CaptureFixt
     train = Dataset.open(own).split("train")
     for part in (f"{train.documents} documents, {train.tokens:,} tokens", train.fingerprint, "257 tokens", "sound: every shard"):
         assert part in text
+    for split in Dataset.open(own).splits.values():
+        assert f" {len(split.shards)} shard{'' if len(split.shards) == 1 else 's'}, " in text
     with flip(own / "train/train-000001.tar", 8 * 1536 + 3):
         status, text = said(capsys, str(own))
         assert (status, "damaged: train/train-000001.tar" in text) == (1, True)

@@ -122,7 +122,7 @@ def asked(made: Path, data: Path, **overrides: Any) -> TrainingRun:
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        ({"model__mlp": 64}, "is of another model: its model.mlp is 48, this run's is 64; set model.mlp=48"),
+        ({"model__mlp": 64}, "belongs to a different model: its model.mlp is 48, this run's is 64; set model.mlp=48"),
         ({"mtp__kind": "parallel"}, "has heads of mtp.kind=sequential, this run's are parallel; set mtp.kind=sequential, or"),
         ({"mtp__stride": 2}, "has heads of mtp.stride=1, this run's are 2; set mtp.stride=1, or init.heads=fresh"),
         ({"mtp__embedding": "own"}, "has heads of mtp.embedding=shared, this run's are own; set mtp.embedding=shared, or init"),

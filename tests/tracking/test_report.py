@@ -19,6 +19,7 @@ from mtp_dist.tracking.plots import DRAWINGS, MAIN_COLOR, START_COLOR, Series, d
 from mtp_dist.tracking.starts import read_starts
 from mtp_dist.tracking.tracker import Tracker
 from mtp_dist.training.status import write_status
+from tests.hostile import KINDS, no_hang, put
 
 
 def train_record(step: int) -> dict[str, float]:
@@ -127,6 +128,13 @@ def test_a_run_of_an_earlier_version_has_neither(tmp_path: Path) -> None:
     assert "## Starts" not in page
     (tmp_path / "starts.jsonl").write_text('{"step": 0, "time": "x"}\nhalf a li')
     assert read_starts(tmp_path) == [{"step": 0, "time": "x"}]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "loop"])
+def test_a_start_is_not_recorded_in_what_is_no_file(tmp_path: Path, kind: str) -> None:
+    put(kind, tmp_path / "starts.jsonl")
+    with no_hang(), pytest.raises(UserError, match=r"starts\.jsonl.* is a .*, not a regular file"):
+        Tracker(tmp_path, TrackerConfig(wandb="disabled"), settings={}, run_id=None, resume_step=0)
 
 
 def test_a_run_without_depths_has_one_accuracy_panel() -> None:
