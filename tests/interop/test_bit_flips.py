@@ -43,7 +43,7 @@ def test_every_bit_of_the_manifests_sum_counts(checkpoints: dict[str, Path], tmp
 
 
 def test_a_newer_checkpoint_that_is_passed_over_is_named(
-    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoints: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     older, newer = tmp_path / "step_00000001", tmp_path / "step_00000002"
     shutil.copytree(checkpoints["tied"], older)
@@ -51,4 +51,5 @@ def test_a_newer_checkpoint_that_is_passed_over_is_named(
     with (newer / "config.yaml").open("ab") as file:
         file.write(b"#")
     assert folder.sound(tmp_path) == older
-    assert "passed over: step_00000002 is damaged (config.yaml" in capsys.readouterr().err
+    said = capfd.readouterr().err
+    assert "passed over: step_00000002 is damaged (config.yaml" in said
