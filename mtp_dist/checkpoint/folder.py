@@ -59,7 +59,8 @@ def locate(path: str | Path, setting: str = "checkpoint") -> list[Path]:
 
 
 def sound(path: str | Path, setting: str = "checkpoint") -> Path:
-    """The checkpoint that a user's path names (of a run folder: the newest that verifies), checked against its checksums.
+    """The checkpoint that a user's path names (of a run folder: the newest that verifies), checked against its checksums. A
+    newer one that does not verify is named.
 
     Raises UserError where there is none that is sound.
     """
@@ -74,6 +75,8 @@ def sound(path: str | Path, setting: str = "checkpoint") -> Path:
             skipped.append(str(error))
             continue
         if problem is None:
+            for reason in skipped:
+                say(f"note: passed over: {reason}")
             return candidate
         skipped.append(f"{candidate.name} is damaged ({problem})")
     raise UserError(f"{setting}={path} holds no sound checkpoint: {'; '.join(skipped)}")

@@ -4,6 +4,8 @@ import random
 import shutil
 from pathlib import Path
 
+import pytest
+
 from benchmarks.bit_flips import flip, places
 from mtp_dist.checkpoint import folder
 from mtp_dist.checkpoint.manifest import MANIFEST, MANIFEST_SUM
@@ -38,3 +40,16 @@ def test_every_bit_of_the_manifests_sum_counts(checkpoints: dict[str, Path], tmp
     for bit in range(8 * (path / MANIFEST_SUM).stat().st_size):
         with flip(path / MANIFEST_SUM, bit):
             assert unsound(path), f"bit {bit} changed unseen"
+
+
+def test_a_newer_checkpoint_that_is_passed_over_is_named(
+    checkpoints: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    older, newer = tmp_path / "step_00000001", tmp_path / "step_00000002"
+    shutil.copytree(checkpoints["tied"], older)
+    shutil.copytree(checkpoints["tied"], newer)
+    with (newer / "config.yaml").open("ab") as file:
+        file.write(b"#")
+    assert folder.sound(tmp_path) == older
+    said = capfd.readouterr().err
+    assert "passed over: step_00000002 is damaged (config.yaml" in said
