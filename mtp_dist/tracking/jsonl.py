@@ -61,7 +61,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """All whole records in file order; ``step`` is an int, everything else a number. A missing file is an empty list.
 
     Raises UserError where something else than a file lies there."""
-    if not os.path.lexists(path):
+    if not path.exists():  # or a link to a file that is still to come
         return []
     return [record for line in _lines(path) if line.endswith(b"\n") and (record := _decode(line)) is not None]
 
@@ -101,7 +101,7 @@ class MetricsFile:
 
 def _cut(path: Path, resume_step: int) -> int:
     """Leave the records up to ``resume_step``; rewritten only where something has to go. Returns the last step, or -1."""
-    if not os.path.lexists(path):
+    if not path.exists():  # or a link to a file that is still to come
         return -1
     kept: list[bytes] = []
     last, lost, whole = -1, 0, True
