@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job on a fresh machine, from nothing to decoded text: install, shards, pipelined training with MTP, a stop and a resume, evaluation,
-# speculative decoding, plots. No GPU, no account. About ten minutes on two cores, downloads apart; started again it goes on where it was.
+# speculative decoding, plots. No GPU, no account. Less than ten minutes on two idle cores, downloads apart; started again it goes on where it was.
 #
 #   bash launch/quickstart.sh            more settings on the command line go to the training run, for example train.steps=100
 #
@@ -83,8 +83,9 @@ say "4/6 evaluate on held-out files, under the training layout"
 "$VENV_PYTHON" -m mtp_dist.evaluate checkpoint="$run" parallel=v2 sequences=64 output="$run/evaluation.json"
 
 say "5/6 decode: the MTP modules draft, the trunk verifies"
-"$VENV_PYTHON" -m mtp_dist.generate checkpoint="$run" prompt_file=launch/prompts.txt decode.auto=true decode.max_new_tokens=64
-say "      the same against plain decoding, on 24 beginnings of held-out files"
+"$VENV_PYTHON" -m mtp_dist.generate checkpoint="$run" prompt_file=launch/prompts.txt decode=sampling decode.temperature=0.7 \
+  decode.auto=true decode.max_new_tokens=64 color=always
+say "      greedy, against plain decoding, on 24 pieces of held-out files"
 "$VENV_PYTHON" -m benchmarks.held_out_prompts "$dataset" "$run/prompts.jsonl" --count 24 --length 48
 "$VENV_PYTHON" -m mtp_dist.evaluate task=decode checkpoint="$run" file="$run/prompts.jsonl" decode.auto=true \
   decode.max_new_tokens=96 output="$run/decoding" > "$run/decoding.md"
