@@ -316,7 +316,7 @@ def test_an_experiment_typed_again_changes_nothing(dataset: Path, tmp_path: Path
     # What its file does not set keeps the run's value.
     fewer = continued(words[:-1])
     assert fewer is not None
-    assert changes(check(fewer)) == ["changed: train.micro_batch 2 -> 4"]
+    assert changes(check(fewer)) == ["changed: train.micro_batch 2 -> 8"]
     prepared = prepare(again(config, "parallel.timeout_minutes=2", "optim.beta2=0.9"))
     kept = continued(words)
     assert kept is not None

@@ -61,7 +61,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """All whole records in file order; ``step`` is an int, everything else a number. A missing file is an empty list.
 
     Raises UserError where something else than a file lies there."""
-    if not path.exists():  # or a link to a file that is still to come
+    if _is_to_come(path):
         return []
     return [record for line in _lines(path) if line.endswith(b"\n") and (record := _decode(line)) is not None]
 
@@ -99,9 +99,20 @@ class MetricsFile:
                 self._stream.close()
 
 
+def _is_to_come(path: Path) -> bool:
+    """Whether there is no file yet, or a link to one that is still to come."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:  # said by whoever opens it
+        return False
+    return False
+
+
 def _cut(path: Path, resume_step: int) -> int:
     """Leave the records up to ``resume_step``; rewritten only where something has to go. Returns the last step, or -1."""
-    if not path.exists():  # or a link to a file that is still to come
+    if _is_to_come(path):
         return -1
     kept: list[bytes] = []
     last, lost, whole = -1, 0, True
