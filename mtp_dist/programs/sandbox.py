@@ -83,7 +83,9 @@ def _run(problem: Problem, completion: str, limits: Limits) -> tuple[bool, tuple
         missing = {fence for one in both for fence in one.fenced()}
         watched = both if jail.OWN_ROOT in missing else []
         _wait(both, time.monotonic() + limits.seconds, lambda: tests.over, watched)
-        return tests.said.endswith(examiner.PASSED), tuple(sorted(missing))
+        # A program may have filled its folder and ended between two looks.
+        passed = tests.said.endswith(examiner.PASSED) and not any(one.full() for one in watched)
+        return passed, tuple(sorted(missing))
 
 
 class _Jailed:
