@@ -84,7 +84,7 @@ say "4/6 evaluate on held-out files, under the training layout"
 
 say "5/6 decode: the MTP modules draft, the trunk verifies"
 "$VENV_PYTHON" -m mtp_dist.generate checkpoint="$run" prompt_file=launch/prompts.txt decode=sampling decode.temperature=0.7 \
-  decode.auto=true decode.max_new_tokens=64 decode.threads=1 color=always
+  decode.auto=true decode.max_new_tokens=64 decode.threads=1
 say "      greedy, against plain decoding, on 24 pieces of held-out files"
 "$VENV_PYTHON" -m benchmarks.held_out_prompts "$dataset" "$run/prompts.jsonl" --count 24 --length 48
 "$VENV_PYTHON" -m mtp_dist.evaluate task=decode checkpoint="$run" file="$run/prompts.jsonl" decode.auto=true \
